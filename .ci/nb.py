@@ -4,6 +4,7 @@
   python .ci/nb.py save nbs/07_model.ipynb [...] [--flags "slow gpu"]   run and store true outputs
   python .ci/nb.py check                     clean, in sync with the modules, outputs small and free of local paths
   python .ci/nb.py readme [--check]          README.md from nbs/index.ipynb
+  python .ci/nb.py sidebar                   list every notebook in the sidebar of _quarto.yml
   python .ci/nb.py preview [--out _docs]     the site without Quarto
 """
 import argparse, os, sys
@@ -21,6 +22,7 @@ def main(argv=None):
     sub.add_parser('check', help='are the notebooks clean and the modules in sync?')
     r = sub.add_parser('readme', help='write README.md from nbs/index.ipynb')
     r.add_argument('--check', action='store_true', help='only compare')
+    sub.add_parser('sidebar', help='write the sidebar into _quarto.yml')
     v = sub.add_parser('preview', help='build the site without Quarto')
     v.add_argument('--out', type=Path, default=ROOT/'_docs', help='folder of the site')
     v.add_argument('--force', action='store_true', help='process every notebook again')
@@ -36,6 +38,9 @@ def main(argv=None):
     if a.cmd == 'readme':
         from readme import write
         return write(only_check=a.check)
+    if a.cmd == 'sidebar':
+        from sidebar import write
+        return write()
     from site_preview import build
     print(f'{build(a.out, force=a.force)} pages in {a.out}')
     return 0

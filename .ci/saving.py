@@ -73,6 +73,7 @@ def save(path, flags=()):
     "Run one notebook in this process and store its outputs; raises SystemExit with the traceback"
     from execnb.nbio import _dict2obj, nb2str, read_nb
     from nbdev.clean import clean_nb
+    from checking import mixed_imports
     warnings.simplefilter('ignore')
     before, start = path.read_bytes(), time.time()
     nb, skipped, ran = read_nb(path), [], 0
@@ -94,6 +95,9 @@ def save(path, flags=()):
             bad = local_paths(output_text(o))
             if bad: sys.exit(f'{path.name}: not saved, cell {i} shows paths of this machine: {bad}. '
                              'Print a name instead of a path:\n' + cell.source[:300])
+        if cell.cell_type == 'code' and mixed_imports(cell.source):
+            print(f'{path.name}: cell {i} mixes an import with code. The site build runs such a cell alone: put the import in '
+                  'a cell of its own:\n    ' + directives(cell.source)[1].splitlines()[0], file=sys.stderr)
     clean_nb(nb)
     kb = outputs_kb(nb)
     if kb > FAIL_KB: sys.exit(f'{path.name}: not saved, its outputs take {kb:.0f} kB (limit {FAIL_KB}).')

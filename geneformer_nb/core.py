@@ -50,7 +50,7 @@ def pick_dtype(
         raise GeneformerError(f"dtype {dtype!r} is not one of float32, bfloat16, float16, float64.")
     return got
 
-# %% ../nbs/00_core.ipynb #f092f27c
+# %% ../nbs/00_core.ipynb #1fd9c75e
 def seed_everything(
     seed:int=0, # one number for python, numpy and torch
 )->int: # the same seed
@@ -59,7 +59,7 @@ def seed_everything(
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     return seed
 
-# %% ../nbs/00_core.ipynb #a6bb0bb9
+# %% ../nbs/00_core.ipynb #0611459f
 def progress(
     items, # what to go through
     desc:str='', # word before the bar
@@ -72,7 +72,7 @@ def progress(
     if show is None: show = not (os.environ.get('GENEFORMER_NB_QUIET') or os.environ.get('IN_TEST'))
     return tqdm(items, desc=desc, total=total, unit=unit, disable=not show, leave=False, mininterval=.5)
 
-# %% ../nbs/00_core.ipynb #a35b32a8
+# %% ../nbs/00_core.ipynb #d9bb8b38
 def in_words(
     seconds:float, # a duration
 )->str: # as a person says it
@@ -82,7 +82,7 @@ def in_words(
     if seconds < 5400: return f'{seconds/60:.0f} min'
     return f'{seconds/3600:.1f} h'
 
-# %% ../nbs/00_core.ipynb #0d610d9d
+# %% ../nbs/00_core.ipynb #0ae6a6aa
 def _feed(h, x):
     "Add one value to a running hash, with its kind, so that 1 and '1' differ"
     if isinstance(x, Path):
@@ -104,7 +104,7 @@ def digest(
     for x in things: _feed(h, x)
     return h.hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #bdeb9410
+# %% ../nbs/00_core.ipynb #7178ede1
 def versions(
     *names:str, # packages; none means the ones that decide results
 )->dict: # {package: version, or None where it is not installed}
@@ -114,7 +114,7 @@ def versions(
         except PackageNotFoundError: return None
     return {n: one(n) for n in names or ('torch', 'transformers', 'anndata', 'numpy', 'scipy', 'pandas', 'numba')}
 
-# %% ../nbs/00_core.ipynb #1999b4d9
+# %% ../nbs/00_core.ipynb #41c0a78f
 @contextmanager
 def atomic(
     path, # where the file or folder shall be
@@ -140,7 +140,7 @@ def write_json(path, obj): # a file, and what `json` can write
     "Write `obj` as JSON, whole or not at all"
     with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str))
 
-# %% ../nbs/00_core.ipynb #4cdf0cf7
+# %% ../nbs/00_core.ipynb #1aaf32b8
 def check_folder(
     folder, # where results will go; made when it is not there
     need:int=0, # bytes the job expects to write
@@ -158,7 +158,7 @@ def check_folder(
                            "free some space or choose another folder.")
     return folder
 
-# %% ../nbs/00_core.ipynb #df26de06
+# %% ../nbs/00_core.ipynb #2fe4878c
 class Manifest:
     "What a folder of results was made from"
     def __init__(self,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from .core import GeneformerError, Manifest, atomic, check_folder, in_words, progress
 
-# %% ../nbs/00a_scale.ipynb #5d536ef0
+# %% ../nbs/00a_scale.ipynb #efca9a52
 def _serial(fn, items, workers):
     for i in items: yield fn(i)
 
@@ -32,7 +32,7 @@ def _dask(fn, items, workers):
 
 executors = dict(serial=_serial, processes=_processes, dask=_dask)
 
-# %% ../nbs/00a_scale.ipynb #b464b552
+# %% ../nbs/00a_scale.ipynb #08feac89
 class _Job:
     "Make one shard at a temporary name, then rename it; an object, so that processes can receive it"
     def __init__(self, fn, folder, ext): self.fn, self.folder, self.ext = fn, Path(folder), ext
