@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 from .core import GeneformerError
 
-# %% ../nbs/05_toy.ipynb #878beb31
+# %% ../nbs/05_toy.ipynb #0538c5c1
 states = ('non-failing', 'hypertrophic', 'dilated') # disease groups; the first is health
 cell_types = dict(cardiomyocyte=.6, fibroblast=.25, endothelial=.15) # {cell type: usual share of the cells}
 _programmes = ('STRUCT', 'METAB', 'SIGNAL', 'MATRIX')
 
 def _genes(n, rng):
     "Gene table: symbol, role, level in the hierarchy, log level at rest, log offset in each cell type"
-    n_tf, n_hk = n//10, n//6
+    n_tf, n_hk = max(12, n//10), n//6
     kind = ['TF']*n_tf + ['HK']*n_hk + [_programmes[i % 4] for i in range(n - n_tf - n_hk)]
     role = np.array([dict(TF='tf', HK='housekeeping').get(k, 'target') for k in kind])
     number = pd.Series(kind).groupby(kind).cumcount() + 1
@@ -32,7 +32,7 @@ def _genes(n, rng):
     genes = genes.iloc[rng.permutation(n)]
     return genes.set_axis(pd.Index([f'TOYG{i:011d}' for i in range(1, n + 1)], name='gene_id'))
 
-# %% ../nbs/05_toy.ipynb #358eb426
+# %% ../nbs/05_toy.ipynb #2a683e99
 def _edges(genes, rng):
     "Who regulates whom: source, target, sign, weight"
     level, role, rows = genes.level.to_numpy(), genes.role.to_numpy(), []
@@ -43,7 +43,7 @@ def _edges(genes, rng):
             rows.append((genes.index[s], genes.index[i], 1 if rng.random() < .7 else -1, rng.uniform(.6, 1.2)))
     return pd.DataFrame(rows, columns=['source', 'target', 'sign', 'weight'])
 
-# %% ../nbs/05_toy.ipynb #45a49c10
+# %% ../nbs/05_toy.ipynb #c3d91b99
 _amplitude, _knocked_out, _activated = 1.4, -3., 1.5 # log units: largest answer, level after KO and after OE
 
 def _propagate(truth, outside, clamp=None):
@@ -59,7 +59,7 @@ def _propagate(truth, outside, clamp=None):
             if level[gene] == l: z[:, gene] = value
     return z
 
-# %% ../nbs/05_toy.ipynb #c23b1248
+# %% ../nbs/05_toy.ipynb #3f34724d
 @dataclass
 class ToyTruth:
     "What is true in the toy cohort: tables of genes, edges and drivers"
@@ -76,9 +76,9 @@ class ToyTruth:
                                                f"{len(self.genes)} ids and symbols.")
         return int(hit[0])
 
-# %% ../nbs/05_toy.ipynb #7e7082be
+# %% ../nbs/05_toy.ipynb #1c85d9ab
 def toy_network(
-    n_genes:int=240, # genes in all: a tenth are transcription factors, a sixth housekeeping; 60 or more
+    n_genes:int=240, # genes in all: a tenth (12 at least) are transcription factors, a sixth housekeeping; 60 or more
     seed:int=0, # which network
     effect:float=1., # strength of the disease: 1 turns drivers to 0.25 and 3.5 times, 0 plants nothing
 )->ToyTruth: # tables of genes, edges and drivers
@@ -97,7 +97,7 @@ def toy_network(
         direction=['lost', 'lost', 'activated', 'activated'], log_change=[lost, lost, active, active]))
     return truth
 
-# %% ../nbs/05_toy.ipynb #9755df83
+# %% ../nbs/05_toy.ipynb #79cda7ee
 _spill = .25 # share of the disease that reaches cells other than cardiomyocytes
 
 def _outside(truth, cell_type, disease, noise):
@@ -108,7 +108,7 @@ def _outside(truth, cell_type, disease, noise):
         out[:, truth.find(d.gene_id)] += (np.asarray(disease) == d.disease)*share*d.log_change
     return out
 
-# %% ../nbs/05_toy.ipynb #7be8a1e5
+# %% ../nbs/05_toy.ipynb #a442877e
 def _donors(n, n_genes, donor_sd, rng):
     "Disease, batch, composition, depth and gene offsets of each donor, and gene offsets of each batch"
     return dict(disease=np.array(states)[np.arange(n) % 3], batch=np.arange(n)//3 % 2,
@@ -130,7 +130,7 @@ def _block(truth, people, donor, depth, rng):
     caught = rng.random(mu.shape) < 1/(1 + np.exp(-1.5*(np.log(mu) + 1.5)))
     return csr_matrix(rng.poisson(mu*caught).astype(np.float32)), cell_type, size
 
-# %% ../nbs/05_toy.ipynb #e4381a05
+# %% ../nbs/05_toy.ipynb #4abad619
 def simulate(
     n_cells:int=3000, # cells in all, dealt to the donors in turn
     n_donors:int=12, # donors, dealt to the three states in turn; 3 or more
@@ -160,7 +160,7 @@ def simulate(
     uns = dict(toy=dict(genes=truth.genes, edges=truth.edges, drivers=truth.drivers))
     return ad.AnnData(X, obs, truth.genes[['symbol', 'role']].copy(), uns=uns)
 
-# %% ../nbs/05_toy.ipynb #33d48705
+# %% ../nbs/05_toy.ipynb #a2ebf630
 def truth_of(
     adata, # a cohort from `simulate`, perhaps read back from a file
 )->ToyTruth: # its network and drivers
@@ -169,7 +169,7 @@ def truth_of(
                                                      "from toy.simulate.")
     return ToyTruth(**{k: adata.uns['toy'][k] for k in ('genes', 'edges', 'drivers')})
 
-# %% ../nbs/05_toy.ipynb #03c7df8f
+# %% ../nbs/05_toy.ipynb #c8e2dcdb
 def _way(truth, start, goal, cell_type, n_cells, seed):
     "The cells of `start` before the network acts and after, and the mean step from them to `goal`"
     for s in (start, goal):
@@ -189,7 +189,7 @@ def _project(truth, gene, kind, before, after, way):
     others = np.arange(len(way)) != gene
     return float(moved[others] @ way[others]/(way @ way))
 
-# %% ../nbs/05_toy.ipynb #3f5675fc
+# %% ../nbs/05_toy.ipynb #307f89b0
 def true_effect(
     truth:ToyTruth, # the network and its drivers
     gene:str, # id or symbol
@@ -203,7 +203,7 @@ def true_effect(
     "What a knock-out or activation really does, by simulating it; raises `GeneformerError` for unknown names"
     return _project(truth, truth.find(gene), kind, *_way(truth, start, goal, cell_type, n_cells, seed))
 
-# %% ../nbs/05_toy.ipynb #bb8ee8cd
+# %% ../nbs/05_toy.ipynb #6867da8b
 def true_effects(
     truth:ToyTruth, # the network and its drivers
     start:str='hypertrophic', # state of the cells that are changed
