@@ -1,7 +1,7 @@
 "Are the notebooks clean, the modules made from them, and the pages fit for the site?"
 import ast, json, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
-from saving import FAIL_KB, directives, local_paths, output_text, outputs_kb
+from saving import FAIL_KB, directives, local_paths, output_text, outputs_kb, why_skip
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORTS = {'export', 'exports', 'exporti'}
@@ -83,6 +83,22 @@ def problems():
     pages = [page(p) for p in nbs]
     found += [f'{p.name}: another notebook has the page {page(p)} too' for p in nbs if pages.count(page(p)) > 1]
     return found + out_of_sync() + sidebar.faults() + readme.faults()
+
+WHY = dict(realdata='GENEFORMER_NB_DATA names no data folder', gpu='needs a GPU; ask with --flags gpu',
+           slow='takes minutes; ask with --flags slow', notest='not for testing')
+
+def skips():
+    "Print the cells that are not run here, and why"
+    from collections import Counter
+    count, where = Counter(), {}
+    for p in notebooks():
+        for c in json.loads(p.read_text(encoding='utf-8'))['cells']:
+            why = why_skip(''.join(c['source'])) if c['cell_type'] == 'code' else None
+            if why and why != 'nbdev_export': count[why] += 1; where.setdefault(why, set()).add(p.stem)
+    for why, n in sorted(count.items()):
+        reason = '; '.join(WHY[w] for w in why.split() if w in WHY) or 'shown, not run'
+        print(f'not run: {n} cells marked {why} ({reason}) in {", ".join(sorted(where[why]))}')
+    return 0
 
 def check():
     "Print every fault; the exit status"

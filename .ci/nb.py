@@ -3,6 +3,7 @@
 
   python .ci/nb.py save nbs/07_model.ipynb [...] [--flags "slow gpu"]   run and store true outputs
   python .ci/nb.py check                     clean, in sync with the modules, outputs small and free of local paths
+  python .ci/nb.py skips                     which cells do not run here, and why
   python .ci/nb.py readme [--check]          README.md from nbs/index.ipynb
   python .ci/nb.py sidebar                   list every notebook in the sidebar of _quarto.yml
   python .ci/nb.py preview [--out _docs]     the site without Quarto
@@ -20,6 +21,7 @@ def main(argv=None):
     s.add_argument('nbs', nargs='*', type=Path, help='notebooks; none means every one of the book')
     s.add_argument('--flags', default='', help='run cells of these flags too, e.g. "slow gpu"')
     sub.add_parser('check', help='are the notebooks clean and the modules in sync?')
+    sub.add_parser('skips', help='which cells do not run here, and why')
     r = sub.add_parser('readme', help='write README.md from nbs/index.ipynb')
     r.add_argument('--check', action='store_true', help='only compare')
     sub.add_parser('sidebar', help='write the sidebar into _quarto.yml')
@@ -35,6 +37,9 @@ def main(argv=None):
     if a.cmd == 'check':
         from checking import check
         return check()
+    if a.cmd == 'skips':
+        from checking import skips
+        return skips()
     if a.cmd == 'readme':
         from readme import write
         return write(only_check=a.check)

@@ -34,7 +34,8 @@ def why_skip(source, flags=()):
 def local_paths(text):
     "Absolute paths of this machine that `text` shows"
     here = [str(ROOT), str(Path.home()), tempfile.gettempdir(), str(data_folder() or ROOT)]
-    hits = [m[0] for m in LOCAL.finditer(text)] + [h for h in here if len(h) > 1 and h + '/' in text]
+    own = '|'.join(re.escape(h) for h in here if len(h) > 1)
+    hits = [m[0] for m in LOCAL.finditer(text)] + re.findall(rf'(?<![\w.:/-])(?:{own})/', text)
     return sorted(set(hits))
 
 def output_text(o):

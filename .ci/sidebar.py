@@ -48,7 +48,7 @@ def write():
     "Write the sidebar anew into _quarto.yml"
     lines = []
     for s, names in planned():
-        if s == 'Start': lines += [f'      - {n}' for n in names]
+        if s == 'Start': lines += [f'      - {{text: Start here, href: {n}}}' for n in names]
         else: lines += [f'      - section: {s}', '        contents:'] + [f'          - {n}' for n in names]
     old = QUARTO.read_text(encoding='utf-8')
     if not BLOCK.search(old): sys.exit('_quarto.yml has no sidebar contents to replace.')

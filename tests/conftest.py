@@ -1,0 +1,11 @@
+"What the closing lines of a run must say: whether parity with the official answers was checked"
+
+def pytest_terminal_summary(terminalreporter):
+    "Golden tests that were skipped are not green, and the run says so"
+    golden = lambda kind: [r for r in terminalreporter.stats.get(kind, []) if 'golden' in getattr(r, 'nodeid', '')]
+    passed, skipped, failed = (len(golden(k)) for k in ('passed', 'skipped', 'failed'))
+    say = terminalreporter.write_line
+    if skipped or not passed + failed:
+        say(f'Golden parity was NOT checked ({skipped} tests skipped, {passed} ran): put the data folder beside the '
+            'checkout as "shared", or name it in GENEFORMER_NB_DATA.', yellow=True, bold=True)
+    else: say(f'Golden parity: {passed} tests passed, {failed} failed.')
