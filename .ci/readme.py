@@ -4,6 +4,7 @@ from pathlib import Path
 from saving import directives
 
 ROOT = Path(__file__).resolve().parent.parent
+HIDDEN = {'hide', 'default_exp', 'export'}
 NOTE = '<!-- made from nbs/index.ipynb by `make readme`; edit there -->\n'
 
 def _links(text):
@@ -15,7 +16,7 @@ def _output(o):
     data = o.get('data', {})
     if 'text/markdown' in data: return ''.join(data['text/markdown'])
     if any(k.startswith('image/') for k in data):
-        raise ValueError('index.ipynb shows a figure made by a cell: keep the picture as a file under nbs/images instead.')
+        raise ValueError('index.ipynb shows a figure made by a cell: keep it as a file under nbs/images instead.')
     text = ''.join(o.get('text', data.get('text/plain', '')))
     return '\n'.join('    ' + l for l in text.rstrip().splitlines())
 
@@ -25,7 +26,7 @@ def render(nb):
     for c in nb['cells']:
         d, code = directives(''.join(c['source']))
         if c['cell_type'] == 'markdown': parts.append(_links(''.join(c['source'])))
-        elif c['cell_type'] == 'code' and not d.keys() & {'hide', 'default_exp', 'export'} and 'nbdev_export(' not in code:
+        elif c['cell_type'] == 'code' and not d.keys() & HIDDEN and 'nbdev_export(' not in code:
             if d.get('echo', '').lower() != 'false': parts.append(f'```python\n{code}\n```')
             parts += [t for o in c['outputs'] if (t := _output(o))]
     return NOTE + '\n' + '\n\n'.join(p.strip('\n') for p in parts) + '\n'

@@ -1,5 +1,5 @@
 "Run a notebook and store its true outputs: small, repeatable, without traces of the machine"
-import os, re, subprocess, sys, tempfile, time, warnings
+import json, os, re, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,8 @@ def local_paths(text):
 
 def output_text(o):
     "Everything readable in one output"
-    parts = [o.get('text', '')] + [v for k, v in o.get('data', {}).items() if k.startswith('text') or 'json' in k or 'svg' in k]
+    readable = lambda kind: kind.startswith('text') or 'json' in kind or 'svg' in kind
+    parts = [o.get('text', '')] + [v for k, v in o.get('data', {}).items() if readable(k)]
     return '\n'.join(''.join(p) if isinstance(p, list) else str(p) for p in parts)
 
 def _tidy(outs):
@@ -84,7 +85,8 @@ def save(path, flags=()):
         if cell.cell_type != 'code': continue
         why = why_skip(cell.source, flags)
         if why:
-            if why != 'nbdev_export': skipped.append(f'cell {i} ({why})' + ('' if cell.get('outputs') else ', no output stored'))
+            stored = '' if cell.get('outputs') else ', no output stored'
+            if why != 'nbdev_export': skipped.append(f'cell {i} ({why})' + stored)
             continue
         shell._cell_idx = i + 1
         outs = shell.run(directives(cell.source)[1])
@@ -97,13 +99,15 @@ def save(path, flags=()):
             if bad: sys.exit(f'{path.name}: not saved, cell {i} shows paths of this machine: {bad}. '
                              'Print a name instead of a path:\n' + cell.source[:300])
         if cell.cell_type == 'code' and mixed_imports(cell.source):
-            print(f'{path.name}: cell {i} mixes an import with code. The site build runs such a cell alone: put the import in '
-                  'a cell of its own:\n    ' + directives(cell.source)[1].splitlines()[0], file=sys.stderr)
+            print(f'{path.name}: cell {i} mixes an import with code. The site build runs such a cell alone: '
+                  'put the import in a cell of its own:\n    ' + directives(cell.source)[1].splitlines()[0],
+                  file=sys.stderr)
     clean_nb(nb)
     kb = outputs_kb(nb)
     if kb > FAIL_KB: sys.exit(f'{path.name}: not saved, its outputs take {kb:.0f} kB (limit {FAIL_KB}).')
     if kb > WARN_KB: print(f'{path.name}: outputs take {kb:.0f} kB, aim below {WARN_KB}.', file=sys.stderr)
-    if path.read_bytes() != before: sys.exit(f'{path.name}: not saved, it was changed on disk while it ran; save again.')
+    if path.read_bytes() != before:
+        sys.exit(f'{path.name}: not saved, it was changed on disk while it ran; save again.')
     tmp = path.with_name(f'.{path.name}.part')
     tmp.write_text(nb2str(nb), encoding='utf-8')
     os.replace(tmp, path)
@@ -112,8 +116,7 @@ def save(path, flags=()):
 
 def outputs_kb(nb):
     "Size of all stored outputs"
-    import json
-    return sum(len(json.dumps(c.get('outputs', []), default=str)) for c in nb['cells'] if c['cell_type'] == 'code') / 1000
+    return sum(len(json.dumps(c['outputs'], default=str)) for c in nb['cells'] if c['cell_type'] == 'code') / 1000
 
 def save_all(paths, flags):
     "Each notebook in a process of its own, so that none sees what another left behind"
@@ -125,8 +128,8 @@ def save_all(paths, flags):
     if len(paths) == 1:
         save(paths[0], flags)
         return 0
-    failed = [p.name for p in paths
-              if subprocess.run([sys.executable, __file__.replace('saving.py', 'nb.py'), 'save', str(p), '--flags', ' '.join(flags)],
-                                stdin=subprocess.DEVNULL).returncode]
+    nb = Path(__file__).with_name('nb.py')
+    cmd = lambda p: [sys.executable, nb, 'save', p, '--flags', ' '.join(flags)]
+    failed = [p.name for p in paths if subprocess.run(cmd(p), stdin=subprocess.DEVNULL).returncode]
     if failed: print('failed:', *failed, file=sys.stderr)
     return int(bool(failed))

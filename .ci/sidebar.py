@@ -33,8 +33,8 @@ def listed():
     import yaml
     items = yaml.safe_load(QUARTO.read_text(encoding='utf-8'))['website']['sidebar']['contents']
     name = lambda o: o if isinstance(o, str) else o['href']
-    return [(o['section'], [name(x) for x in o['contents']]) if isinstance(o, dict) and 'section' in o else ('', [name(o)])
-            for o in items]
+    is_section = lambda o: isinstance(o, dict) and 'section' in o
+    return [(o['section'], [name(x) for x in o['contents']]) if is_section(o) else ('', [name(o)]) for o in items]
 
 def faults():
     "Notebooks that the sidebar lacks, and entries that do not exist"

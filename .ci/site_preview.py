@@ -10,7 +10,9 @@ from saving import directives
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
-CSS = (HERE/'preview.css')
+CSS = HERE/'preview.css'
+
+FIGURE = 'figure drawn by the cell above'
 
 def slug(text):
     "The anchor of a heading as pandoc makes it"
@@ -33,7 +35,8 @@ def site_settings():
 
 def _markdown(text, base, git):
     "Quarto's Markdown as plain Markdown: fenced divisions, attributes, links to our own site and sources"
-    text = re.sub(r'^:::+\s*\{([^}]*)\}\s*$', lambda m: '<div class="' + ' '.join(re.findall(r'\.([\w-]+)', m[1])) + '">\n', text, flags=re.M)
+    classes = lambda m: ' '.join(re.findall(r'\.([\w-]+)', m[1]))
+    text = re.sub(r'^:::+\s*\{([^}]*)\}\s*$', lambda m: f'<div class="{classes(m)}">\n', text, flags=re.M)
     text = re.sub(r'^:::+\s*$', '\n</div>', text, flags=re.M)
     text = re.sub(r'(\]\([^)]*\))\{[^}]*\}', r'\1', text)
     text = re.sub(r'^(#+ .*?)\s*\{[^}]*\}\s*$', r'\1', text, flags=re.M)
@@ -62,7 +65,8 @@ def _prepare(nb, base, git):
             c['metadata'] = {'tags': ['hide'] if hidden else ['source'] if 'code-fold' in d else []}
             for o in c['outputs']:
                 if 'text' in o: o['text'] = _lines(o['text'])
-                data = o['data'] = {k: _lines(v) if k.startswith(('text/', 'image/')) else v for k, v in o.get('data', {}).items()}
+                shown = {k: _lines(v) for k, v in o.get('data', {}).items() if k.startswith(('text/', 'image/'))}
+                data = o['data'] = shown
                 if 'text/markdown' in data: data['text/markdown'] = _markdown(data['text/markdown'], base, git)
                 if 'image/png' in data: data.pop('text/plain', None)
             if hidden and not c['outputs']: continue
@@ -90,11 +94,11 @@ def _body(nb, exporter):
         while s in seen: n += 1; s = f'{key}-{n}'
         seen.add(s)
         heads.append((int(m[1]), s, re.sub(r'<[^>]+>', '', inner)))
-        return f'<h{m[1]} id="{s}">{inner}<a class="anchor" href="#{s}" aria-label="link to this section">#</a></h{m[1]}>'
+        link = f'<a class="anchor" href="#{s}" aria-label="link to this section">#</a>'
+        return f'<h{m[1]} id="{s}">{inner}{link}</h{m[1]}>'
     out = re.sub(r'<h([1-6])([^>]*)>(.*?)</h\1>', head, out, flags=re.S)
-    out = re.sub(r'(<div class="output_png[^>]*>\s*<img)(?![^>]*alt=)', r'\1 alt="figure drawn by the cell above"', out)
-    out = re.sub(r'<img (?=[^>]*base64)(?![^>]*alt=)', '<img alt="figure drawn by the cell above" ', out)
-    out = re.sub(r'<img alt="No description has been provided for this image"', '<img alt="figure drawn by the cell above"', out)
+    out = re.sub(r'<img (?=[^>]*base64)(?![^>]*alt=)', f'<img alt="{FIGURE}" ', out)
+    out = out.replace('alt="No description has been provided for this image"', f'alt="{FIGURE}"')
     out = re.sub(r'(<table)', r'<div class="scroll">\1', re.sub(r'(</table>)', r'\1</div>', out))
     return out, heads
 
@@ -104,8 +108,8 @@ def _nav(sections, titles, here):
         mark = ' aria-current="page"' if n == here else ''
         return f'<li><a href="{page(n)}"{mark}>{html.escape(titles[n])}</a></li>'
     titles = titles | {'index.ipynb': 'Start here'}
-    parts = [(f'<h2>{html.escape(s)}</h2>' if s else '') + '<ul>' + ''.join(map(link, ns)) + '</ul>' for s, ns in sections]
-    return '\n'.join(parts)
+    head = lambda s: f'<h2>{html.escape(s)}</h2>' if s else ''
+    return '\n'.join(f"{head(s)}<ul>{''.join(map(link, ns))}</ul>" for s, ns in sections)
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -147,19 +151,20 @@ def _sources(out, nav, site):
     from pygments.lexers import PythonLexer
     (out/'source').mkdir()
     for f in sorted((ROOT/'geneformer_nb').glob('*.py')):
-        code = highlight(f.read_text(encoding='utf-8'), PythonLexer(), HtmlFormatter(linenos='inline', lineanchors='L', anchorlinenos=False))
+        numbered = HtmlFormatter(linenos='inline', lineanchors='L')
+        code = highlight(f.read_text(encoding='utf-8'), PythonLexer(), numbered)
         code = re.sub(r'(id|name)="L-(\d+)"', r'\1="L\2"', code)
         up = re.sub(r'href="(?!https?:|#|\.\.|data:)', 'href="../', nav)
         (out/'source'/f'{f.stem}.html').write_text(PAGE.format(
-            title=f'{f.name} · {site}', description=f'source of geneformer_nb/{f.name}', up='../', site=site, nav=up,
-            heading=f'geneformer_nb/{f.name}', lead='Made from its notebook: mend it there.', body=code, turn='', toc=''),
-            encoding='utf-8')
+            title=f'{f.name} · {site}', description=f'source of geneformer_nb/{f.name}', up='../', site=site,
+            nav=up, heading=f'geneformer_nb/{f.name}', lead='Made from its notebook: mend it there.', body=code,
+            turn='', toc=''), encoding='utf-8')
 
 def _style(out):
     "The style sheet: ours and the colours of code"
     from pygments.formatters import HtmlFormatter
-    (out/'preview.css').write_text(CSS.read_text(encoding='utf-8') + HtmlFormatter(style='friendly').get_style_defs('.highlight')
-                                   + '\n.highlight { background: none }\n', encoding='utf-8')
+    code = HtmlFormatter(style='friendly').get_style_defs('.highlight') + '\n.highlight { background: none }\n'
+    (out/'preview.css').write_text(CSS.read_text(encoding='utf-8') + code, encoding='utf-8')
 
 def process(force=False):
     "nbdev's processed notebooks; the folder they are in"
@@ -168,11 +173,13 @@ def process(force=False):
     os.environ['PYTHONWARNINGS'] = 'ignore'
     try: return Path(proc_nbs(n_workers=min(2, os.cpu_count() or 1), force=force))
     except Exception as e:
-        sys.exit(f'The site cannot be built. {e}\nOnly cells with imports, exports and show_doc run when the site is built: '
-                 'such a cell must not need a cell that does not.')
+        sys.exit(f'The site cannot be built. {e}\nOnly cells with imports, exports and show_doc run when the site is '
+                 'built: such a cell must not need a cell that does not.')
 
 def _mend(out):
-    "nbdev links every symbol in backticks, also private ones and methods without an entry: lead those to their class, or nowhere"
+    """Lead links of symbols in backticks to an entry that exists: their own, that of their class, or none.
+
+    nbdev links private names and methods too, which have no entry of their own."""
     text = {p.name: p.read_text(encoding='utf-8') for p in out.glob('*.html')}
     ids = {n: set(re.findall(r' id="([^"]+)"', t)) for n, t in text.items()}
     def link(m):
@@ -181,7 +188,8 @@ def _mend(out):
             if a and a in ids.get(to, ()): return f'<a href="{to}#{a}">{code}</a>'
         return code
     for n, t in text.items():
-        (out/n).write_text(re.sub(r'<a href="([\w.-]+\.html)#([^"]+)">(<code>[^<]*</code>)</a>', link, t), encoding='utf-8')
+        t = re.sub(r'<a href="([\w.-]+\.html)#([^"]+)">(<code>[^<]*</code>)</a>', link, t)
+        (out/n).write_text(t, encoding='utf-8')
 
 def build(out, force=False):
     "Write the site into `out`; the number of pages"
@@ -196,20 +204,20 @@ def build(out, force=False):
     if out.exists(): shutil.rmtree(out)
     out.mkdir(parents=True)
     for f in (ROOT/'nbs').rglob('*'):
-        if f.suffix in ('.png', '.svg', '.jpg', '.css') and not any(p.startswith('.') for p in f.relative_to(ROOT).parts):
+        if f.suffix in ('.png', '.svg', '.jpg', '.css') and not re.search(r'/\.', f.relative_to(ROOT).as_posix()):
             to = out/f.relative_to(ROOT/'nbs')
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(f, to)
     _style(out)
     for i, n in enumerate(names):
         body, heads = _body(_prepare(raw[n], base, git), exporter)
-        turn = [f'<a href="{page(names[j])}">{a}{html.escape(titles[names[j]])}{b}</a>' if 0 <= j < len(names) else '<span></span>'
-                for j, a, b in ((i - 1, '← ', ''), (i + 1, '', ' →'))]
+        turn = [f'<a href="{page(o)}">{a}{html.escape(titles[o])}{b}</a>' if o else '<span></span>' for o, a, b in
+                ((names[i-1] if i else None, '← ', ''), (names[i+1] if i + 1 < len(names) else None, '', ' →'))]
         esc = {k: html.escape(str(meta[n].get(k, ''))) for k in ('title', 'description')}
         (out/page(n)).write_text(PAGE.format(
-            title=esc['title'] if n == 'index.ipynb' else f"{esc['title']} · {site}", description=esc['description'], up='', site=site,
-            nav=_nav(sections, titles, n), heading=esc['title'], lead=esc['description'], body=body, turn=''.join(turn),
-            toc=_toc(heads)), encoding='utf-8')
+            title=esc['title'] if n == 'index.ipynb' else f"{esc['title']} · {site}", description=esc['description'],
+            up='', site=site, nav=_nav(sections, titles, n), heading=esc['title'], lead=esc['description'],
+            body=body, turn=''.join(turn), toc=_toc(heads)), encoding='utf-8')
     _mend(out)
     _sources(out, _nav(sections, titles, None), site)
     return len(names)

@@ -24,16 +24,17 @@ def test_readme_links_and_pictures_exist():
 
 def test_readme_writer():
     cell = lambda kind, s, outs=(): dict(cell_type=kind, source=[s], outputs=list(outs))
-    nb = dict(cells=[cell('markdown', '# T\n\n[a](01_a.ipynb) [b](https://x.org) ![p](images/p.png) [c](#d)'), cell('code', '#| hide\n1'),
-                     cell('code', '#| eval: false\n1+1', [dict(output_type='stream', name='stdout', text=['2\n', '3\n'])])])
+    printed = dict(output_type='stream', name='stdout', text=['2\n', '3\n'])
+    nb = dict(cells=[cell('markdown', '# T\n\n[a](01_a.ipynb) [b](https://x.org) ![p](images/p.png) [c](#d)'),
+                     cell('code', '#| hide\n1'), cell('code', '#| eval: false\n1+1', [printed])])
     md = readme.render(nb)
     assert '[a](nbs/01_a.ipynb) [b](https://x.org) ![p](nbs/images/p.png) [c](#d)' in md
     assert '```python\n1+1\n```\n\n    2\n    3\n' in md and 'hide' not in md
 
-LIGHT = """import sys; before = set(sys.modules); import geneformer_nb, json
-heavy = 'torch transformers scanpy anndata datasets seaborn sklearn statsmodels pandas numpy dask peft matplotlib'.split()
-print(json.dumps(dict(heavy=[h for h in heavy if h in sys.modules], names=dir(geneformer_nb), core=geneformer_nb.core.__name__,
-                      version=geneformer_nb.__version__)))"""
+LIGHT = """import json, sys, geneformer_nb
+heavy = 'torch transformers scanpy anndata datasets seaborn sklearn statsmodels pandas numpy dask matplotlib'
+print(json.dumps(dict(heavy=[h for h in heavy.split() if h in sys.modules], names=dir(geneformer_nb),
+                      core=geneformer_nb.core.__name__, version=geneformer_nb.__version__)))"""
 
 def test_import_is_light():
     run = _run(sys.executable, '-c', LIGHT, cwd=ROOT)
@@ -54,7 +55,7 @@ def wheel(tmp_path_factory):
     shutil.copytree(ROOT/'geneformer_nb', d/'src/geneformer_nb', ignore=junk)
     for f in ('settings.ini', 'setup.py', 'README.md', 'MANIFEST.in', 'LICENSE', 'CHANGELOG.md', 'constraints.txt'):
         shutil.copy(ROOT/f, d/'src')
-    run = _run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', str(d), str(d/'src'))
+    run = _run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', d, d/'src')
     assert run.returncode == 0, run.stderr[-2000:]
     return next(d.glob('*.whl'))
 
@@ -65,11 +66,12 @@ def test_wheel_holds_every_module(wheel):
         meta = z.read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert {f'geneformer_nb/{p.name}' for p in (ROOT/'geneformer_nb').glob('*.py')} <= set(names)
     assert 'geneformer-nb = geneformer_nb.cli:main' in entry and 'geneformer_nb._modidx:d' in entry
-    assert 'Provides-Extra: scale' in meta and 'License: Apache-2.0' in meta or 'License-Expression: Apache-2.0' in meta
+    assert 'Provides-Extra: scale' in meta
+    assert 'License: Apache-2.0' in meta or 'License-Expression: Apache-2.0' in meta
 
 def test_wheel_imports_on_its_own(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as z: z.extractall(tmp_path)
-    code = 'import geneformer_nb, sys; from geneformer_nb import core; print(geneformer_nb.__file__); print(core.in_words(42))'
+    code = 'from geneformer_nb import core; print(core.__file__, core.in_words(42))'
     run = _run(sys.executable, '-c', code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
     assert run.returncode == 0 and str(tmp_path) in run.stdout and '42 s' in run.stdout, run.stderr
 
@@ -80,7 +82,8 @@ def test_no_path_of_a_machine_in_committed_files():
         except UnicodeDecodeError: continue
         if f.endswith('.ipynb'):  # sources and readable outputs; pictures are letters by chance
             cells = json.loads(text)['cells']
-            text = '\n'.join([''.join(c['source']) for c in cells] + [saving.output_text(o) for c in cells for o in c.get('outputs', [])])
+            outputs = [saving.output_text(o) for c in cells for o in c.get('outputs', [])]
+            text = '\n'.join([''.join(c['source']) for c in cells] + outputs)
         found += [f'{f}: {p}' for p in saving.local_paths(text)]
     assert found == []
 
@@ -95,8 +98,9 @@ def test_commands_are_executable():
 def test_licence_and_changelog():
     assert 'Apache License' in (ROOT/'LICENSE').read_text() and 'Unreleased' in (ROOT/'CHANGELOG.md').read_text()
 
-@pytest.mark.parametrize('beside,preset,says', [(True, None, 'real data: here'), (False, None, 'not here'), (True, '', 'not here')],
-                         ids=['beside', 'absent', 'set empty'])
+@pytest.mark.parametrize('beside,preset,says', [
+    (True, None, 'real data: here'), (False, None, 'not here'), (True, '', 'not here')],
+    ids=['beside', 'absent', 'set empty'])
 def test_make_finds_the_data_folder(tmp_path, beside, preset, says):
     if shutil.which('make') is None: pytest.skip('no make')
     (tmp_path/'checkout').mkdir()

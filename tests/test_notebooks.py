@@ -21,7 +21,8 @@ def test_modules_in_sync(): assert checking.out_of_sync() == []
 
 def test_sidebar_lists_every_notebook_once(): assert sidebar.faults() == []
 
-def test_sidebar_is_in_the_order_of_the_book(): assert sidebar.listed() == [(s if s != 'Start' else '', n) for s, n in sidebar.planned()]
+def test_sidebar_is_in_the_order_of_the_book():
+    assert sidebar.listed() == [(s if s != 'Start' else '', n) for s, n in sidebar.planned()]
 
 def test_pages_have_unique_addresses():
     pages = [checking.page(n) for n in NBS]
@@ -50,33 +51,39 @@ def _notebook(path, *cells):
     "A small notebook; a cell is its source, or source and stored text"
     cells = [c if isinstance(c, tuple) else (c, None) for c in cells]
     out = lambda t: [dict(output_type='stream', name='stdout', text=[t])] if t else []
-    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[
-        dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=out(t), execution_count=None) for i, (s, t) in enumerate(cells)])))
+    cells = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=out(t), execution_count=None)
+             for i, (s, t) in enumerate(cells)]
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=cells)))
     return path
 
 def _save(path, *more, **env):
+    env = {k: v for k, v in {**os.environ, **env}.items() if v is not None}
     return subprocess.run([sys.executable, ROOT/'.ci/nb.py', 'save', path, *more], capture_output=True, text=True,
-                          env={k: v for k, v in {**os.environ, **env}.items() if v is not None}, stdin=subprocess.DEVNULL)
+                          env=env, stdin=subprocess.DEVNULL)
 
 def _outputs(path): return [c['outputs'] for c in json.loads(path.read_text())['cells']]
 
 def test_save_stores_true_outputs(tmp_path):
-    nb = _notebook(tmp_path/'a.ipynb', ('6*7', 'old\n'), 'import os, sys', "print('hm', file=sys.stderr); os.environ.get('IN_TEST', 'not testing')",
-                   ('#| slow\n1/0', 'kept\n'), ('#| eval: false\n1/0', 'kept too\n'), 'import matplotlib.pyplot as plt',
+    nb = _notebook(tmp_path/'a.ipynb', ('6*7', 'old\n'), 'import os, sys',
+                   "print('hm', file=sys.stderr); os.environ.get('IN_TEST', 'not testing')",
+                   ('#| slow\n1/0', 'kept\n'), ('#| eval: false\n1/0', 'kept too\n'),
+                   'import matplotlib.pyplot as plt',
                    'plt.figure(figsize=(2, 1)).gca().plot([1, 2])', ('#| realdata\n1/0', 'real\n'))
     run = _save(nb, GENEFORMER_NB_DATA=None, IN_TEST='1')
     assert run.returncode == 0, run.stderr
     out = _outputs(nb)
     assert out[0][0]['data']['text/plain'] == ['42'] and len(out[0]) == 1
-    assert [o['output_type'] for o in out[2]] == ['execute_result'] and 'not testing' in out[2][0]['data']['text/plain'][0]
+    assert [o['output_type'] for o in out[2]] == ['execute_result']
+    assert 'not testing' in out[2][0]['data']['text/plain'][0]
     assert [out[i][0]['text'] for i in (3, 4, 7)] == [['kept\n'], ['kept too\n'], ['real\n']]
     assert [list(o['data']) for o in out[6]][0][0] == 'image/png' and len(out[6]) == 1
     assert 'slow' in run.stdout and 'realdata' in run.stdout
     again = nb.read_bytes()
     assert _save(nb, GENEFORMER_NB_DATA=None).returncode == 0 and nb.read_bytes() == again
 
-@pytest.mark.parametrize('code,why', [("print('/' + 'root/data/x')", 'paths of this machine'), ('1/0', 'ZeroDivisionError'),
-                                      ("print('x' * 2_000_000)", 'kB')], ids=['path', 'error', 'size'])
+@pytest.mark.parametrize('code,why', [
+    ("print('/' + 'root/data/x')", 'paths of this machine'), ('1/0', 'ZeroDivisionError'),
+    ("print('x' * 2_000_000)", 'kB')], ids=['path', 'error', 'size'])
 def test_save_refuses(tmp_path, code, why):
     nb = _notebook(tmp_path/'a.ipynb', code)
     before = nb.read_bytes()

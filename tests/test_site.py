@@ -21,7 +21,7 @@ class Page(HTMLParser):
         if tag == 'a' and a.get('href'): self.links.append(a['href'])
         if tag == 'a' and 'aria-current' in a: self.here.append(a['href'])
         if tag == 'img': self.images.append(a)
-        if tag in ('script', 'link', 'img', 'iframe') and (a.get('src') or a.get('href')): self.loads.append(a.get('src') or a['href'])
+        if tag in ('script', 'link', 'img', 'iframe'): self.loads += [a[k] for k in ('src', 'href') if a.get(k)]
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
@@ -32,7 +32,8 @@ def site(tmp_path_factory):
     return out
 
 @pytest.fixture(scope='session')
-def pages(site): return {p.relative_to(site).as_posix(): Page(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
+def pages(site):
+    return {p.relative_to(site).as_posix(): Page(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')}
 
 NAMES = [n for _, ns in sidebar.listed() for n in ns]
 
@@ -77,7 +78,8 @@ def test_anchors_as_pandoc_makes_them():
     assert site_preview.slug('<code>Manifest.open</code>') == 'manifest.open'
     assert site_preview.slug('By hand, then: fast') == 'by-hand-then-fast'
 
-def _browser(): return next((b for b in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome')) if b), None)
+def _browser():
+    return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 
 @pytest.fixture
 def open_page(tmp_path):
@@ -87,8 +89,9 @@ def open_page(tmp_path):
     flags = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
              '--disable-component-update --disable-sync --virtual-time-budget=2000').split()
     def go(path, width):
-        run = subprocess.run([browser, *flags, f'--user-data-dir={tmp_path/"profile"}', f'--window-size={width},900', '--dump-dom',
-                              path.resolve().as_uri()], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+        more = [f'--user-data-dir={tmp_path/"profile"}', f'--window-size={width},900', '--dump-dom']
+        run = subprocess.run([browser, *flags, *more, path.resolve().as_uri()], capture_output=True, text=True,
+                             timeout=120, stdin=subprocess.DEVNULL)
         assert run.returncode == 0, run.stderr[-500:]
         return run.stdout
     return go
