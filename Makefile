@@ -16,7 +16,7 @@ export GENEFORMER_NB_DATA
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 THREADS := $(shell echo $$(( ($(CORES) + 1) / 2 )))
 OMP_NUM_THREADS ?= $(THREADS)
-FLAGS := $(if $(wildcard $(GENEFORMER_NB_DATA)/.),--flags realdata)
+FLAGS := $(if $(GENEFORMER_NB_DATA),$(if $(wildcard $(GENEFORMER_NB_DATA)/.),--flags realdata))
 
 .PHONY: help setup demo test docs bench readme notebooks sidebar data clean
 help:
@@ -48,7 +48,7 @@ test: $(STAMP) data
 	@$(BIN)/python -m pytest -rs tests
 
 data:
-	@if [ -d "$$GENEFORMER_NB_DATA" ]; then echo "real data: here, realdata cells and golden tests run"; \
+	@if [ -d "$$GENEFORMER_NB_DATA" ]; then echo "real data: here, realdata cells and golden tests run $(FLAGS)"; \
 	else echo "real data: not here (GENEFORMER_NB_DATA names no folder), realdata cells and golden tests are skipped"; fi
 
 docs: $(STAMP)

@@ -5,7 +5,9 @@ def pytest_terminal_summary(terminalreporter):
     golden = lambda kind: [r for r in terminalreporter.stats.get(kind, []) if 'golden' in getattr(r, 'nodeid', '')]
     passed, skipped, failed = (len(golden(k)) for k in ('passed', 'skipped', 'failed'))
     say = terminalreporter.write_line
-    if skipped or not passed + failed:
+    if not passed + skipped + failed: say('Golden parity was NOT checked: no golden test was among these.', bold=True)
+    elif skipped:
         say(f'Golden parity was NOT checked ({skipped} tests skipped, {passed} ran): put the data folder beside the '
             'checkout as "shared", or name it in GENEFORMER_NB_DATA.', yellow=True, bold=True)
-    else: say(f'Golden parity: {passed} tests passed, {failed} failed.')
+    else:
+        say(f'Golden parity: {passed} tests passed, {failed} failed.')

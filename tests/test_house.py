@@ -109,3 +109,4 @@ def test_make_finds_the_data_folder(tmp_path, beside, preset, says):
     if preset is not None: env['GENEFORMER_NB_DATA'] = preset
     run = _run('make', '-s', '-C', str(tmp_path/'checkout'), '-f', str(ROOT/'Makefile'), 'data', env=env)
     assert says in run.stdout, run.stdout + run.stderr
+    assert ('--flags realdata' in run.stdout) == (says == 'real data: here')
