@@ -40,7 +40,10 @@ def _markdown(text, base, git):
     text = re.sub(r'^:::+\s*$', '\n</div>', text, flags=re.M)
     text = re.sub(r'(\]\([^)]*\))\{[^}]*\}', r'\1', text)
     text = re.sub(r'^(#+ .*?)\s*\{[^}]*\}\s*$', r'\1', text, flags=re.M)
+    text = re.sub(r'^(#+ [\w.]+\.)__(\w+)__$', r'\1\\_\\_\2\\_\\_', text, flags=re.M)
     text = re.sub(re.escape(git) + r'geneformer_nb/(\w+)\.py', r'source/\1.html', text).replace(base + '/', '')
+    plain = lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0])  # nbdev links names inside signatures too
+    text = re.sub(r'^```.*?^```', plain, text, flags=re.M | re.S)
     return re.sub(r'(\]\()(?!https?:)([\w./-]+)\.ipynb', lambda m: m[1] + page(m[2]), text)
 
 def _lines(x): return ''.join(x) if isinstance(x, list) else x
