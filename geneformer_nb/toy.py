@@ -130,7 +130,7 @@ def _block(truth, people, donor, depth, rng):
     caught = rng.random(mu.shape) < 1/(1 + np.exp(-1.5*(np.log(mu) + 1.5)))
     return csr_matrix(rng.poisson(mu*caught).astype(np.float32)), cell_type, size
 
-# %% ../nbs/05_toy.ipynb #4abad619
+# %% ../nbs/05_toy.ipynb #c2d2329a
 def simulate(
     n_cells:int=3000, # cells in all, dealt to the donors in turn
     n_donors:int=12, # donors, dealt to the three states in turn; 3 or more
@@ -145,37 +145,39 @@ def simulate(
     "Simulate a cohort with known drivers; raises `GeneformerError` for fewer cells than donors or fewer than 3 donors"
     import anndata as ad
     from scipy.sparse import vstack
-    if n_donors < 3: raise GeneformerError(f"The toy cohort has three states and so needs 3 donors or more, not {n_donors}.")
+    if n_donors < 3: raise GeneformerError(f"Three states need 3 donors or more, not {n_donors}.")
     if n_cells < n_donors: raise GeneformerError(f"{n_cells} cells cannot come from {n_donors} donors: raise n_cells.")
     truth = truth or toy_network(n_genes, effect=effect)
     people = _donors(n_donors, len(truth.genes), donor_sd, np.random.default_rng(seed))
     donor = np.arange(n_cells) % n_donors
     blocks = [_block(truth, people, d, depth, np.random.default_rng([seed, i]))
               for i, d in enumerate(np.split(donor, range(20_000, n_cells, 20_000)))]
-    X, cell_type, size = vstack([b[0] for b in blocks], format='csr'), *(np.concatenate([b[k] for b in blocks]) for k in (1, 2))
-    obs = pd.DataFrame(dict(cell_type=cell_type, disease=people['disease'][donor], donor=[f'D{i + 1:02d}' for i in donor],
-                            batch=[f'B{i + 1}' for i in people['batch'][donor]]), dtype='category')
+    counts, types, sizes = zip(*blocks)
+    X, size = vstack(counts, format='csr'), np.concatenate(sizes)
+    obs = pd.DataFrame(dict(cell_type=np.concatenate(types), disease=people['disease'][donor],
+                            donor=[f'D{i + 1:02d}' for i in donor], batch=[f'B{i + 1}' for i in people['batch'][donor]]),
+                       dtype='category')
     obs = obs.assign(depth=size, n_counts=np.asarray(X.sum(1)).ravel())
     obs.index = [f'CELL{i:08d}' for i in range(1, n_cells + 1)]
     uns = dict(toy=dict(genes=truth.genes, edges=truth.edges, drivers=truth.drivers))
     return ad.AnnData(X, obs, truth.genes[['symbol', 'role']].copy(), uns=uns)
 
-# %% ../nbs/05_toy.ipynb #a2ebf630
+# %% ../nbs/05_toy.ipynb #80f50b70
 def truth_of(
     adata, # a cohort from `simulate`, perhaps read back from a file
 )->ToyTruth: # its network and drivers
     "The truth of a simulated cohort; raises `GeneformerError` when `adata` was not simulated"
-    if 'toy' not in adata.uns: raise GeneformerError("This AnnData holds no toy truth (no uns['toy']): it does not come "
-                                                     "from toy.simulate.")
+    if 'toy' not in adata.uns:
+        raise GeneformerError("This AnnData holds no toy truth (no uns['toy']): it does not come from toy.simulate.")
     return ToyTruth(**{k: adata.uns['toy'][k] for k in ('genes', 'edges', 'drivers')})
 
-# %% ../nbs/05_toy.ipynb #c8e2dcdb
+# %% ../nbs/05_toy.ipynb #50199769
 def _way(truth, start, goal, cell_type, n_cells, seed):
     "The cells of `start` before the network acts and after, and the mean step from them to `goal`"
     for s in (start, goal):
-        if s not in states: raise GeneformerError(f"'{s}' is no state of the toy cohort: choose from {', '.join(states)}.")
-    if cell_type not in cell_types: raise GeneformerError(f"'{cell_type}' is no cell type of the toy cohort: choose from "
-                                                          f"{', '.join(cell_types)}.")
+        if s not in states: raise GeneformerError(f"'{s}' is no state of the toy cohort, which has {', '.join(states)}.")
+    if cell_type not in cell_types:
+        raise GeneformerError(f"'{cell_type}' is no cell type of the toy cohort, which has {', '.join(cell_types)}.")
     noise = np.random.default_rng(seed).normal(0, np.hypot(.25, .35), (n_cells, len(truth.genes)))
     before, there = (_outside(truth, [cell_type]*n_cells, [s]*n_cells, noise) for s in (start, goal))
     after = _propagate(truth, before)
