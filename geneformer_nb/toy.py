@@ -130,7 +130,7 @@ def _block(truth, people, donor, depth, rng):
     caught = rng.random(mu.shape) < 1/(1 + np.exp(-1.5*(np.log(mu) + 1.5)))
     return csr_matrix(rng.poisson(mu*caught).astype(np.float32)), cell_type, size
 
-# %% ../nbs/05_toy.ipynb #c2d2329a
+# %% ../nbs/05_toy.ipynb #0e1ba597
 def simulate(
     n_cells:int=3000, # cells in all, dealt to the donors in turn
     n_donors:int=12, # donors, dealt to the three states in turn; 3 or more
@@ -155,7 +155,8 @@ def simulate(
     counts, types, sizes = zip(*blocks)
     X, size = vstack(counts, format='csr'), np.concatenate(sizes)
     obs = pd.DataFrame(dict(cell_type=np.concatenate(types), disease=people['disease'][donor],
-                            donor=[f'D{i + 1:02d}' for i in donor], batch=[f'B{i + 1}' for i in people['batch'][donor]]),
+                            donor=[f'D{i + 1:02d}' for i in donor],
+                            batch=[f'B{i + 1}' for i in people['batch'][donor]]),
                        dtype='category')
     obs = obs.assign(depth=size, n_counts=np.asarray(X.sum(1)).ravel())
     obs.index = [f'CELL{i:08d}' for i in range(1, n_cells + 1)]
@@ -171,11 +172,11 @@ def truth_of(
         raise GeneformerError("This AnnData holds no toy truth (no uns['toy']): it does not come from toy.simulate.")
     return ToyTruth(**{k: adata.uns['toy'][k] for k in ('genes', 'edges', 'drivers')})
 
-# %% ../nbs/05_toy.ipynb #50199769
+# %% ../nbs/05_toy.ipynb #44eda670
 def _way(truth, start, goal, cell_type, n_cells, seed):
     "The cells of `start` before the network acts and after, and the mean step from them to `goal`"
     for s in (start, goal):
-        if s not in states: raise GeneformerError(f"'{s}' is no state of the toy cohort, which has {', '.join(states)}.")
+        if s not in states: raise GeneformerError(f"'{s}' is no state of the toy, which has {', '.join(states)}.")
     if cell_type not in cell_types:
         raise GeneformerError(f"'{cell_type}' is no cell type of the toy cohort, which has {', '.join(cell_types)}.")
     noise = np.random.default_rng(seed).normal(0, np.hypot(.25, .35), (n_cells, len(truth.genes)))
