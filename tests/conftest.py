@@ -1,7 +1,11 @@
 "What the closing lines of a run must say: whether parity with the official answers was checked"
 
+import pytest
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
-    "Golden tests that were skipped are not green, and the run says so"
+    "Golden tests that were skipped are not green, and the run says so, last of all"
+    yield
     golden = lambda kind: [r for r in terminalreporter.stats.get(kind, []) if 'golden' in getattr(r, 'nodeid', '')]
     passed, skipped, failed = (len(golden(k)) for k in ('passed', 'skipped', 'failed'))
     say = terminalreporter.write_line
