@@ -60,12 +60,14 @@ def bh(
     if there.any(): out[there] = false_discovery_control(p[there])
     return out
 
-# %% ../nbs/31_stats.ipynb #2582783b
+# %% ../nbs/31_stats.ipynb #1fc0b694
 def _keys(raw):
     "Number of the perturbation of each row, and the table of perturbations, by gene id"
-    key = raw.gene_id.astype(str) + '\n' + raw.kind.astype(str) + '\n' + raw.perturbation.astype(str)
-    code, names = pd.factorize(key, sort=True)
-    first = np.unique(code, return_index=True)[1]
+    key = np.zeros(len(raw), np.int64)
+    for c in ('gene_id', 'kind', 'perturbation'):
+        one, names = pd.factorize(raw[c].astype(object), sort=True)
+        key = key*len(names) + one
+    _, first, code = np.unique(key, return_index=True, return_inverse=True)
     return code, raw[['perturbation', 'kind', 'gene_id']].iloc[first].reset_index(drop=True)
 
 def _official_pool(values, code):
