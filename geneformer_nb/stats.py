@@ -60,7 +60,7 @@ def bh(
     if there.any(): out[there] = false_discovery_control(p[there])
     return out
 
-# %% ../nbs/31_stats.ipynb #1fc0b694
+# %% ../nbs/31_stats.ipynb #344ecc05
 def _keys(raw):
     "Number of the perturbation of each row, and the table of perturbations, by gene id"
     key = np.zeros(len(raw), np.int64)
@@ -68,7 +68,7 @@ def _keys(raw):
         one, names = pd.factorize(raw[c].astype(object), sort=True)
         key = key*len(names) + one
     _, first, code = np.unique(key, return_index=True, return_inverse=True)
-    return code, raw[['perturbation', 'kind', 'gene_id']].iloc[first].reset_index(drop=True)
+    return code, raw[['perturbation', 'kind', 'gene_id']].iloc[first].astype(object).reset_index(drop=True)
 
 def _official_pool(values, code):
     "All values, gene after gene; above 100,000 a sample of them, as the official code draws it"
@@ -76,7 +76,7 @@ def _official_pool(values, code):
     values = np.asarray(values, float)[np.argsort(code, kind='stable')]
     return values if len(values) <= 100_000 else np.array(random.Random(42).sample(values.tolist(), 100_000))
 
-# %% ../nbs/31_stats.ipynb #4d7a69bf
+# %% ../nbs/31_stats.ipynb #fbcf6c9c
 def goal_state_shift(
     raw:pd.DataFrame, # raw table of a perturbation run
     state:str, # the goal state
@@ -87,7 +87,7 @@ def goal_state_shift(
 )->pd.DataFrame: # perturbation, kind, gene_id, state, shift, auc, p, fdr, n_cells, significant; best first
     "Rank-sum test of each gene's shifts, cells as witnesses; raises `GeneformerError` when no gene can be tested"
     column, parts = _column(raw, state), []
-    for _, part in raw.groupby('kind', sort=False):
+    for _, part in raw.groupby('kind', sort=False, observed=True):
         (code, table), x = _keys(part), part[column].to_numpy(float)
         test = rank_sums(x, code, _official_pool(x, code) if official else None).sort_index()
         table = table.assign(state=state, shift=np.bincount(code, x)/test.n, auc=test.auc, p=test.p, n_cells=test.n)
@@ -227,7 +227,7 @@ def _donor_rows(part, code, table, x, rank, min_cells):
         rows.append(table.iloc[names].assign(donor=d, n_cells=np.bincount(sub), **{**got, 'p': np.nan}))
     return rows
 
-# %% ../nbs/31_stats.ipynb #0cd50b67
+# %% ../nbs/31_stats.ipynb #9f1242cb
 def summarise(
     raw:pd.DataFrame, # raw table of a perturbation run
     obs:pd.DataFrame=None, # obs of the perturbed cells, in the order `cell` counts
@@ -247,7 +247,7 @@ def summarise(
     x = {s: 1 - raw[_column(raw, None)] if s == '' else raw[_column(raw, s)] for s in states}
     work = raw.assign(_donor=_obs_column(raw, obs, donor, 'donor'), _type=_obs_column(raw, obs, cell_type, 'cell type'))
     rows, witnesses = [], {}
-    for (ct, _), part in work.groupby(['_type', 'kind'], sort=False):
+    for (ct, _), part in work.groupby(['_type', 'kind'], sort=False, observed=True):
         (code, table), who = _keys(part), pd.factorize(part['_donor'])[0]
         few = donor is None or who.max() + 1 < min_donors
         witnesses[ct], match = 'cells' if few else 'donors', _match_on(part, code, table, rank)
@@ -271,7 +271,7 @@ def _finish(table, symbols, witnesses, donor):
     out.attrs['witnesses'] = witnesses
     return out
 
-# %% ../nbs/31_stats.ipynb #53b64cd1
+# %% ../nbs/31_stats.ipynb #73280917
 def vs_null(
     raw:pd.DataFrame, # raw table of the test cells
     null:pd.DataFrame, # raw table of the null cells
@@ -281,7 +281,8 @@ def vs_null(
     "Rank-sum test of each gene between two sets of cells; p is 1 for a gene the null lacks, as in the official code"
     from scipy.stats import ranksums
     column = _column(raw, state)
-    other = {k: v.to_numpy() for k, v in null.groupby(['kind', 'perturbation'], sort=False)[_column(null, state)]}
+    by = null.groupby(['kind', 'perturbation'], sort=False, observed=True)[_column(null, state)]
+    other = {k: v.to_numpy() for k, v in by}
     code, table = _keys(raw)
     values = np.split(raw[column].to_numpy(float)[np.argsort(code, kind='stable')], np.cumsum(np.bincount(code))[:-1])
     against = [other.get(k, np.empty(0)) for k in zip(table.kind, table.perturbation)]
@@ -320,7 +321,7 @@ def mixture_model(
                       stacklevel=2)
     return out
 
-# %% ../nbs/31_stats.ipynb #16e762c2
+# %% ../nbs/31_stats.ipynb #569a5cec
 def aggregate_gene_shifts(
     effects:pd.DataFrame, # one row a cell, perturbation and affected gene: perturbation, affected, cosine
 )->pd.DataFrame: # perturbation, affected, cosine_mean, cosine_sd (population), n_cells; strongest first
@@ -328,25 +329,25 @@ def aggregate_gene_shifts(
     lacks = [c for c in ('perturbation', 'affected', 'cosine') if c not in effects]
     if lacks:
         raise GeneformerError(f"The table of gene effects lacks the column {', '.join(lacks)}: run with gene effects.")
-    by = effects.groupby(['perturbation', 'affected'], sort=False).cosine
+    by = effects.groupby(['perturbation', 'affected'], sort=False, observed=True).cosine
     out = pd.DataFrame(dict(cosine_mean=by.mean(), cosine_sd=by.std(ddof=0), n_cells=by.size())).reset_index()
     return out.sort_values('cosine_mean', kind='stable', ignore_index=True)
 
-# %% ../nbs/31_stats.ipynb #4b76fa75
+# %% ../nbs/31_stats.ipynb #25ba674f
 def excess(
-    raw:pd.DataFrame, # raw table that holds pairs, such as "KO(A)+KO(B)", and each alone
+    raw:pd.DataFrame, # raw table that holds pairs, such as "KO(A) + KO(B)", and each alone
     state:str=None, # a state, or None for the cosine
 )->pd.DataFrame: # perturbation, gene_id, combined, expected, excess, n_cells; most negative first
     "What pairs do beyond the sum of their parts; raises `GeneformerError` when no pair stands beside both its parts"
-    column, name = _column(raw, state), raw.perturbation.str.replace(' ', '')
+    column, name = _column(raw, state), raw.perturbation.astype(str).str.replace(' ', '')
     wide = raw.assign(name=name).pivot_table(index='cell', columns='name', values=column)
-    ids, rows = dict(zip(name, raw.gene_id)), []
+    ids, said, rows = dict(zip(name, raw.gene_id)), dict(zip(name, raw.perturbation)), []
     for pair in wide:
         parts = [p for p in pair.split('+') if p in wide]
         if len(parts) != 2 or '+'.join(parts) != pair: continue
         d = wide[[pair, *parts]].dropna()
         expected = d[parts].sum(axis=1) - (state is None) # cosines: 1 - ((1 - a) + (1 - b)) = a + b - 1
-        rows.append((pair, ids[pair], d[pair].mean(), expected.mean(), (d[pair] - expected).mean(), len(d)))
+        rows.append((said[pair], ids[pair], d[pair].mean(), expected.mean(), (d[pair] - expected).mean(), len(d)))
     if not rows:
         raise GeneformerError("No pair in the raw table stands beside both of its parts: run each gene alone as well.")
     out = pd.DataFrame(rows, columns=['perturbation', 'gene_id', 'combined', 'expected', 'excess', 'n_cells'])

@@ -73,6 +73,13 @@ def test_order_of_rows_does_not_matter():
     raw.index = np.arange(len(raw))[::-1] # nor does its index
     pd.testing.assert_frame_equal(a, summarise(raw, obs, donor='donor').sort_values('gene_id', ignore_index=True))
 
+def test_categories_are_as_good_as_strings():
+    raw, obs = made_up(planted=(5,))
+    cat = raw.astype(dict(kind=pd.CategoricalDtype(['KO', 'OE']), perturbation='category', gene_id='category'))
+    for f in (lambda r: summarise(r, obs, donor='donor'), lambda r: goal_state_shift(r, 'goal'), mixture_model,
+              lambda r: vs_null(r[r.cell < 40], r[r.cell >= 40])):
+        pd.testing.assert_frame_equal(f(raw), f(cat))
+
 def test_mixture_does_not_depend_on_the_seed():
     raw, _ = made_up(planted=range(15))
     got = {tuple(mixture_model(raw, seed=s).sort_values('gene_id').impact) for s in range(6)}
