@@ -41,7 +41,7 @@ def _radix(keys, at, keys2, at2, n, count):
             keys2[j], at2[j] = keys[i], at[i]
         keys, keys2, at, at2 = keys2, keys, at2, at
 
-# %% ../nbs/04_tokenizer.ipynb #20a14c11
+# %% ../nbs/04_tokenizer.ipynb #e266d589
 @numba.njit(nogil=True, cache=True)
 def _gather(data, indices, lo, hi, gene, slot, acc, medians, vals, toks):
     "Values and gene numbers of one cell's known, non-zero genes; genes with several rows are summed first"
@@ -58,9 +58,8 @@ def _gather(data, indices, lo, hi, gene, slot, acc, medians, vals, toks):
     return n
 
 @numba.njit(parallel=True, cache=True)
-def _rank_rows(data, indices, indptr, gene, slot, n_acc, medians, lengths, out):
+def _rank_rows(data, indices, indptr, gene, slot, n_acc, medians, lengths, out, workers):
     "Gene numbers of every row by rank, written from indptr[row] on; lengths[row] says how many"
-    workers = numba.get_num_threads()
     rows = len(indptr) - 1
     for w in numba.prange(workers):
         widest = 1
@@ -86,7 +85,7 @@ def _rank_rows(data, indices, indptr, gene, slot, n_acc, medians, lengths, out):
                 i = j
             lengths[r] = n
 
-# %% ../nbs/04_tokenizer.ipynb #674183d2
+# %% ../nbs/04_tokenizer.ipynb #5a6dfbb2
 def rank_genes(
     X, # cells × genes, CSR, counts
     gene:np.ndarray, # gene number in the vocabulary for each column; -1 where there is none
@@ -97,7 +96,7 @@ def rank_genes(
     slot = np.where(hits > 1, np.cumsum(hits > 1) - 1, -1).astype(np.int32)
     lengths, out = np.zeros(X.shape[0], np.int64), np.empty(X.nnz, np.int32)
     if X.nnz: _rank_rows(X.data, X.indices, X.indptr.astype(np.int64), gene.astype(np.int32), slot, int((hits > 1).sum()),
-                         medians, lengths, out)
+                         medians, lengths, out, numba.get_num_threads())
     return out, lengths
 
 # %% ../nbs/04_tokenizer.ipynb #c0966ec9
