@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Cell', 'Cells', 'ragged', 'spans']
 
-# %% ../nbs/03_cells.ipynb #c6a8bd9d
-import json
+# %% ../nbs/03_cells.ipynb #d9665755
+import json, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
@@ -130,7 +130,7 @@ def batches(self:Cells,
         total += n
     return out + ([order[start:]] if len(order) > start else [])
 
-# %% ../nbs/03_cells.ipynb #6a9d9e31
+# %% ../nbs/03_cells.ipynb #59672259
 _arrow = {'i': 'int64', 'u': 'int64', 'f': 'float64', 'b': 'bool'}
 
 def _columns(obs):
@@ -154,11 +154,12 @@ def save(self:Cells,
     features |= {n: value(d) for n, _, d in cols}
     table = pa.table([ids, pa.array(self.lengths), *(a for _, a, _ in cols)], names=list(features))
     table = table.replace_schema_metadata({'huggingface': json.dumps(dict(info=dict(features=features)))})
+    mark = digest(self.offsets, zlib.crc32(np.ascontiguousarray(self.tokens)))  # a checksum: a hash would take longer than the writing
     with atomic(folder) as tmp:
         tmp.mkdir()
         with pa.ipc.new_stream(str(tmp/'data-00000-of-00001.arrow'), table.schema) as out: out.write_table(table)
         for name, d in {'dataset_info': dict(citation='', description='', features=features, homepage='', license=''),
-            'state': dict(_data_files=[dict(filename='data-00000-of-00001.arrow')], _fingerprint=digest(self.tokens),
+            'state': dict(_data_files=[dict(filename='data-00000-of-00001.arrow')], _fingerprint=mark,
                           _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None),
             'geneformer_nb': dict(vocabulary_hash=self.vocabulary_hash, special=self.special)}.items():
             (tmp/f'{name}.json').write_text(json.dumps(d, indent=1))

@@ -5,111 +5,67 @@
 # %% auto #0
 __all__ = ['rank_genes', 'frame', 'tokenize']
 
-# %% ../nbs/04_tokenizer.ipynb #0e9bd9b8
-import warnings
-from pathlib import Path
-import numba, numpy as np, pandas as pd
-from .core import CountsError, progress
+# %% ../nbs/04_tokenizer.ipynb #2219ae04
+import os, warnings
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np, pandas as pd
+from .core import CountsError
 from .counts import blocks
 from .cells import Cells
 from .genes import Vocabulary, gene_names, match_genes
 
-# %% ../nbs/04_tokenizer.ipynb #5f6faae7
-@numba.njit(nogil=True, cache=True)
-def _settle(vals, toks, lo, hi):
-    "Order a run of equal single-precision values by value (falling), then token: insertion, as the run is nearly sorted"
-    for i in range(lo + 1, hi):
-        v, t, j = vals[i], toks[i], i - 1
-        while j >= lo and (vals[j] < v or (vals[j] == v and toks[j] > t)):
-            vals[j + 1], toks[j + 1] = vals[j], toks[j]
-            j -= 1
-        vals[j + 1], toks[j + 1] = v, t
+# %% ../nbs/04_tokenizer.ipynb #a723712a
+def _packed(value, number, low):
+    "One integer a gene, smallest for the highest value: bits of the value turned over, gene number in the bits of `low`"
+    return ~value.view(np.int64) & ~low | number
 
-@numba.njit(nogil=True, cache=True)
-def _radix(keys, at, keys2, at2, n, count):
-    "Sort n 32-bit keys in three stable passes of 11 bits; `at` follows, and the last pass ends in keys2, at2"
-    for p in range(3):
-        shift = 11 * p
-        count[:] = 0
-        for i in range(n): count[(keys[i] >> shift) & 2047] += 1
-        s = 0
-        for b in range(2048):
-            c = count[b]; count[b] = s; s += c
-        for i in range(n):
-            b = (keys[i] >> shift) & 2047
-            j = count[b]; count[b] = j + 1
-            keys2[j], at2[j] = keys[i], at[i]
-        keys, keys2, at, at2 = keys2, keys, at2, at
+# %% ../nbs/04_tokenizer.ipynb #305f44a7
+def _rank_rows(data, columns, cuts, gene, medians, low):
+    "Gene numbers of some cells by rank, cell i from cuts[i] on, genes not seen at its end; and how many were seen"
+    number = gene[columns.astype(np.intp)]
+    value = data / medians[number]  # an unknown gene has number -1, and the last median is infinite: value 0
+    keys = _packed(value, number, low)
+    cells = [keys[a:b] for a, b in zip(cuts, cuts[1:])]
+    for c in cells: c.sort()
+    genes = keys & low
+    near = np.flatnonzero((keys[1:] ^ keys[:-1]) <= low)
+    near = near[keys[near + 1] < ~low]
+    unsure = near[medians[genes[near]] != medians[genes[near + 1]]]
+    for c in np.unique(np.searchsorted(cuts, unsure, 'right') - 1):
+        s = slice(cuts[c], cuts[c + 1])
+        genes[s] = number[s][np.lexsort((number[s], -value[s]))]
+    return genes, [c.searchsorted(~low) for c in cells]
 
-# %% ../nbs/04_tokenizer.ipynb #e266d589
-@numba.njit(nogil=True, cache=True)
-def _gather(data, indices, lo, hi, gene, slot, acc, medians, vals, toks):
-    "Values and gene numbers of one cell's known, non-zero genes; genes with several rows are summed first"
-    n = 0
-    for s in range(len(acc)): acc[s] = 0.
-    for p in range(lo, hi):
-        g = gene[indices[p]]
-        if g < 0 or data[p] == 0: continue
-        if slot[g] >= 0: acc[slot[g]] += data[p]
-        else: vals[n], toks[n] = data[p] / medians[g], g; n += 1
-    if len(acc):
-        for g in range(len(slot)):
-            if slot[g] >= 0 and acc[slot[g]] > 0: vals[n], toks[n] = acc[slot[g]] / medians[g], g; n += 1
-    return n
+def _summed(X, gene):
+    "The counts of X; where a gene stands in several columns, its first one in a cell gets their sum and the others 0"
+    twice = (gene >= 0) & (np.bincount(gene + 1)[gene + 1] > 1)
+    if not twice.any(): return X.data
+    at = np.flatnonzero(twice[X.indices])
+    row = np.searchsorted(X.indptr, at, 'right') - 1
+    _, first, code = np.unique(row * X.shape[1] + gene[X.indices[at]], return_index=True, return_inverse=True)
+    data = X.data.astype(np.float64)
+    data[at] = 0; data[at[first]] = np.bincount(code, X.data[at])
+    return data
 
-@numba.njit(parallel=True, cache=True)
-def _rank_rows(data, indices, indptr, gene, slot, n_acc, medians, lengths, out, workers):
-    "Gene numbers of every row by rank, written from indptr[row] on; lengths[row] says how many"
-    rows = len(indptr) - 1
-    for w in numba.prange(workers):
-        widest = 1
-        for r in range(w, rows, workers): widest = max(widest, indptr[r + 1] - indptr[r])
-        vals, toks, v2 = np.empty(widest), np.empty(widest, np.int32), np.empty(widest)
-        f32 = np.empty(widest, np.float32)
-        k1, k2 = np.empty(widest, np.uint32), np.empty(widest, np.uint32)
-        a1, a2 = np.empty(widest, np.int32), np.empty(widest, np.int32)
-        count, acc = np.empty(2048, np.int64), np.empty(n_acc)
-        for r in range(w, rows, workers):
-            n = _gather(data, indices, indptr[r], indptr[r + 1], gene, slot, acc, medians, vals, toks)
-            for i in range(n): f32[i], a1[i] = vals[i], i
-            bits = f32.view(np.uint32)
-            for i in range(n): k1[i] = ~bits[i]
-            _radix(k1, a1, k2, a2, n, count)
-            row = out[indptr[r]:indptr[r] + n]
-            for i in range(n): v2[i], row[i] = vals[a2[i]], toks[a2[i]]
-            i = 0
-            while i < n:
-                j = i + 1
-                while j < n and k2[j] == k2[i]: j += 1
-                if j > i + 1: _settle(v2, row, i, j)
-                i = j
-            lengths[r] = n
-
-# %% ../nbs/04_tokenizer.ipynb #5a6dfbb2
+# %% ../nbs/04_tokenizer.ipynb #a41d8f4a
 def rank_genes(
     X, # cells × genes, CSR, counts
     gene:np.ndarray, # gene number in the vocabulary for each column; -1 where there is none
     medians:np.ndarray, # non-zero median of each gene of the vocabulary
-)->tuple: # (gene numbers by rank, back to back, int32; how many for each cell, int64)
+)->tuple: # (gene numbers, int32, cell i from X.indptr[i] on; how many for each cell, int64)
     "Rank value encoding of many cells; ties go to the lower gene number"
-    hits = np.bincount(gene[gene >= 0], minlength=len(medians))
-    slot = np.where(hits > 1, np.cumsum(hits > 1) - 1, -1).astype(np.int32)
-    lengths, out = np.zeros(X.shape[0], np.int64), np.empty(X.nnz, np.int32)
-    if X.nnz: _rank_rows(X.data, X.indices, X.indptr.astype(np.int64), gene.astype(np.int32), slot, int((hits > 1).sum()),
-                         medians, lengths, out, numba.get_num_threads())
+    gene, low = np.asarray(gene, np.int64), (1 << len(medians).bit_length()) - 1
+    data, medians = _summed(X, gene), np.append(medians, np.inf)
+    out, lengths = np.empty(X.nnz, np.int32), np.zeros(X.shape[0], np.int64)
+    def some(r):
+        cuts = X.indptr[r:r + step + 1].astype(np.int64)
+        here = slice(cuts[0], cuts[-1])
+        out[here], lengths[r:r + step] = _rank_rows(data[here], X.indices[here], cuts - cuts[0], gene, medians, low)
+    step = max(1, 32_768 * X.shape[0] // max(1, X.nnz))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: list(pool.map(some, range(0, X.shape[0], step)))
     return out, lengths
 
-# %% ../nbs/04_tokenizer.ipynb #c0966ec9
-@numba.njit(cache=True)
-def _frame(out, starts, lengths, special, max_len, tokens, offsets):
-    "Copy the ranked genes of each cell to its place, cut to length, with special tokens where asked"
-    k = 4 if special else 2
-    for r in range(len(lengths)):
-        p, n = offsets[r], offsets[r + 1] - offsets[r]
-        if n == 0: continue
-        if special: tokens[p] = 2; tokens[p + n - 1] = 3; p += 1; n -= 2
-        for i in range(n): tokens[p + i] = out[starts[r] + i] + k
-
+# %% ../nbs/04_tokenizer.ipynb #ade47d1d
 def frame(
     out:np.ndarray, # gene numbers by rank
     starts:np.ndarray, # where each cell begins in `out`
@@ -117,14 +73,16 @@ def frame(
     vocabulary:Vocabulary, # says the longest cell and whether <cls> and <eos> are there
 )->tuple: # (tokens, offsets); a cell without genes stays empty
     "From ranked genes to token sequences"
-    extra = 2 * vocabulary.cls
+    k, extra = len(vocabulary.specials), 2 * vocabulary.cls
     keep = np.minimum(lengths, vocabulary.max_len - extra)
     offsets = np.concatenate([[0], np.cumsum(np.where(keep > 0, keep + extra, 0))])
     tokens = np.empty(offsets[-1], np.int32)
-    _frame(out, starts, lengths, vocabulary.cls, vocabulary.max_len, tokens, offsets)
+    for a, s, n in zip((offsets[:-1] + extra // 2).tolist(), np.asarray(starts).tolist(), keep.tolist()):
+        np.add(out[s:s + n], k, out=tokens[a:a + n])
+    if extra: tokens[offsets[:-1][keep > 0]] = 2; tokens[offsets[1:][keep > 0] - 1] = 3
     return tokens, offsets
 
-# %% ../nbs/04_tokenizer.ipynb #3ee84bff
+# %% ../nbs/04_tokenizer.ipynb #3b556c36
 def _n_counts(obs, totals, seen):
     "obs with `n_counts` computed; a column that disagrees is said once"
     obs = obs.copy()
@@ -137,9 +95,9 @@ def _n_counts(obs, totals, seen):
 
 def _matched(match, X):
     "Counts that fall on known genes"
-    return float(np.asarray(X[:, match.index >= 0].sum())) if len(match) else 0.
+    return float((X @ (match.index >= 0).astype(np.float32)).sum(dtype=np.float64))
 
-# %% ../nbs/04_tokenizer.ipynb #663f3eb0
+# %% ../nbs/04_tokenizer.ipynb #b371888b
 def tokenize(
     data, # AnnData with raw counts, or the path of one (.h5ad, .zarr, .loom, 10x)
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -151,7 +109,7 @@ def tokenize(
     obs=None, # obs columns to carry; None carries all
     keep_empty:bool=False, # True keeps a cell without a known gene as a cell of no tokens
     min_match:float=.2, # smallest share of counts on known genes; below it is an error
-    block:int=8192, # cells read at a time
+    block:int=2048, # cells read at a time
 )->Cells: # cells in the order of the data; `.match` tells how the genes met the vocabulary
     "Rank value encoding (paper, Methods; official `TranscriptomeTokenizer`); raises `CountsError` and `GeneMatchError`"
     parts, match, known, total, seen = [], None, 0., 0., []
