@@ -1,0 +1,140 @@
+"Properties that hold for any counts: of ranks, of cells on disk, of what a perturbation leaves"
+import tempfile, warnings
+import anndata as ad, numpy as np, pandas as pd
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import sparse
+from geneformer_nb.cells import Cells, ragged
+from geneformer_nb.genes import Vocabulary
+from geneformer_nb.model import Geneformer
+from geneformer_nb.perturb import _group, _singles
+from geneformer_nb.tokenizer import tokenize
+
+few = settings(max_examples=30, deadline=None, derandomize=True)
+n_genes = 12
+genes = [f'TOYG{i:011d}' for i in range(n_genes)]
+medians = st.lists(st.integers(1, 12), min_size=n_genes, max_size=n_genes).map(lambda m: np.array(m)/4) # few, so that ties are many
+
+@st.composite
+def vocabularies(draw): return Vocabulary(genes, draw(medians), draw(st.booleans()), max_len=draw(st.integers(4, 16)))
+
+counts = st.integers(1, 6).flatmap(lambda n: arrays(np.int64, (n, n_genes), elements=st.integers(0, 8)))
+
+def tokens_of(X, vocabulary, names=genes, **kw):
+    "Tokens of each cell, empty ones kept; None where nothing was counted at all"
+    if not X.sum(): return None
+    a = ad.AnnData(sparse.csr_matrix(X.astype(np.float64)), var=pd.DataFrame(index=list(names)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        c = tokenize(a, vocabulary, keep_empty=True, **kw)
+    return [c[i].tokens.tolist() for i in range(len(c))]
+
+def by_hand(row, v):
+    "The definition: known, non-zero genes by falling value, ties by token"
+    order = sorted((g for g in range(n_genes) if row[g]), key=lambda g: (-row[g]/v.medians[g], g))
+    if not order: return []
+    k = len(v.specials)
+    inside = [g + k for g in order[:v.max_len - 2*v.cls]]
+    return [2, *inside, 3] if v.cls else inside
+
+@few
+@given(counts, vocabularies())
+def test_equal_to_the_definition(X, v):
+    if X.sum(): assert tokens_of(X, v) == [by_hand(r, v) for r in X]
+
+@few
+@given(counts, vocabularies(), st.lists(st.integers(1, 50), min_size=6, max_size=6))
+def test_scaling_a_cell_changes_nothing(X, v, by):
+    assert tokens_of(X*np.array(by[:len(X)])[:, None], v) == tokens_of(X, v)
+
+@few
+@given(counts, vocabularies(), st.permutations(range(n_genes)))
+def test_order_of_genes_changes_nothing(X, v, order):
+    order = list(order)
+    assert tokens_of(X[:, order], v, [genes[i] for i in order]) == tokens_of(X, v)
+
+@few
+@given(counts, vocabularies(), st.integers(1, 3))
+def test_blocks_change_nothing(X, v, block): assert tokens_of(X, v, block=block) == tokens_of(X, v)
+
+@few
+@given(counts, vocabularies())
+def test_cells_do_not_know_each_other(X, v):
+    both = tokens_of(X, v)
+    for i in range(len(X)):
+        if X[i].sum(): assert tokens_of(X[[i]], v)[0] == both[i]
+
+@few
+@given(counts, vocabularies())
+def test_zeros_never_and_genes_once(X, v):
+    for row, t in zip(X, tokens_of(X, v) or []):
+        own = [x - len(v.specials) for x in t if x >= len(v.specials)]
+        assert all(row[g] > 0 for g in own) and len(set(t)) == len(t) <= v.max_len
+        assert len(own) == min((row > 0).sum(), v.max_len - 2*v.cls)
+
+@few
+@given(counts, vocabularies(), arrays(np.int64, n_genes, elements=st.integers(0, 8)))
+def test_rows_of_a_gene_are_summed(X, v, part):
+    part = np.minimum(X, part)
+    two = np.hstack([X - part, part])
+    assert tokens_of(two, v, genes + [g.lower() + '.2' if i % 2 else g.lower() for i, g in enumerate(genes)]) in (
+        tokens_of(X, v), None)
+
+lists = st.lists(st.lists(st.integers(4, 300), max_size=9), max_size=6)
+texts = st.text(st.characters(codec='utf-8', exclude_characters='\x00'), max_size=5)
+
+@few
+@given(lists, st.booleans(), st.data())
+def test_cells_come_back_from_disk(toks, special, data):
+    n = len(toks)
+    several = lambda s: data.draw(st.lists(s, min_size=n, max_size=n))
+    obs = pd.DataFrame(dict(word=several(texts), number=several(st.integers(-9, 9)), share=several(st.floats(allow_nan=False)),
+                            yes=several(st.booleans())), index=several(texts)).astype(dict(number=int, share=float, yes=bool, word=object))
+    c = Cells(*ragged(toks), obs, vocabulary_hash='0'*16, special=special)
+    with tempfile.TemporaryDirectory() as d:
+        back = Cells.load(c.save(f'{d}/cells'))
+        assert np.array_equal(back.tokens, c.tokens) and np.array_equal(back.offsets, c.offsets)
+        assert (back.vocabulary_hash, back.special) == (c.vocabulary_hash, c.special)
+        assert back.obs.equals(obs) and list(back.obs.index) == list(obs.index)
+
+@few
+@given(lists, st.integers(1, 40))
+def test_batches_hold_every_cell_once(toks, budget):
+    c = Cells(*ragged(toks))
+    got = c.batches(budget)
+    assert sorted(i for b in got for i in b) == list(range(len(c)))
+    assert all(len(b) == 1 or c.lengths[b].sum() <= budget for b in got if c.lengths[b].any())
+
+@few
+@given(st.lists(st.integers(4, 30), min_size=2, max_size=10, unique=True), st.booleans(), st.data())
+def test_what_a_deletion_and_a_move_leave(own, cls, data):
+    v = Vocabulary([f'G{i}' for i in range(31 - 2*cls)], np.ones(31 - 2*cls), cls, max_len=16)
+    x = np.array([2, *own, 3] if cls else own, dtype=np.int32)
+    gone = data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=len(own) - 1, unique=True))
+    src, tok, cut = _group(x, [('KO', t) for t in gone], v)
+    assert len(tok) == len(x) - len(gone) and not set(gone) & set(tok) and cut == 0
+    assert tok.tolist() == [t for t in x if t not in gone] == x[src].tolist()
+    src, tok, cut = _group(x, [('OE', t) for t in gone], v)
+    front = int(cls)
+    assert sorted(tok) == sorted(x) and tok[front:front + len(gone)].tolist() == gone and cut == 0
+    assert [t for t in tok if t not in gone] == [t for t in x if t not in gone]
+
+@few
+@given(st.integers(2, 9), st.data())
+def test_all_single_deletions_at_once(n, data):
+    at = data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True))
+    for p, row in zip(at, _singles('KO', n, at, 0)): assert row.tolist() == [i for i in range(n) if i != p]
+    for p, row in zip(at, _singles('OE', n, at, 0)): assert row.tolist() == [p] + [i for i in range(n) if i != p]
+
+@few
+@given(st.lists(st.lists(st.integers(2, 40), min_size=1, max_size=9), min_size=1, max_size=5), st.integers(1, 60))
+def test_neighbours_and_budget_do_not_matter(toks, budget):
+    m, c = nano(), Cells(*ragged(toks))
+    alone = np.concatenate([m.encode(c[[i]]) for i in range(len(c))])
+    np.testing.assert_allclose(m.encode(c, budget=budget), alone, atol=1e-5)
+
+def nano(made=[]):
+    if not made:
+        v = Vocabulary([f'G{i}' for i in range(40)], np.ones(40), max_len=16)
+        made.append(Geneformer.new('nano', v, num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2))
+    return made[0]
