@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['presets', 'bert_config', 'runs', 'Geneformer', 'pool_cells']
 
-# %% ../nbs/07_model.ipynb #28c762e7
+# %% ../nbs/07_model.ipynb #0ede0c4c
 import json, os
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -35,7 +36,7 @@ def bert_config(
     return BertConfig(**(dict(vocab_size=vocabulary.n_tokens, max_position_embeddings=vocabulary.max_len, hidden_act='relu',
                               pad_token_id=0, hidden_dropout_prob=p, attention_probs_dropout_prob=p) | kw))
 
-# %% ../nbs/07_model.ipynb #fbc0b222
+# %% ../nbs/07_model.ipynb #7363e535
 def runs(
     offsets, # where each cell begins, one more than cells
 )->list: # (first token, number of cells, length of each), for stretches of equal length
@@ -49,10 +50,12 @@ def _within_cells(module, query, key, value, attention_mask, scaling=None, dropo
     if runs is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
-    parts = []
-    for s, b, n in runs:
-        q, k, v = (x[0, :, s:s+b*n].unflatten(1, (b, n)).transpose(0, 1) for x in (query, key, value))  # b h n d/h
-        bias = None if gate is None else gate[s:s+b*n].clamp_min(1e-30).log().view(b, 1, 1, n).to(q.dtype)
+    sizes, parts = [b * n for _, b, n in runs], []
+    pieces = [x[0].split(sizes, dim=1) for x in (query, key, value)]  # one split: its derivative is one concatenation
+    if gate is not None: gates = gate.split(sizes)
+    for i, (s, b, n) in enumerate(runs):
+        q, k, v = (x[i].unflatten(1, (b, n)).transpose(0, 1) for x in pieces)  # b h n d/h
+        bias = None if gate is None else gates[i].clamp_min(1e-30).log().view(b, 1, 1, n).to(q.dtype)
         if observe is None: o = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scaling)
         else:
             w = (q @ k.transpose(-1, -2) * scaling + (0 if bias is None else bias)).softmax(-1)  # b h n n
@@ -210,14 +213,24 @@ def encode(self:Geneformer,
         out[rows] = pool_cells(x, off, how, cells.special).float().cpu().numpy()
     return out
 
-# %% ../nbs/07_model.ipynb #810db047
+# %% ../nbs/07_model.ipynb #eed7de95
+@contextmanager
+def _no_bars():
+    "transformers draws a bar for every file it touches; ours would have ten"
+    from transformers.utils import logging
+    on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if on: logging.enable_progress_bar()
+
 @patch
 def save_pretrained(self:Geneformer,
     folder, # where `config.json`, `model.safetensors` and `vocabulary.json` go
 )->Path: # the folder
     "Write weights and vocabulary; raises `StorageError` when that cannot be"
     folder = check_folder(folder, need=4 * self.n_parameters)
-    self.hf.save_pretrained(folder)
+    with _no_bars(): self.hf.save_pretrained(folder)
     self.vocabulary.save(folder)
     return folder
 
@@ -235,7 +248,7 @@ def _find_vocabulary(folder, size):
     raise MissingDataError(f"'{folder.name}' is an official {_by_size[size]} checkpoint without its dictionaries: copy the folder "
         "geneformer/ of huggingface.co/ctheodoris/Geneformer beside it, or pass vocabulary=Vocabulary.official(…).")
 
-# %% ../nbs/07_model.ipynb #9f07da4e
+# %% ../nbs/07_model.ipynb #7cbdf6df
 def _local(path, subfolder):
     "The folder of a checkpoint, fetched from the hub when it is an id and not a folder"
     if not Path(path).expanduser().exists() and str(path).count('/') == 1:
@@ -264,7 +277,7 @@ def from_pretrained(cls:Geneformer,
     name = (conf.get('architectures') or ['BertForMaskedLM'])[0]
     if not name.startswith('Bert') or not hasattr(transformers, name):
         raise GeneformerError(f"'{folder.name}' holds a {name}, which is no BERT: Geneformer checkpoints are BertForMaskedLM.")
-    hf, info = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with _no_bars(): hf, info = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if lost := [k for k in info['missing_keys'] if 'position_ids' not in k]:
         raise GeneformerError(f"The weights of '{folder.name}' lack {len(lost)} tensors, {sorted(lost)[0]} first: the download "
                               "is broken, or the configuration is another model's.")

@@ -115,7 +115,7 @@ def _effects(before, base_off, after, off, base_of, src, moved, how, special, st
         out[f'shift_{name}'] = (u1 @ s - (u0 @ s)[own]).cpu().numpy()
     return out, (each.cpu().numpy(), seg[inside].cpu().numpy(), inside.cpu().numpy()) if genes else None
 
-# %% ../nbs/30_perturb.ipynb #f52513ee
+# %% ../nbs/30_perturb.ipynb #b4fd46a9
 def _jobs(cells, what, vocabulary):
     "Every (cell, kind, list of gene tokens) as (cell number, builder, labels), cell by cell"
     front, k = int(vocabulary.cls), len(vocabulary.specials)
@@ -136,21 +136,23 @@ def _jobs(cells, what, vocabulary):
         for ops in fixed: yield c, None, ops
 
 def _build(x, kind, arg, vocabulary):
-    "Positions, tokens, lengths, labels and cuts of the variants of one job on one cell"
+    "Positions, tokens, lengths, labels, cuts, moved places and ranks of the variants of one job on one cell"
     if kind is None:
         got = _group(x, arg, vocabulary)
         if got is None: return None
         src, tok, cut = got
-        return src, tok, np.array([len(tok)]), [tuple(arg)], np.array([cut]), np.isin(tok, [t for _, t in arg])
+        at = np.flatnonzero(x == arg[0][1])
+        return (src, tok, np.array([len(tok)]), [tuple(arg)], np.array([cut]), np.isin(tok, [t for _, t in arg]),
+                at - int(vocabulary.cls) if len(at) else np.array([-1]))
     src = _singles(kind, len(x), arg, int(vocabulary.cls))
     moved = np.zeros(src.shape, bool)
     if kind == 'OE': moved[:, int(vocabulary.cls)] = True
     return (src.ravel(), x[src].ravel(), np.full(len(arg), src.shape[1]), [((kind, int(x[p])),) for p in arg],
-            np.zeros(len(arg), int), moved.ravel())
+            np.zeros(len(arg), int), moved.ravel(), np.asarray(arg) - int(vocabulary.cls))
 
-# %% ../nbs/30_perturb.ipynb #c2b4e1b8
+# %% ../nbs/30_perturb.ipynb #afe4f61a
 def _batches(cells, what, vocabulary, budget):
-    "Variants of all cells, cut into batches of about `budget` tokens: lists of (cell, positions, tokens, lengths, labels, cuts, moved)"
+    "Variants of all cells, cut into batches of about `budget` tokens: lists of (cell, *`_build`)"
     batch, size = [], 0
     for c, kind, arg in _jobs(cells, what, vocabulary):
         x = cells[c].tokens
@@ -165,7 +167,7 @@ def _batches(cells, what, vocabulary, budget):
 def _context(batch, cells, special):
     "The unperturbed cells of a batch, each cut as its variants are: tokens, offsets, and which one each variant has"
     keys, order = {}, []
-    for c, _, _, lengths, _, cuts, _ in batch:
+    for c, _, _, lengths, _, cuts, *_ in batch:
         for cut in cuts: order.append(keys.setdefault((c, int(cut)), len(keys)))
     def cropped(c, cut):
         x = cells[c].tokens
@@ -173,7 +175,7 @@ def _context(batch, cells, special):
     flat = [cropped(c, cut) for c, cut in keys]
     return np.concatenate(flat), np.concatenate([[0], np.cumsum([len(f) for f in flat])]), np.array(order)
 
-# %% ../nbs/30_perturb.ipynb #53814637
+# %% ../nbs/30_perturb.ipynb #578df909
 def _run_batch(model, cells, batch, how, layer, states, genes):
     "Effects of one batch of variants, as columns"
     special = cells.special
@@ -189,10 +191,11 @@ def _run_batch(model, cells, batch, how, layer, states, genes):
     before, after = (model.hidden(t, o, layer=layer) for t, o in ((base, base_off), (tokens, off)))
     out, each = _effects(before, base_off, after, off, own, src, moved, how, special, states, genes)
     out['cell'] = np.repeat([b[0] for b in batch], [len(b[3]) for b in batch])
+    out['rank'] = np.concatenate([b[7] for b in batch])
     labels = [l for b in batch for l in b[4]]
     return out, labels, (each, tokens) if genes else None
 
-# %% ../nbs/30_perturb.ipynb #cddebce4
+# %% ../nbs/30_perturb.ipynb #8c06dc29
 def _table(parts, labels, vocabulary, states):
     "One row a cell and perturbation"
     code, uniq = pd.factorize(pd.Series(labels, dtype=object))
@@ -203,7 +206,7 @@ def _table(parts, labels, vocabulary, states):
     for k, v in text.items():
         own, cats = pd.factorize(np.array(v, dtype=object))
         out[k] = pd.Categorical.from_codes(own[code], cats)
-    for k in ['cosine', *(f'shift_{s}' for s in states)]: out[k] = np.concatenate([p[k] for p in parts]) if parts else np.zeros(0)
+    for k in ['rank', 'cosine', *(f'shift_{s}' for s in states)]: out[k] = np.concatenate([p[k] for p in parts]) if parts else np.zeros(0)
     return pd.DataFrame(out)
 
 def _gene_table(each, row0, vocabulary):
@@ -211,7 +214,7 @@ def _gene_table(each, row0, vocabulary):
     (cos, seg, inside), tokens = each
     return pd.DataFrame(dict(row=seg + row0, affected=tokens[inside], cosine=cos))
 
-# %% ../nbs/30_perturb.ipynb #ec15d826
+# %% ../nbs/30_perturb.ipynb #287ee20e
 def _check(model, cells, what, states):
     cells.check_vocabulary(model.vocabulary)
     what = list(what) if isinstance(what, (list, tuple)) else [what]
@@ -236,7 +239,8 @@ def perturb(
     genes:bool=False, # True also returns the cosine of every remaining gene
     budget:int=16_384, # tokens of a batch
     show:bool=None, # progress bar; None shows it outside of tests
-): # table: cell, kind, perturbation, gene_id, cosine, shift_<state> (positive: towards it); with genes also (row, affected, cosine)
+): # table: cell, kind, perturbation, gene_id, rank (of its first gene; -1: not there), cosine, shift_<state> (positive:
+   # towards it); with `genes` also a table (row, affected, cosine)
     "Perturb cells and measure where they go (official `InSilicoPerturber`); raises `VocabularyError`, `GeneformerError`"
     what, states = _check(model, cells, what, states)
     how, parts, labels, gene_parts = model.pooling(pool), [], [], []
