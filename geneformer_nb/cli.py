@@ -54,7 +54,7 @@ def run_embed(a): # parsed arguments
     with atomic(a.out) as tmp: adata.write_h5ad(tmp)
     print(f"{adata.n_obs:,} cells embedded into obsm['X_geneformer'] of '{Path(a.out).name}'")
 
-# %% ../nbs/55_cli.ipynb #b803a43b
+# %% ../nbs/55_cli.ipynb #7131e042
 def run_screen(a): # parsed arguments
     "Counts with states and donors to a report of targets"
     from geneformer_nb.screen import screen
@@ -88,10 +88,9 @@ def run_demo(a): # parsed arguments
     print(f"\nOpen {Path(a.out)/'screen'/'report.html'}")
     return s
 
-demo_plan = dict(max_cells=12, folds=2, finetuning=dict(epochs=2, lr=5e-4), pretraining=dict(steps=1000, batch=16, lr=3e-3, mask=.3,
-                 num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=128, dropout=.05))
+demo_plan = dict(max_cells=12, folds=2, pretraining=dict(steps=2000))
 
-# %% ../nbs/55_cli.ipynb #3b874f9a
+# %% ../nbs/55_cli.ipynb #a64152dd
 def parser()->argparse.ArgumentParser:
     "All commands and their options"
     p = argparse.ArgumentParser('geneformer-nb', description='Geneformer from the command line: tokenise, embed, screen.')
@@ -131,7 +130,7 @@ def _screen_options(s, counts, common):
     s.add_argument('--known', help='genes named beforehand, to see how they rank')
     s.add_argument('--unit', default='donor', help='what the donor column really holds, for the report')
     s.add_argument('--folds', default='3', help='folds of donors, or loo')
-    for name, default in dict(max_cells=50, steps=400, epochs=2, seed=0).items():
+    for name, default in dict(max_cells=50, steps=1000, epochs=2, seed=0).items():
         s.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f'default {default}')
 
 # %% ../nbs/55_cli.ipynb #1e5c00b7

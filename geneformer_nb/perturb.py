@@ -274,7 +274,7 @@ def estimate(
     return dict(variants=int(variants.sum()), tokens=int((variants * cells.lengths).sum()),
                 seconds=float((variants * cells.lengths).sum() * per_token))
 
-# %% ../nbs/30_perturb.ipynb #9d68f157
+# %% ../nbs/30_perturb.ipynb #52ad9de8
 def weights_digest(
     model:Geneformer, # any
 )->str: # 16 hexadecimal characters
@@ -287,7 +287,7 @@ def perturb_to(
     cells:Cells, # as in `perturb`
     what, # as in `perturb`
     *,
-    shard:int=64, # cells in a shard
+    shard:int=16, # cells in a shard
     part:tuple=None, # (i, k): every k-th shard from i on, for a job array
     states:dict=None, layer='second_to_last', pool:str=None, budget:int=16_384, # as in `perturb`
 )->pd.DataFrame: # the table of `perturb` over all cells, once every shard is there

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from . import plots
 from .core import atomic
 
-# %% ../nbs/35a_report.ipynb #1be448be
+# %% ../nbs/35a_report.ipynb #15d1ff6e
 def picture(
     ax, # Axes or Figure; it is closed
     alt:str, # what it shows, for those who cannot see it; also the caption
@@ -31,7 +31,10 @@ def table_html(
     digits:int=3, # significant digits of numbers
 )->str: # HTML
     "A table that scrolls on a narrow screen"
-    def show(x): return '' if x is None or (isinstance(x, float) and np.isnan(x)) else f'{x:.{digits}g}' if isinstance(x, float) else str(x)
+    def show(x):
+        if x is None or (isinstance(x, float) and np.isnan(x)): return ''
+        if not isinstance(x, float): return str(x)
+        return f'{x:,.0f}' if x == round(x) and abs(x) >= 1 else f'{x:.{digits}g}'
     body = df.map(show)
     return '<div class="wide">' + body.to_html(index=not isinstance(df.index, pd.RangeIndex), border=0, na_rep='') + '</div>'
 
@@ -74,7 +77,7 @@ def _known(s):
     return [('Known genes', para(text) + table_html(s.known) + table_html(s.known_by_gene) +
              picture(fig, 'Share of the known genes among the first genes of each ranking'))]
 
-# %% ../nbs/35a_report.ipynb #d6444be7
+# %% ../nbs/35a_report.ipynb #9b2c9339
 def write_report(
     s, # a finished `Screen`
     path, # .html file
@@ -88,7 +91,9 @@ def write_report(
     limits = list(s.limits) + ([f"Fewer than three {a['unit']}s could be screened, so intervals and p-values count cells as if they were "
                                 "independent; they are too narrow."] if few else [])
     marks = a['known'] or ()
-    parts = [('', para(ask, 'lead')), ('Who was looked at', table_html(s.cohort) + table_html(s.audit)),
+    parts = [('', para(ask, 'lead')), ('Who was looked at', table_html(s.cohort.rename_axis(None)) +
+              para(f"Every {a['unit']} is held out once; the audit found no {a['unit']} and no cell on both sides of a fold:") +
+              table_html(s.audit)),
              ('Read this first', ''.join(para(l, 'note') for l in limits)),
              ('How well the states are told apart', para(f"On held-out {a['unit']}s, all folds together. A model that does not clear its "
               "baselines has little to say about targets.") + table_html(s.quality.astype(float)) +
