@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Cell', 'Cells', 'ragged', 'spans']
 
-# %% ../nbs/03_cells.ipynb #d9665755
-import json, zlib
+# %% ../nbs/03_cells.ipynb #82011c2f
+import json, warnings, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
-from .core import VocabularyError, StorageError, atomic, digest
+from .core import GeneformerError, VocabularyError, StorageError, atomic, digest
 from .genes import GeneMatch, Vocabulary
 
-# %% ../nbs/03_cells.ipynb #19526592
+# %% ../nbs/03_cells.ipynb #801e7316
 @dataclass
 class Cell:
     "One tokenised cell"
@@ -42,6 +42,8 @@ class Cells:
 
     def __post_init__(self):
         self.tokens, self.offsets = np.asarray(self.tokens, dtype=np.int32), np.asarray(self.offsets, dtype=np.int64)
+        if not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or (self.lengths < 0).any():
+            raise GeneformerError(f"offsets must begin with 0, never fall, and end with the number of tokens ({len(self.tokens):,}).")
         if self.obs is None: self.obs = pd.DataFrame(index=[str(i) for i in range(len(self.offsets) - 1)])
         if self.vocabulary is not None and self.vocabulary_hash is None: self.vocabulary_hash = self.vocabulary.hash
         if len(self.obs) != len(self.offsets) - 1:
@@ -64,7 +66,7 @@ def spans(starts, lengths): # int arrays, one entry a piece
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(np.asarray(starts) - (ends - lengths), lengths)
 
-# %% ../nbs/03_cells.ipynb #5daca838
+# %% ../nbs/03_cells.ipynb #81c8165c
 @patch
 def __getitem__(self:Cells,
     i, # a number gives one `Cell`; a slice, mask or array of numbers gives `Cells`
@@ -78,7 +80,8 @@ def __getitem__(self:Cells,
         hi = max(lo, hi)
         off = self.offsets[lo:hi+1]
         return replace(self, tokens=self.tokens[off[0]:off[-1]], offsets=off - off[0], obs=self.obs.iloc[lo:hi])
-    rows = np.arange(len(self))[i if isinstance(i, slice) else np.asarray(i)]
+    i = i if isinstance(i, slice) else np.asarray(i) if np.size(i) else np.zeros(0, int)
+    rows = np.arange(len(self))[i]
     lens = self.lengths[rows]
     return replace(self, tokens=self.tokens[spans(self.offsets[rows], lens)], obs=self.obs.iloc[rows],
                    offsets=np.concatenate([[0], np.cumsum(lens)]))
@@ -89,7 +92,7 @@ def __repr__(self:Cells)->str:
     return (f"{len(self):,} cells, {len(self.tokens):,} tokens" + (f" ({n.min()}–{n.max()} a cell)" if len(self) else '')
             + f", obs: {', '.join(map(str, self.obs.columns)) or 'none'}")
 
-# %% ../nbs/03_cells.ipynb #b554cd47
+# %% ../nbs/03_cells.ipynb #d1c2cf25
 @patch
 def check_vocabulary(self:Cells,
     vocabulary:Vocabulary, # that of the model
@@ -98,8 +101,11 @@ def check_vocabulary(self:Cells,
     if self.vocabulary_hash is not None and self.vocabulary_hash != vocabulary.hash:
         raise VocabularyError(f"These cells were tokenised with another vocabulary (hash {self.vocabulary_hash}) than the "
                               f"model's ({vocabulary.name!r}, {vocabulary.hash}): tokenise them again with model.vocabulary.")
-    if len(self.tokens) and self.tokens.max() >= vocabulary.n_tokens:
-        raise VocabularyError(f"Token {self.tokens.max()} is beyond the {vocabulary.n_tokens:,} tokens of {vocabulary.name!r}.")
+    if self.special != vocabulary.cls: raise VocabularyError(f"These cells are {'' if self.special else 'not '}framed by <cls> and <eos> and "
+        f"those of {vocabulary.name!r} are{' not' if self.special else ''}: tokenise again, or Cells.load(folder, model.vocabulary).")
+    if len(self.tokens) and not 0 <= self.tokens.min() <= self.tokens.max() < vocabulary.n_tokens:
+        raise VocabularyError(f"Tokens from {self.tokens.min()} to {self.tokens.max()} do not fit {vocabulary.name!r}, which has 0 to "
+                              f"{vocabulary.n_tokens - 1}.")
     if len(self) and self.lengths.max() > vocabulary.max_len:
         raise VocabularyError(f"A cell has {self.lengths.max():,} tokens and the model takes {vocabulary.max_len:,}: tokenise "
                               "again with this vocabulary, which cuts to that length.")
@@ -110,6 +116,7 @@ def concat(cls:Cells,
 )->Cells:
     "Cells one after the other; raises `VocabularyError` when they do not speak one language"
     parts = list(parts)
+    if not parts: raise GeneformerError("There are no cells to join.")
     if len({(p.vocabulary_hash, p.special) for p in parts}) > 1:
         raise VocabularyError("Cells of different vocabularies cannot be joined: tokenise them with the same one.")
     sizes = np.cumsum([0] + [len(p.tokens) for p in parts])
@@ -117,7 +124,7 @@ def concat(cls:Cells,
     tokens = np.concatenate([p.tokens for p in parts])
     return replace(parts[0], tokens=tokens, offsets=offsets, obs=pd.concat([p.obs for p in parts]))
 
-# %% ../nbs/03_cells.ipynb #9d023f48
+# %% ../nbs/03_cells.ipynb #21c79733
 @patch
 def batches(self:Cells,
     budget:int=16_384, # most tokens in a batch; a longer single cell still makes a batch of its own
@@ -130,7 +137,7 @@ def batches(self:Cells,
         total += n
     return out + ([order[start:]] if len(order) > start else [])
 
-# %% ../nbs/03_cells.ipynb #59672259
+# %% ../nbs/03_cells.ipynb #12366115
 _arrow = {'i': 'int64', 'u': 'int64', 'f': 'float64', 'b': 'bool'}
 
 def _columns(obs):
@@ -138,17 +145,27 @@ def _columns(obs):
     for name, col in obs.items():
         kind = col.dtype.kind if isinstance(col.dtype, np.dtype) else 'O'
         if kind in _arrow: yield str(name), pa.array(col.to_numpy().astype(_arrow[kind])), _arrow[kind]
-        else: yield str(name), pa.array([None if pd.isna(x) else str(x) for x in col], pa.string()), 'string'
+        else: yield str(name), pa.array([None if pd.isna(x) is True else str(x) for x in col], pa.string()), 'string'
+
+def _obs_for_disk(obs, folder):
+    "The columns that can be kept; refuses a folder that holds something else, and columns of one name"
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/'state.json').exists(): raise StorageError(
+        f"'{folder.name}' holds other things than cells, and would be replaced as a whole: choose a new folder for the cells.")
+    if not obs.columns.map(str).is_unique: raise GeneformerError("obs has two columns of one name "
+        f"({', '.join(sorted(set(obs.columns[obs.columns.map(str).duplicated()].map(str))))}): rename one.")
+    taken = [c for c in obs if str(c) in ('input_ids', 'length', 'barcode')]
+    if lost := [c for c in taken if c != 'barcode' or not (obs[c].astype(str) == obs.index.astype(str)).all()]:
+        warnings.warn(f"obs columns {', '.join(lost)} are left out: these names mean something else in the folder.", stacklevel=4)
+    return obs.drop(columns=taken)
 
 @patch
 def save(self:Cells,
-    folder, # becomes an Arrow folder; an older one is replaced
+    folder, # becomes an Arrow folder; an older one is replaced, a folder of anything else refused
 )->Path: # the folder
     "Write the cells as the official `.dataset` layout; raises `StorageError`"
     if len(self.tokens) >= 2**31: raise StorageError("More than 2³¹ tokens do not fit one Arrow array: save in parts.")
     ids = pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32)), pa.array(self.tokens))
-    cols = [('barcode', pa.array(self.obs.index.astype(str)), 'string'), *_columns(self.obs)]
-    cols = [(n, a, d) for n, a, d in cols if n not in ('input_ids', 'length')]
+    cols = [('barcode', pa.array(self.obs.index.astype(str)), 'string'), *_columns(_obs_for_disk(self.obs, Path(folder)))]
     def value(d): return dict(dtype=d, _type='Value')
     features = dict(input_ids=dict(feature=value('int32'), _type='Sequence'), length=value('int64'))
     features |= {n: value(d) for n, _, d in cols}
@@ -165,7 +182,7 @@ def save(self:Cells,
             (tmp/f'{name}.json').write_text(json.dumps(d, indent=1))
     return Path(folder)
 
-# %% ../nbs/03_cells.ipynb #299b7ae7
+# %% ../nbs/03_cells.ipynb #5bbed047
 def _flat(column):
     "(tokens, lengths) of an Arrow list column, without a copy where it is one piece"
     chunks = [c for c in column.chunks if len(c)]
@@ -183,8 +200,12 @@ def load(cls:Cells,
     folder = Path(folder)
     if not (folder/'state.json').exists():
         raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in it).")
-    files = [folder/f['filename'] for f in json.loads((folder/'state.json').read_text())['_data_files']]
-    table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(f))).read_all() for f in files])
+    try:
+        files = [folder/f['filename'] for f in json.loads((folder/'state.json').read_text())['_data_files']]
+        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(f))).read_all() for f in files])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StorageError(f"'{folder.name}' is damaged ({type(e).__name__}: {str(e)[:120]}): write or copy it again.") from e
+    if 'input_ids' not in table.column_names: raise StorageError(f"'{folder.name}' holds no tokens (no column input_ids).")
     tokens, lens = _flat(table['input_ids'])
     obs = table.drop_columns([c for c in ('input_ids', 'length') if c in table.column_names]).to_pandas()
     obs = obs.set_index('barcode') if 'barcode' in obs else obs.set_index(obs.index.astype(str))

@@ -23,7 +23,7 @@ class LeakError(GeneformerError): "The same donor, cell or gene stands on both s
 class MissingDataError(GeneformerError): "A data set that is not on this machine"
 class StorageError(GeneformerError): "A folder that cannot hold the results, or holds those of another run"
 
-# %% ../nbs/00_core.ipynb #90dd2010
+# %% ../nbs/00_core.ipynb #bdf728bd
 def pick_device(
     device=None, # "cpu", "cuda", "cuda:1", "mps" or a torch.device; None picks cuda, then mps, then cpu
 ): # torch.device
@@ -31,7 +31,8 @@ def pick_device(
     import torch
     if device is None:
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    device = torch.device(device)
+    try: device = torch.device(device)
+    except (RuntimeError, TypeError) as e: raise GeneformerError(f"{device!r} is no device: use 'cpu', 'cuda', 'cuda:1' or 'mps'.") from e
     there = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available, cpu=lambda: True)
     if device.type in there and not there[device.type]():
         raise GeneformerError(f"Device '{device}' is not available to this torch ({torch.__version__}): "
@@ -114,17 +115,17 @@ def versions(
         except PackageNotFoundError: return None
     return {n: one(n) for n in names or ('torch', 'transformers', 'anndata', 'numpy', 'scipy', 'pandas', 'numba')}
 
-# %% ../nbs/00_core.ipynb #41c0a78f
+# %% ../nbs/00_core.ipynb #0f7a536e
 @contextmanager
 def atomic(
     path, # where the file or folder shall be
 ):
     "Give a temporary path beside `path`; when the block ends well it becomes `path`, otherwise it is removed"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
     def drop(p): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         if path.is_dir(): drop(path)
         os.replace(tmp, path)
@@ -158,7 +159,7 @@ def check_folder(
                            "free some space or choose another folder.")
     return folder
 
-# %% ../nbs/00_core.ipynb #2fe4878c
+# %% ../nbs/00_core.ipynb #f53e6827
 class Manifest:
     "What a folder of results was made from"
     def __init__(self,
@@ -171,7 +172,9 @@ class Manifest:
         if not self.path.exists():
             write_json(self.path, dict(facts=self.facts, versions=versions(), started=time.strftime('%Y-%m-%d %H:%M')))
             return False
-        old = json.loads(self.path.read_text())['facts']
+        try: old = json.loads(self.path.read_text())['facts']
+        except (ValueError, KeyError, TypeError) as e: raise StorageError(f"manifest.json in '{self.path.parent.name}' cannot be read: "
+            "choose another folder, or delete this one to start again.") from e
         diff = [f'{k} was {old.get(k)!r} and is now {self.facts.get(k)!r}'
                 for k in sorted(old.keys() | self.facts.keys()) if old.get(k) != self.facts.get(k)]
         if diff: raise StorageError(f"'{self.path.parent.name}' holds results of another run ({'; '.join(diff)}): "

@@ -44,7 +44,7 @@ def check_counts(
         raise CountsError(f"The counts are not whole numbers, first at {_where(X, bad, obs_names, var_names)}: {hint}. Pass "
                           "raw counts (layer=…), or logged=True for log1p values, or fractional=True for estimated counts.")
 
-# %% ../nbs/01_counts.ipynb #893e189b
+# %% ../nbs/01_counts.ipynb #da9c6f5f
 @dataclass
 class Counts:
     "Counts of some cells, with where they came from"
@@ -55,8 +55,12 @@ class Counts:
 
 def _csr(X):
     "Any matrix of one block as CSR with sorted, summed, non-zero entries"
-    if hasattr(X, 'compute'): X = X.compute()
-    X = sparse.csr_matrix(X) if not sparse.issparse(X) else X.tocsr()
+    for whole in ('to_memory', 'compute'): X = getattr(X, whole)() if hasattr(X, whole) else X
+    X = X if sparse.issparse(X) else np.asarray(X)
+    if X.dtype.kind not in 'biuf': raise CountsError(f"The matrix holds values of type {X.dtype}, which are no counts: turn them into "
+                                                     "numbers first, for instance with astype('float32').")
+    if X.dtype.kind == 'f' and X.dtype.itemsize not in (4, 8): X = X.astype(np.float64)
+    X = X.tocsr() if sparse.issparse(X) else sparse.csr_matrix(X)
     if not X.has_canonical_format: X = X.copy(); X.sum_duplicates()
     return X
 
@@ -65,7 +69,7 @@ def _whole(X):
     d = X[:200]
     d = d.compute() if hasattr(d, 'compute') else d
     d = d.data if sparse.issparse(d) else np.asarray(d).ravel()
-    return bool(len(d) == 0 or (np.isfinite(d).all() and (d >= 0).all() and (d == np.rint(d)).all()))
+    return bool(len(d) == 0 or d.dtype.kind in 'biuf' and (np.isfinite(d).all() and (d >= 0).all() and (d == np.rint(d)).all()))
 
 def _choose(adata, layer, logged):
     "The matrix of counts (or logged counts), its genes, and its name"
@@ -80,7 +84,19 @@ def _choose(adata, layer, logged):
     if adata.raw is not None and _whole(adata.raw.X): return adata.raw.X, adata.raw.var, 'raw.X'
     return adata.X, adata.var, 'X'
 
-# %% ../nbs/01_counts.ipynb #1f660d3c
+# %% ../nbs/01_counts.ipynb #e5318b1a
+def _checked(X, obs, var, source, logged, fractional):
+    "Counts of a matrix, or the sentence that says why it holds none"
+    X = _csr(X)
+    check_counts(X, obs.index, var.index, fractional or logged)
+    if not logged: return Counts(X, obs, var, source)
+    if len(X.data) and (X.data.max() > 25 or _sound(X.data, False)):
+        why = (f"the largest value of {source} is {X.data.max():g}, and no logarithm of a count is that large" if X.data.max() > 25
+               else f"all values of {source} are whole numbers, and logarithms are not")
+        raise CountsError(f"logged=True, but {why}: pass logged=False if these are counts.")
+    X = X.copy(); X.data = np.expm1(X.data.astype(np.float64))
+    return Counts(X, obs, var, source + ' (expm1)')
+
 def counts_of(
     adata, # AnnData: in memory, backed or lazy
     layer:str=None, # layer with the counts; None follows the rule above
@@ -92,17 +108,12 @@ def counts_of(
         raise CountsError(f"The AnnData is empty ({adata.n_obs} cells × {adata.n_vars} genes): nothing to do.")
     X, var, source = _choose(adata, layer, logged)
     if X is None: raise CountsError("The AnnData has no X and no layer was named: pass layer=…")
-    X = _csr(X)
-    if logged:
-        check_counts(X, adata.obs_names, var.index, fractional=True)
-        if len(X.data) and X.data.max() > 25:
-            raise CountsError(f"logged=True, but the largest value of {source} is {X.data.max():g}, and no logarithm of a "
-                              "count is that large: pass logged=False if these are counts.")
-        X = X.copy(); X.data = np.expm1(X.data.astype(np.float64)); source += ' (expm1)'
-    else: check_counts(X, adata.obs_names, var.index, fractional)
-    return Counts(X, adata.obs, var, source)
+    try: return _checked(X, adata.obs, var, source, logged, fractional)
+    except CountsError as e:
+        if source != 'X' or logged or adata.raw is None: raise
+        raise CountsError(f"{e} There is a raw.X too: if it holds log1p values, logged=True takes those.") from e
 
-# %% ../nbs/01_counts.ipynb #c3de0110
+# %% ../nbs/01_counts.ipynb #c9f98453
 def _loom(path):
     import h5py
     with h5py.File(path) as f:
@@ -112,21 +123,27 @@ def _loom(path):
         return ad.AnnData(sparse.csr_matrix(f['matrix'][()].T), obs=table(f['col_attrs'], c).rename(str),
                           var=table(f['row_attrs'], g).rename(str))
 
+def _10x(path):
+    import scanpy as sc
+    return sc.read_10x_mtx(path) if path.is_dir() else sc.read_10x_h5(path)
+
+_readers = {'.h5ad': lambda p: ad.read_h5ad(p), '.zarr': lambda p: ad.read_zarr(p), '.loom': _loom, '.h5': _10x, '10x': _10x}
+
 def read_any(
     path, # .h5ad, .zarr, .loom, 10x .h5, or a folder with 10x matrix.mtx
 )->ad.AnnData: # in memory
-    "Read counts from any common file; raises `CountsError` for an ending it does not know"
+    "Read counts from any common file; raises `CountsError` for an ending it does not know and for a damaged file"
+    if not isinstance(path, (str, Path)): raise CountsError(f"Counts come from an AnnData or the path of one, not {type(path).__name__}.")
     path = Path(path)
     if not path.exists(): raise CountsError(f"There is no file '{path.name}' in '{path.parent}'.")
-    if path.suffix == '.h5ad': return ad.read_h5ad(path)
-    if path.suffix == '.zarr': return ad.read_zarr(path)
-    if path.suffix == '.loom': return _loom(path)
-    import scanpy as sc
-    if path.suffix == '.h5': return sc.read_10x_h5(path)
-    if path.is_dir() and any(path.glob('*matrix.mtx*')): return sc.read_10x_mtx(path)
+    kind = '10x' if path.is_dir() and any(path.glob('*matrix.mtx*')) else path.suffix
+    if kind in _readers:
+        try: return _readers[kind](path)
+        except Exception as e: raise CountsError(f"'{path.name}' cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120]}): it is "
+                                                 "damaged, or not what its name says.") from e
     raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: convert it with scanpy first.")
 
-# %% ../nbs/01_counts.ipynb #de505e26
+# %% ../nbs/01_counts.ipynb #cc4c347f
 class _H5Block:
     "Rows of a CSR matrix in an .h5ad, without loading the rest"
     def __init__(self, group):
@@ -141,14 +158,16 @@ class _H5Block:
 def _h5ad_csr(path, layer):
     "obs, var and block reader of an .h5ad with CSR counts, or None when the simple road is the right one"
     import h5py
-    with h5py.File(path) as f:
+    try: f = h5py.File(path)
+    except OSError: return None
+    with f:
         key = f'layers/{layer}' if layer else 'layers/counts' if 'layers/counts' in f else 'X'
-        if key not in f or f[key].attrs.get('encoding-type') != 'csr_matrix': return None
-        if key == 'X' and not _whole(_H5Block(f[key])): return None
+        if not all(k in f for k in (key, 'obs', 'var')): return None
+        if f[key].attrs.get('encoding-type') != 'csr_matrix' or key == 'X' and not _whole(_H5Block(f[key])): return None
         obs, var = ad.io.read_elem(f['obs']), ad.io.read_elem(f['var'])
     return obs, var, key
 
-# %% ../nbs/01_counts.ipynb #7edbd98b
+# %% ../nbs/01_counts.ipynb #2ebf6f30
 def blocks(
     source, # AnnData or path
     size:int=2048, # cells in a block
@@ -157,8 +176,10 @@ def blocks(
     fractional:bool=False, # as in `counts_of`
 ): # `Counts`, one block after the other, in order
     "Checked counts in blocks of cells; raises `CountsError`"
+    if size < 1: raise CountsError(f"A block holds one cell or more, not {size}.")
     if not isinstance(source, ad.AnnData):
-        fast = None if logged or Path(source).suffix != '.h5ad' or not Path(source).exists() else _h5ad_csr(source, layer)
+        simple = logged or not isinstance(source, (str, Path)) or Path(source).suffix != '.h5ad' or not Path(source).exists()
+        fast = None if simple else _h5ad_csr(source, layer)
         if fast and len(fast[0]):
             import h5py
             obs, var, key = fast
@@ -170,5 +191,9 @@ def blocks(
                     yield Counts(X, o, var, key)
             return
         source = read_any(source)
+    X, var, name = _choose(source, layer, logged) if source.isbacked else (None,)*3
+    if X is not None and 0 not in source.shape and getattr(X, 'format', 'csr') == 'csr':
+        for i in range(0, source.n_obs, size): yield _checked(X[i:i+size], source.obs.iloc[i:i+size], var, name, logged, fractional)
+        return
     c = counts_of(source, layer, logged, fractional)
     for i in range(0, len(c.obs), size): yield Counts(c.X[i:i+size], c.obs.iloc[i:i+size], c.var, c.source)

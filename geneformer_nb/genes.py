@@ -17,7 +17,7 @@ from scipy import sparse
 from .core import GeneMatchError, MissingDataError, VocabularyError, digest, write_json
 from .counts import counts_of, read_any
 
-# %% ../nbs/02_genes.ipynb #c843e03b
+# %% ../nbs/02_genes.ipynb #88dd5c56
 _specials = ('<pad>', '<mask>', '<cls>', '<eos>')
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +32,16 @@ class Vocabulary:
     name: str = 'custom' # "V1", "V2" or your own word
 
     def __post_init__(self):
-        object.__setattr__(self, 'genes', tuple(self.genes))
+        object.__setattr__(self, 'genes', tuple(map(str, self.genes)))
         m = np.array(self.medians, dtype=np.float64); m.flags.writeable = False
         object.__setattr__(self, 'medians', m)
         if len(m) != len(self.genes): raise VocabularyError(f"{len(self.genes)} genes but {len(m)} medians: one median a gene.")
         if len(set(self.genes)) < len(self.genes):
             raise VocabularyError(f"Gene id {Counter(self.genes).most_common(1)[0][0]!r} stands twice in the vocabulary.")
+        if len(self._index) < len(self.genes):
+            twice = Counter(map(str.upper, self.genes)).most_common(1)[0][0]
+            raise VocabularyError(f"Gene id {twice!r} stands in the vocabulary twice, in upper and lower case: genes are matched in any case.")
+        if self.max_len <= 2 * self.cls: raise VocabularyError(f"max_len={self.max_len} leaves no room for a gene.")
         if len(m) and not (np.isfinite(m) & (m > 0)).all():
             raise VocabularyError(f"Gene {self.genes[int(np.argmin(np.isfinite(m) & (m > 0)))]!r} has no positive median.")
 
@@ -71,14 +75,16 @@ def __repr__(self:Vocabulary)->str:
     return (f"Vocabulary {self.name}: {len(self.genes):,} genes, {self.n_tokens:,} tokens"
             f"{' with <cls> and <eos>' if self.cls else ''}, cells up to {self.max_len:,}, hash {self.hash}")
 
-# %% ../nbs/02_genes.ipynb #ea22185c
+# %% ../nbs/02_genes.ipynb #7df3e0bc
 @patch
 def gene(self:Vocabulary,
     tokens, # a token or an array of them
 ): # gene id, or a list of them; special tokens give their names
     "Gene ids of tokens"
     k = len(self.specials)
-    def one(t): return _specials[t] if t < k else self.genes[t - k]
+    def one(t):
+        if not 0 <= t < self.n_tokens: raise VocabularyError(f"There is no token {t}: {self.name!r} has tokens 0 to {self.n_tokens - 1}.")
+        return _specials[t] if t < k else self.genes[t - k]
     return one(int(tokens)) if np.ndim(tokens) == 0 else [one(int(t)) for t in tokens]
 
 @patch
@@ -90,11 +96,13 @@ def symbol(self:Vocabulary,
     if np.ndim(genes) == 0: return self.symbol(self.gene(genes))
     return [self.symbol(g) for g in genes]
 
-# %% ../nbs/02_genes.ipynb #0318d7d1
+# %% ../nbs/02_genes.ipynb #d8e04ed6
+_no_id = ('', 'NAN', 'NONE')
+
 def _lookup(name, index, aliases):
     "(gene number or -1, how it was found) for one name of the data"
     n = str(name).strip().upper()
-    if n in ('', 'NAN', 'NONE'): return -1, 'no id'
+    if n in _no_id: return -1, 'no id'
     if n in index: return index[n], 'id'
     if n in aliases: return index.get(aliases[n].upper(), -1), 'symbol or retired id'
     if (cut := re.sub(r'\.\d+$', '', n)) != n:
@@ -118,7 +126,7 @@ def token(self:Vocabulary,
     out = np.array(got, dtype=np.int32) + len(self.specials)
     return int(out[0]) if one else out
 
-# %% ../nbs/02_genes.ipynb #af8800cd
+# %% ../nbs/02_genes.ipynb #9cd8c8e5
 def _vocab_file(path):
     path = Path(path)
     return path/'vocabulary.json' if path.suffix != '.json' else path
@@ -140,8 +148,9 @@ def load(cls:Vocabulary,
     "Read a vocabulary; raises `VocabularyError` when its content and its hash disagree"
     file = _vocab_file(path)
     if not file.exists(): raise VocabularyError(f"There is no {file.name} in '{file.parent}': pass vocabulary=… instead.")
-    d = json.loads(file.read_text()); want = d.pop('hash')
-    v = cls(**d)
+    try: d = json.loads(file.read_text()); want = d.pop('hash'); v = cls(**d)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise VocabularyError(f"{file.name} holds no vocabulary ({type(e).__name__}: {e}): pass vocabulary=… instead.") from e
     if v.hash != want: raise VocabularyError(f"{file.name} was changed after it was written: its hash is {v.hash}, not {want}.")
     return v
 
@@ -283,7 +292,7 @@ def gate(self:GeneMatch,
         + (f" and symbols like {', '.join(list(vocabulary.symbols.values())[:2])}" if vocabulary.symbols else '')
         + ". Another species, another column (genes=…), or a vocabulary without symbols is the usual reason.")
 
-# %% ../nbs/02_genes.ipynb #dbbf3224
+# %% ../nbs/02_genes.ipynb #8d1712a5
 def nonzero_medians(
     X, # cells × genes, CSR, counts
     totals=None, # all counts of each cell, when X holds a part of the genes
@@ -308,15 +317,17 @@ def from_counts(cls:Vocabulary,
     logged:bool=False, # as in `counts_of`
     name:str='from counts', # word for messages
 )->Vocabulary:
-    "A vocabulary of all genes seen in the data, in the order of the data; rows of one id are summed"
+    "A vocabulary of all genes seen in the data, in the order of the data; rows of one id, in any case, are summed"
     c = counts_of(adata if hasattr(adata, 'obs') else read_any(adata), layer, logged)
     ids = pd.Index([re.sub(r'^(ENS\w+)\.\d+$', r'\1', g.strip()) for g in gene_names(c.var, genes)])
-    code, uniq = pd.factorize(ids)
+    code, upper = pd.factorize(ids.str.upper())
+    first = np.unique(code, return_index=True)[1]
     S = sparse.csr_matrix((np.ones(len(code)), (np.arange(len(code)), code)))
     med, n = nonzero_medians((c.X @ S).tocsr())
-    keep = (n >= min_cells) & (uniq != '')
+    keep = (n >= min_cells) & ~upper.isin(_no_id)
     if not keep.any(): raise VocabularyError(f"No gene is seen in {min_cells} cells or more: there is no vocabulary to make.")
-    sym = {}
-    if symbols is not None: sym = dict(zip(ids, c.var[symbols].astype(str)))
-    sym = {g: sym[g] for g in uniq[keep] if g in sym}
-    return cls(list(uniq[keep]), med[keep], cls_token, max_len, sym, {s.upper(): g for g, s in sym.items() if s != g}, name)
+    uniq, sym = ids[first[keep]], {}
+    if symbols is not None: sym = {g: s for g, s in zip(uniq, gene_names(c.var, symbols)[first[keep]]) if s.upper() not in _no_id}
+    says = Counter(map(str.upper, sym.values()))
+    aliases = {s.upper(): g for g, s in sym.items() if s != g and says[s.upper()] == 1}  # a symbol of two genes names neither
+    return cls(list(uniq), med[keep], cls_token, max_len, sym, aliases, name)

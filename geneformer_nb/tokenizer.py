@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['rank_genes', 'frame', 'tokenize']
 
-# %% ../nbs/04_tokenizer.ipynb #2219ae04
+# %% ../nbs/04_tokenizer.ipynb #70c5309b
 import os, warnings
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd
-from .core import CountsError
+from .core import CountsError, GeneformerError, VocabularyError
 from .counts import blocks
 from .cells import Cells
 from .genes import Vocabulary, gene_names, match_genes
@@ -97,7 +97,7 @@ def _matched(match, X):
     "Counts that fall on known genes"
     return float((X @ (match.index >= 0).astype(np.float32)).sum(dtype=np.float64))
 
-# %% ../nbs/04_tokenizer.ipynb #b371888b
+# %% ../nbs/04_tokenizer.ipynb #d146b6a1
 def tokenize(
     data, # AnnData with raw counts, or the path of one (.h5ad, .zarr, .loom, 10x)
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -112,9 +112,14 @@ def tokenize(
     block:int=2048, # cells read at a time
 )->Cells: # cells in the order of the data; `.match` tells how the genes met the vocabulary
     "Rank value encoding (paper, Methods; official `TranscriptomeTokenizer`); raises `CountsError` and `GeneMatchError`"
-    parts, match, known, total, seen = [], None, 0., 0., []
+    if not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"A vocabulary is model.vocabulary, Vocabulary.official(…) or "
+        f"Vocabulary.from_counts(…), not {type(vocabulary).__name__}.")
+    parts, match, known, total, seen = [], None, 0., 0., [1] if logged else []
     for b in blocks(data, block, layer, logged, fractional):
-        if match is None: match = match_genes(gene_names(b.var, genes), vocabulary)
+        if match is None:
+            match, obs = match_genes(gene_names(b.var, genes), vocabulary), [obs] if isinstance(obs, str) else obs
+            if lost := [c for c in (() if obs is None else obs) if c not in b.obs]: raise GeneformerError(
+                f"obs has no column {lost[0]!r} (it has {', '.join(map(str, b.obs.columns)) or 'none'}).")
         totals = np.asarray(b.X.sum(1, dtype=np.float64)).ravel()
         known, total = known + _matched(match, b.X), total + totals.sum()
         ranked, n = rank_genes(b.X, match.index, vocabulary.medians)

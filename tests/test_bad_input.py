@@ -131,11 +131,45 @@ def test_scaled_real_cells_are_refused():
     a = load('pbmc68k_reduced')
     v = Vocabulary.from_counts(a, logged=True)
     with says(CountsError, 'negative', 'z-scored'): tokenize(ad.AnnData(a.X, a.obs, a.var), v)
-    with says(CountsError): tokenize(a, v) # log-normalised values in raw are taken only when they are said to be logs
+    with says(CountsError, 'raw.X', 'logged=True'): tokenize(a, v) # logs are taken only when they are said to be logs
     assert len(tokenize(a, v, logged=True)) == 700
 
 def test_a_layer_that_is_not_there(cohort, vocab):
     with says(CountsError, "'spliced'", 'layers here: none'): tokenize(cohort, vocab, layer='spliced')
+
+def test_few_counts_said_to_be_logs(cohort, vocab):
+    "None is too large for a logarithm, but all are whole"
+    with says(CountsError, 'whole numbers', 'logged=False'): tokenize(with_X(cohort, cohort.X.minimum(9)), vocab, logged=True)
+
+@pytest.mark.parametrize('dtype', [object, str, complex])
+def test_values_that_are_no_numbers(cohort, vocab, dtype):
+    with says(CountsError, 'type', 'astype'): tokenize(ad.AnnData(cohort.X.toarray().astype(dtype), var=cohort.var), vocab)
+
+layouts = dict(csr=lambda X: X, csc=lambda X: X.tocsc(), dense=lambda X: X.toarray(), whole=lambda X: X.toarray().astype(int),
+               double=lambda X: X.astype(np.float64), half=lambda X: X.minimum(2000).toarray().astype(np.float16),
+               array=lambda X: sparse.csr_array(X), unsorted=lambda X: backwards(X), zeros=lambda X: with_zeros(X))
+
+def backwards(X):
+    "The same matrix with the entries of each row in falling order of column"
+    X = X.copy()
+    for a, b in zip(X.indptr, X.indptr[1:]): X.indices[a:b], X.data[a:b] = X.indices[a:b][::-1].copy(), X.data[a:b][::-1].copy()
+    X.has_sorted_indices = False
+    return X
+
+def with_zeros(X):
+    "The same matrix with every entry stored"
+    full = sparse.csr_matrix(np.ones(X.shape, np.float32))
+    full.data = X.toarray().ravel()
+    return full
+
+@pytest.mark.parametrize('kind', ['memory', 'file', 'backed'])
+@pytest.mark.parametrize('layout', list(layouts))
+def test_layout_does_not_matter(cohort, vocab, cells, layout, kind, tmp_path):
+    a = with_X(cohort, layouts[layout](cohort.X))
+    if kind != 'memory': a.write_h5ad(tmp_path/'a.h5ad')
+    got = tokenize(dict(memory=lambda: a, file=lambda: tmp_path/'a.h5ad', backed=lambda: ad.read_h5ad(tmp_path/'a.h5ad', backed='r'))[kind](),
+                   vocab, block=17)
+    assert equal(got, cells) and list(got.obs.index) == list(cells.obs.index)
 
 # --- emptiness
 
@@ -226,6 +260,19 @@ def test_a_vocabulary_that_was_edited(vocab, tmp_path):
 def test_cells_saved_and_loaded_with_another_vocabulary(cells, vocab, tmp_path):
     cells.save(tmp_path/'c')
     with says(VocabularyError, vocab.hash): Cells.load(tmp_path/'c', Vocabulary(vocab.genes, vocab.medians*2))
+
+def test_official_cells_loaded_without_their_vocabulary(cohort, tmp_path):
+    "A V2 folder of the official code does not say that its cells are framed; they must not pass for cells of genes only"
+    two = Vocabulary.from_counts(cohort, cls_token=True, max_len=128)
+    tokenize(cohort[:9].copy(), two).save(tmp_path/'v2.dataset')
+    (tmp_path/'v2.dataset/geneformer_nb.json').unlink()
+    m = Geneformer.new('nano', two, **small)
+    with says(VocabularyError, '<cls>', 'Cells.load'): m.encode(Cells.load(tmp_path/'v2.dataset'))
+    assert len(m.encode(Cells.load(tmp_path/'v2.dataset', two))) == 9
+
+@pytest.mark.parametrize('what', ['V1', None, 5])
+def test_no_vocabulary(cohort, what):
+    with says(VocabularyError, 'model.vocabulary', type(what).__name__): tokenize(cohort, what)
 
 # --- pickles
 
@@ -320,6 +367,11 @@ def test_a_disk_that_fills_while_writing(cells, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert equal(Cells.load(tmp_path/'c'), cells[:5]) and os.listdir(tmp_path) == ['c']
 
+def test_a_folder_of_something_else_is_not_replaced(cells, tmp_path):
+    (tmp_path/'thesis').mkdir(); (tmp_path/'thesis/chapter.txt').write_text('mine')
+    with says(StorageError, "'thesis'", 'new folder'): cells.save(tmp_path/'thesis')
+    assert (tmp_path/'thesis/chapter.txt').read_text() == 'mine'
+
 def test_results_of_another_run(model, cells, tmp_path):
     perturb_to(tmp_path/'r', model, cells[:2], each())
     with says(StorageError, "'r'", 'what was', 'another folder'): perturb_to(tmp_path/'r', model, cells[:2], each(op=OE))
@@ -333,6 +385,22 @@ def test_a_file_of_another_kind(vocab, tmp_path, name):
 
 def test_a_file_that_is_not_there(vocab, tmp_path):
     with says(CountsError, 'gone.h5ad'): tokenize(tmp_path/'gone.h5ad', vocab)
+
+@pytest.mark.parametrize('name', ['a.h5ad', 'a.loom', 'a.h5', 'a.zarr'])
+def test_a_damaged_file(vocab, tmp_path, name):
+    (tmp_path/name).write_text('half a download')
+    with says(CountsError, f"'{name}' cannot be read", 'damaged'): tokenize(tmp_path/name, vocab)
+
+def test_what_is_neither_data_nor_a_path(cohort, vocab):
+    for what in (None, 5, cohort.X, [1]):
+        with says(CountsError, 'AnnData or the path', type(what).__name__): tokenize(what, vocab)
+
+def test_damaged_cells_and_vocabularies(cells, vocab, tmp_path):
+    cells.save(tmp_path/'c'); f = tmp_path/'c/data-00000-of-00001.arrow'
+    f.write_bytes(f.read_bytes()[:500])
+    with says(StorageError, "'c' is damaged"): Cells.load(tmp_path/'c')
+    vocab.save(tmp_path/'v.json').write_text('{')
+    with says(VocabularyError, 'v.json', 'vocabulary=…'): Vocabulary.load(tmp_path/'v.json')
 
 def test_a_folder_that_holds_no_cells_or_no_model(tmp_path):
     with says(StorageError, 'state.json'): Cells.load(tmp_path)
