@@ -19,7 +19,7 @@ def _packed(value, number, low):
     "One integer a gene, smallest for the highest value: bits of the value turned over, gene number in the bits of `low`"
     return ~value.view(np.int64) & ~low | number
 
-# %% ../nbs/04_tokenizer.ipynb #305f44a7
+# %% ../nbs/04_tokenizer.ipynb #a6251e2b
 def _rank_rows(data, columns, cuts, gene, medians, low):
     "Gene numbers of some cells by rank, cell i from cuts[i] on, genes not seen at its end; and how many were seen"
     number = gene[columns.astype(np.intp)]
@@ -31,7 +31,7 @@ def _rank_rows(data, columns, cuts, gene, medians, low):
     near = np.flatnonzero((keys[1:] ^ keys[:-1]) <= low)
     near = near[keys[near + 1] < ~low]
     unsure = near[medians[genes[near]] != medians[genes[near + 1]]]
-    for c in np.unique(np.searchsorted(cuts, unsure, 'right') - 1):
+    for c in np.unique(np.searchsorted(cuts, unsure, 'right') - 1) if len(unsure) else ():
         s = slice(cuts[c], cuts[c + 1])
         genes[s] = number[s][np.lexsort((number[s], -value[s]))]
     return genes, [c.searchsorted(~low) for c in cells]
