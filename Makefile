@@ -23,7 +23,7 @@ help:
 	@echo "make demo       a target screen on a simulated cohort with known drivers; results in $(OUT)"
 	@echo "make test       every check: notebooks, modules, README, pytest"
 	@echo "make docs       the site, into _docs"
-	@echo "make bench      the benchmarks, into benchmarks/RESULTS.md"
+	@echo "make bench      the benchmarks, into benchmarks/RESULTS.md (BENCH=\"rank --pairs 5\" for some)"
 	@echo "make setup      only the virtual environment in .venv"
 	@echo "make notebooks  run every notebook and store its outputs (NB=nbs/07_model.ipynb for one)"
 	@echo "make sidebar    list every notebook in the sidebar of the site"
@@ -56,7 +56,7 @@ docs: $(STAMP)
 	else echo "Quarto is not on PATH: building the preview"; $(BIN)/python .ci/nb.py preview --out _docs; fi
 
 bench: $(STAMP)
-	@$(BIN)/python benchmarks/run.py
+	@$(BIN)/python benchmarks/run.py --write $(BENCH)
 
 readme: $(STAMP)
 	@$(BIN)/python .ci/nb.py readme

@@ -1,0 +1,268 @@
+"""The benchmarks: for each one how inputs are made, what we do, what the reference does, and what bounds it.
+
+A case has `prepare(folder, **size)`, run once, and three functions that are each run in a fresh process:
+`ours` and `reference` return (seconds of the work, answer), `bound` returns (seconds the same work cannot do without,
+in words). `equal` compares the answers, or the files that were written, and says how equal they are.
+"""
+import json, os, time
+from pathlib import Path
+import numpy as np
+import data, naive
+
+
+def timed(f):
+    "Seconds of a call, and what it returned"
+    t = time.perf_counter()
+    out = f()
+    return time.perf_counter() - t, out
+
+
+def matched(a, b, tolerance):
+    "Largest difference of two answers; a complaint when it is too large"
+    assert a.shape == b.shape and len(a), f'answers of shape {a.shape} and {b.shape}'
+    d = float(np.abs(a - b).max())
+    assert d <= tolerance, f'answers differ by {d:.2g}, more than {tolerance:g}'
+    return f'largest difference {d:.1g}'
+
+
+def same_tokens(X, gene, medians, ours, theirs):
+    "Every cell the same genes, and the same order but for ties; genes are numbers in the vocabulary"
+    wide, ties = np.zeros(len(medians)), 0
+    assert len(ours) == len(theirs), f'{len(ours)} cells and {len(theirs)}'
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        if np.array_equal(a, b): continue
+        row = slice(X.indptr[i], X.indptr[i + 1])
+        np.add.at(wide, gene[X.indices[row]], X.data[row])
+        x, y = wide[a] / medians[a], wide[b] / medians[b]
+        wide[gene[X.indices[row]]] = 0
+        assert np.array_equal(np.sort(a), np.sort(b)), f'cell {i} has other genes'
+        assert np.allclose(x, y, rtol=1e-12, atol=0), f'cell {i} is in another order'
+        ties += int((a != b).sum())
+    return f'tokens equal, {ties} of {sum(map(len, ours))} in ties' if ties else 'tokens equal'
+
+
+# ---- tokens
+
+class Tokenise:
+    "From file to folder: an .h5ad with a CSR matrix in, an Arrow `.dataset` folder out"
+    whole, lists = True, True  # the time of the whole process counts, from its start to its end
+
+    def prepare(self, folder, cells, genes=20_000, retired=0, detected=2470):
+        return data.prepare(folder, cells, genes, retired, detected)
+
+    def ours(self, folder, out):
+        from geneformer_nb.genes import Vocabulary
+        from geneformer_nb.tokenizer import tokenize
+        return timed(lambda: str(tokenize(folder/'counts.h5ad', Vocabulary.load(folder)).save(out/'ours')))
+
+    def reference(self, folder, out):
+        import anndata, datasets  # noqa: F401 (not part of the work)
+        datasets.disable_progress_bars()
+        files = folder/'counts.h5ad', folder/'vocabulary.json', out/'reference'
+        return timed(lambda: naive.tokenise(*files, self.lists))
+
+    def bound(self, folder, out):
+        "Import what any reader needs, read the bytes, sort one integer a count, write four bytes a token"
+        t = time.perf_counter()
+        import anndata, h5py, pyarrow  # noqa: F401
+        t1 = time.perf_counter()
+        with h5py.File(folder/'counts.h5ad') as f: parts = [f['X'][k][()] for k in ('data', 'indices', 'indptr')]
+        t2 = time.perf_counter()
+        seconds = sort_seconds(parts[2])
+        t3 = time.perf_counter()
+        (out/'raw').write_bytes(parts[1].data)
+        t4 = time.perf_counter()
+        words = (f'imports {t1 - t:.2f} s, reading {t2 - t1:.2f} s, sorting one integer a count {seconds:.2f} s, '
+                 f'writing {t4 - t3:.2f} s')
+        return (t2 - t) + seconds + (t4 - t3), words
+
+    def equal(self, folder, out, *_):
+        import anndata as ad
+        from datasets import load_from_disk
+        from geneformer_nb.cells import Cells
+        from geneformer_nb.genes import Vocabulary
+        v, a = Vocabulary.load(folder), ad.read_h5ad(folder/'counts.h5ad')
+        number = {g: i for i, g in enumerate(v.genes)}
+        gene = np.array([number[v.aliases.get(g, g)] for g in a.var['ensembl_id']])
+        ours, theirs = Cells.load(out/'ours'), load_from_disk(out/'reference')
+        assert load_from_disk(out/'ours')[0]['length'] == theirs[0]['length']  # `datasets` reads ours too
+        flat = theirs.data['input_ids'].combine_chunks()
+        flat, off = flat.values.to_numpy(), flat.offsets.to_numpy()
+        return same_tokens(a.X, gene, v.medians, [ours[i].tokens[1:-1] - 4 for i in range(len(ours))],
+                           [flat[i + 1:j - 1] - 4 for i, j in zip(off, off[1:])])
+
+
+class TokeniseArrays(Tokenise):
+    "The same, where the reference hands numpy arrays to `datasets` instead of lists"
+    lists = False
+
+
+def sort_seconds(indptr):
+    "Seconds to sort as many random 64-bit integers, cell by cell, on one thread"
+    keys = np.random.default_rng(0).integers(0, 2**62, indptr[-1])
+    t = time.perf_counter()
+    for a, b in zip(indptr.tolist(), indptr[1:].tolist()): keys[a:b].sort()
+    return time.perf_counter() - t
+
+
+class Rank:
+    "Ranking alone: counts in memory, gene numbers in memory"
+    whole = False
+
+    def prepare(self, folder, cells, genes=20_000, detected=2470):
+        return data.prepare(folder, cells, genes, 0, detected)
+
+    def load(self, folder):
+        import anndata as ad
+        from geneformer_nb.genes import Vocabulary
+        X, v = ad.read_h5ad(folder/'counts.h5ad').X, Vocabulary.load(folder)
+        return X, np.arange(len(v)), v.medians
+
+    def ours(self, folder, out):
+        from geneformer_nb.tokenizer import rank_genes
+        X, gene, medians = self.load(folder)
+        seconds, (ranked, _) = timed(lambda: rank_genes(X, gene, medians))
+        return seconds, ranked
+
+    def reference(self, folder, out):
+        X, gene, medians = self.load(folder)
+        seconds, ranked = timed(lambda: naive.rank_cells(X, gene, medians))
+        return seconds, np.concatenate(ranked)
+
+    def bound(self, folder, out):
+        X, _, _ = self.load(folder)
+        s, n = sort_seconds(X.indptr), len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1
+        return s / n, f'sorting {X.nnz / 1e6:.1f} M 64-bit integers cell by cell: {s:.2f} s on one core, {n} cores'
+
+    def equal(self, folder, out, a, b):
+        X, gene, medians = self.load(folder)
+        cut = lambda x: np.split(x, X.indptr[1:-1])
+        return same_tokens(X, gene, medians, cut(a), cut(b))
+
+
+# ---- the model: V1-10M shape, random weights, float32
+
+class Embed:
+    "Cell embeddings: mean over tokens, second to last layer"
+    whole = False
+
+    def prepare(self, folder, cells, tokens, preset='V1-10M', genes=25_424, batch=8):
+        return data.prepare_model(folder, cells, tokens, preset, genes, batch)
+
+    def ours(self, folder, out):
+        import torch
+        from geneformer_nb.cells import Cells
+        from geneformer_nb.model import Geneformer
+        model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
+        model.hidden(np.arange(2, 66), [0, 64])  # the first call sets things up
+        return timed(lambda: model.encode(cells, show=False))
+
+    def stock(self, folder):
+        from transformers import BertForMaskedLM
+        from transformers.utils import logging
+        logging.disable_progress_bar()
+        hf = BertForMaskedLM.from_pretrained(folder).eval()
+        cells = json.load(open(folder/'cells.json'))
+        naive.forward(hf, [cells['tokens'][0][:64]])
+        return hf, cells['tokens'], cells['batch']
+
+    def reference(self, folder, out):
+        hf, cells, batch = self.stock(folder)
+        return timed(lambda: naive.embed(hf, cells, batch))
+
+    def flops(self, folder): return sum(encoder_flops(folder, len(c)) for c in cells_of(folder))
+    def bound(self, folder, out):
+        total, rate = self.flops(folder), matmul_rate()
+        import torch
+        return total / rate, (f'{total / 1e9:,.0f} GFLOP to the second to last layer, without head or padding, at '
+                              f'{rate / 1e9:.0f} GFLOP/s (matrix product on {torch.get_num_threads()} thread)')
+
+    def equal(self, folder, out, a, b): return matched(a, b, 1e-4)
+
+
+def cells_of(folder):
+    return json.load(open(folder/'cells.json'))['tokens']
+
+
+def encoder_flops(folder, n, back=1):
+    "Multiplications and additions of the encoder on n tokens, all layers but the last `back`"
+    c = json.load(open(folder/'config.json'))
+    d, f, layers = c['hidden_size'], c['intermediate_size'], c['num_hidden_layers'] - back
+    return layers * (2 * n * (4 * d * d + 2 * d * f) + 4 * n * n * d)
+
+
+def matmul_rate():
+    "FLOP/s of a large float32 matrix product here and now, best of ten"
+    import torch
+    a, b, best = torch.rand(1536, 1536), torch.rand(1536, 1536), 0
+    for _ in range(10): best = max(best, 2 * 1536**3 / timed(lambda: a @ b)[0])
+    return best
+
+
+class Perturb(Embed):
+    "Delete the first genes of one cell, one at a time: mean cosine of the remaining genes' vectors"
+    def prepare(self, folder, tokens, variants, preset='V1-10M', genes=25_424, batch=8):
+        return data.prepare_model(folder, 1, tokens, preset, genes, batch, variants)
+
+    def ours(self, folder, out):
+        from geneformer_nb.cells import Cells
+        from geneformer_nb.model import Geneformer
+        from geneformer_nb.perturb import KO, each, perturb
+        model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
+        first = cells[0].tokens[:self.variants(folder)]
+        what = each(model.vocabulary.gene(first), KO)
+        model.hidden(np.arange(2, 66), [0, 64])
+        seconds, table = timed(lambda: perturb(model, cells, what, show=False))
+        order = table.set_index('gene_id').cosine.loc[model.vocabulary.gene(first)]
+        return seconds, order.to_numpy(float)
+
+    def variants(self, folder):
+        return json.load(open(folder/'cells.json'))['variants']
+
+    def reference(self, folder, out):
+        hf, cells, batch = self.stock(folder)
+        return timed(lambda: naive.delete_each(hf, cells[0], self.variants(folder), batch))
+
+    def flops(self, folder):
+        n, k = len(cells_of(folder)[0]), self.variants(folder)
+        return encoder_flops(folder, n) + k * encoder_flops(folder, n - 1)
+
+    def equal(self, folder, out, a, b): return matched(a, b, 1e-4)
+
+
+# ---- statistics
+
+class Shift:
+    "Rank-sum test of every gene's shifts against the pool of all, with false discovery rates"
+    whole = False
+
+    def prepare(self, folder, cells, genes):
+        folder = Path(folder) / f'shifts_{cells}_{genes}'
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder/'raw.parquet').exists(): data.write_shifts(folder, cells, genes)
+        return folder
+
+    def load(self, folder):
+        import pandas as pd
+        raw = pd.read_parquet(folder/'raw.parquet')
+        return raw.astype({k: 'category' for k in ('kind', 'perturbation', 'gene_id')})
+
+    def ours(self, folder, out):
+        from geneformer_nb.stats import goal_state_shift
+        import scipy.stats  # noqa: F401 (not part of the work)
+        raw = self.load(folder)
+        seconds, t = timed(lambda: goal_state_shift(raw, 'healthy', official=True))
+        return seconds, t.sort_values('gene_id')[['shift', 'p', 'fdr']].to_numpy(float)
+
+    def reference(self, folder, out):
+        import scipy.stats  # noqa: F401
+        raw = self.load(folder)
+        seconds, t = timed(lambda: naive.goal_state_shift(raw, 'shift_healthy'))
+        return seconds, t.sort_values('gene_id')[['shift', 'p', 'fdr']].to_numpy(float)
+
+    def bound(self, folder, out):
+        x = self.load(folder)['shift_healthy'].to_numpy()
+        s, _ = timed(lambda: np.argsort(x))
+        return s, f'sorting {len(x):,} shifts once: {s * 1e3:.0f} ms'
+
+    def equal(self, folder, out, a, b): return matched(a, b, 1e-9)

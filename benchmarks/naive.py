@@ -1,0 +1,98 @@
+"""What a careful user would write without this library: the method of Geneformer in its plainest form.
+
+Stock parts only (numpy, anndata, datasets, transformers, scipy), one cell after the other, one gene after the other
+where the method says so. Every benchmark compares the library with one of these, after checking that both give the
+same answer.
+"""
+import json, random
+import numpy as np
+
+
+# ---- tokens: counts per 10,000 over the gene's median, highest first
+
+def rank_cells(X, gene, medians):
+    "Gene numbers of every cell of a CSR matrix, highest first; a loop over cells"
+    hits = np.bincount(gene[gene >= 0], minlength=len(medians))
+    several, out = (hits > 1).any(), []
+    for i in range(X.shape[0]):
+        row = slice(X.indptr[i], X.indptr[i + 1])
+        counts, g = X.data[row].astype(np.float64), gene[X.indices[row]]
+        total = counts.sum()
+        if (g < 0).any(): counts, g = counts[g >= 0], g[g >= 0]
+        if several:  # more than one row of the data may stand for a gene
+            g, at = np.unique(g, return_inverse=True)
+            counts = np.bincount(at, weights=counts)
+        out.append(g[np.argsort(-(counts / total * 10_000 / medians[g]))])
+    return out
+
+
+def tokenise(h5ad, vocabulary, folder, lists=True):
+    "From an .h5ad file to an Arrow folder of the `datasets` library: <cls>, the genes, <eos>"
+    import anndata as ad
+    from datasets import Dataset
+    v = json.load(open(vocabulary))
+    number = {g: i for i, g in enumerate(v['genes'])}
+    a = ad.read_h5ad(h5ad)
+    gene = np.array([number.get(v['aliases'].get(g, g), -1) for g in a.var['ensembl_id']])
+    ranked = rank_cells(a.X, gene, np.array(v['medians']))
+    ids = [np.concatenate([[2], g[:v['max_len'] - 2] + 4, [3]]).astype(np.int32) for g in ranked]
+    if lists: ids = [i.tolist() for i in ids]
+    columns = dict(input_ids=ids, length=[len(i) for i in ids], cell_type=a.obs['cell_type'].astype(str).tolist())
+    Dataset.from_dict(columns).save_to_disk(folder)
+
+
+# ---- embeddings: padded batches through the stock model
+
+def forward(hf, cells, layer=-2):
+    "Hidden states of a padded batch and its mask; the masked-LM head runs, as it is part of the model"
+    import torch
+    longest = max(map(len, cells))
+    ids = torch.tensor([c + [0] * (longest - len(c)) for c in cells])
+    mask = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in cells])
+    return hf(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer], mask
+
+
+def embed(hf, cells, batch):
+    "Mean over the tokens of each cell, second to last layer, float32"
+    import torch
+    out = []
+    with torch.no_grad():
+        for i in range(0, len(cells), batch):
+            hidden, mask = forward(hf, cells[i:i + batch])
+            mask = mask[..., None]
+            out.append((hidden * mask).sum(1) / mask.sum(1))
+    return torch.cat(out).numpy()
+
+
+# ---- deletion: a cell without each of its genes in turn
+
+def delete_each(hf, cell, variants, batch):
+    "For each of the first genes of a cell: mean over the other genes of the cosine of their vectors before and after"
+    import torch
+    out = []
+    with torch.no_grad():
+        before = forward(hf, [cell])[0][0]
+        for start in range(0, variants, batch):
+            gone = range(start, min(start + batch, variants))
+            after, _ = forward(hf, [cell[:i] + cell[i + 1:] for i in gone])
+            for i, x in zip(gone, after):
+                rest = torch.cat([before[:i], before[i + 1:]])
+                out.append(torch.cosine_similarity(rest, x, dim=-1).mean().item())
+    return np.array(out)
+
+
+# ---- statistics: the shifts of one gene against those of all genes
+
+def goal_state_shift(raw, column):
+    "Rank-sum test of each gene against a pool of all shifts, Benjamini-Hochberg over genes: shift, p, fdr by gene"
+    import pandas as pd
+    from scipy.stats import false_discovery_control, ranksums
+    pool, rows = [], []
+    for _, part in raw.groupby('gene_id', observed=True): pool += part[column].tolist()
+    if len(pool) > 100_000: pool = random.Random(42).sample(pool, 100_000)
+    pool = np.array(pool)
+    for gene in sorted(raw['gene_id'].unique()):
+        own = raw.loc[raw['gene_id'] == gene, column]
+        rows.append((gene, own.mean(), ranksums(pool, own).pvalue))
+    out = pd.DataFrame(rows, columns=['gene_id', 'shift', 'p'])
+    return out.assign(fdr=false_discovery_control(out['p']))
