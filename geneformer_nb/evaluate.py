@@ -44,7 +44,7 @@ def split_donors(
         held += list(rng.permutation(own)[:k])
     return np.where(obs[donor].astype(str).isin(held), 'test', 'train')
 
-# %% ../nbs/10_evaluate.ipynb #8c75b8cf
+# %% ../nbs/10_evaluate.ipynb #5578f713
 def fold_donors(
     obs:pd.DataFrame, # one row a cell
     donor:str, # column of donors
@@ -53,16 +53,16 @@ def fold_donors(
     seed:int=0, # which donors go together
 )->np.ndarray: # number of the fold in which each cell is held out; raises `LeakError`
     "Every donor is held out once, classes spread over the folds (scikit-learn's StratifiedGroupKFold)"
-    of = donor_labels(obs, donor, label)
-    names = obs[donor].astype(str).to_numpy()
+    _need(obs, donor, label)
+    names, y = obs[donor].astype(str).to_numpy(), obs[label].astype(str).to_numpy()
     if folds in (0, 'loo'): return pd.factorize(names, sort=True)[0]
-    if folds > of.value_counts().min(): raise LeakError(f"{folds} folds need {folds} donors in each class, and "
-        f"{of.value_counts().idxmin()!r} has {of.value_counts().min()}: use fewer folds.")
+    n = pd.Series(names).groupby(y).nunique()
+    if not isinstance(folds, (int, np.integer)) or folds < 2: raise GeneformerError(f"folds is a number from 2 up, or 'loo', not {folds!r}.")
+    if folds > n.min(): raise LeakError(f"{folds} folds need {folds} donors in each class, and {n.idxmin()!r} has {n.min()}: use fewer folds.")
     from sklearn.model_selection import StratifiedGroupKFold
-    out = np.empty(len(of), int)
-    kf = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for i, (_, test) in enumerate(kf.split(of.index, of, of.index)): out[test] = i
-    return pd.Series(out, of.index).loc[names].to_numpy()
+    out = np.empty(len(obs), int)
+    for i, (_, test) in enumerate(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(y, y, names)): out[test] = i
+    return out
 
 # %% ../nbs/10_evaluate.ipynb #89046aed
 def audit_split(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipes', 'mask_cell', 'masked_loss', 'MaskedRanks', 'flat_forward', 'trainer_args', 'make_trainer', 'pretrain']
 
-# %% ../nbs/08_pretrain.ipynb #85576e01
+# %% ../nbs/08_pretrain.ipynb #a60b67d6
 import json, tempfile, types
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from .cells import Cells
 from .core import GeneformerError, Manifest, check_folder, digest, progress, write_json
 from .genes import Vocabulary
-from .model import Geneformer
+from .model import Geneformer, no_bars
 
 # %% ../nbs/08_pretrain.ipynb #6c88f8ce
 def mask_cell(
@@ -138,7 +138,7 @@ def pretrain(
         save_strategy='no' if folder is None else 'steps', eval_strategy='steps' if n_out else 'no',
         eval_steps=max(1, total // 5), use_cpu=gf.device.type == 'cpu') | args)
 
-# %% ../nbs/08_pretrain.ipynb #16ac42e4
+# %% ../nbs/08_pretrain.ipynb #e16d1336
 def _set_dropout(gf, p):
     "Attention dropout of every layer"
     gf.config.attention_probs_dropout_prob = p
@@ -155,7 +155,7 @@ def _train(gf, cells, vocabulary, train, test, folder, total, seed, mask, args):
     scratch = tempfile.TemporaryDirectory() if folder is None else None
     out = Path(folder or scratch.name)
     collate = MaskedRanks(cells, vocabulary, seed, mask)
-    with flat_forward(gf, lambda *batch: masked_loss(gf, *batch)[0]):
+    with no_bars(), flat_forward(gf, lambda *batch: masked_loss(gf, *batch)[0]):
         t = make_trainer('pretraining', model=gf.hf, args=trainer_args(out, seed, **args), train_dataset=train, eval_dataset=test or None,
                          data_collator=collate)
         t.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if folder else None)

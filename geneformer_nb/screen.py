@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['house_pretraining', 'house_finetuning', 'Screen', 'screen']
 
-# %% ../nbs/35_cardiomyopathy.ipynb #8ba33f65
-import json, time, warnings
-from dataclasses import dataclass, field
+# %% ../nbs/35_cardiomyopathy.ipynb #8106720f
+import time, warnings
+from dataclasses import dataclass
 from pathlib import Path
-import anndata as ad, numpy as np, pandas as pd, torch
-from fastcore.basics import patch
-from .cells import Cells
+import anndata as ad, numpy as np, pandas as pd
+from . import plots
 from .core import GeneformerError, Manifest, check_folder, digest, in_words, versions, write_json
 from .counts import read_any
 from .embed import state_embeddings
@@ -21,7 +20,7 @@ from .genes import Vocabulary, gene_names, match_genes
 from .model import Geneformer
 from .perturb import KO, OE, each, estimate, perturb_to, weights_digest
 from .pretrain import MaskedRanks, masked_loss, pretrain
-from .report import write_report
+from .report import save_figure, write_report
 from .stats import summarise
 from .tokenizer import tokenize
 
@@ -111,7 +110,7 @@ def _forecast(model, cells, n_train, n_screen, folds, what, plan):
     return dict(pretrain=per_cell * plan['pretrain'], finetune=per_cell * n_train * plan['epochs'] * folds,
                 screen=screen['seconds'] / len(todo) * n_screen, variants=int(screen['variants'] / len(todo) * n_screen))
 
-# %% ../nbs/35_cardiomyopathy.ipynb #081b8353
+# %% ../nbs/35_cardiomyopathy.ipynb #d1082334
 def _fold(k, cells, split, model, run, counts):
     "Classifier of one fold, its predictions on held-out cells, and the raw table of the donors it has not seen"
     a, out = run['asked'], run['out']/f'fold-{k}'
@@ -124,10 +123,10 @@ def _fold(k, cells, split, model, run, counts):
     p = clf.predict(cells[held])
     pred = pd.DataFrame(dict(truth=cells.obs[a['disease']].astype(str).to_numpy()[held], predicted=p['predicted'].to_numpy(),
                              donor=cells.obs[a['donor']].astype(str).to_numpy()[held]), index=p.index)
-    rows = held[np.isin(held, run['screened'])]
-    if not len(rows): return pred, None, {}
-    raw = perturb_to(out/'perturb', clf.encoder, cells[rows], run['what'], states=states, layer='last', pool=clf.pool)
     base = {n: pd.Series(x, p.index) for n, x in baselines(counts, a['disease'], split, a['donor'], **run['counts'])[1].items()}
+    rows = held[np.isin(held, run['screened'])]
+    if not len(rows): return pred, None, base
+    raw = perturb_to(out/'perturb', clf.encoder, cells[rows], run['what'], states=states, layer='last', pool=clf.pool)
     return pred, raw.assign(cell=rows[raw['cell']]), base
 
 # %% ../nbs/35_cardiomyopathy.ipynb #6315d177
@@ -156,10 +155,11 @@ class Screen:
                                f"best {', '.join(self.table.perturbation.astype(str)[:3])}"
     def _repr_html_(self): return self.table.head(10).to_html(index=False, float_format='{:.4g}'.format)
 
-# %% ../nbs/35_cardiomyopathy.ipynb #a8b51e41
+# %% ../nbs/35_cardiomyopathy.ipynb #f1737e48
 def _rank(raw, obs, a, vocabulary):
     "The tidy tables, best first, and what the evidence counts"
-    kw = dict(states=[a['goal']], donor=a['donor'], symbols={g: vocabulary.symbol(g) for g in vocabulary.genes})
+    per = obs.iloc[np.unique(raw['cell'])][a['donor']].astype(str).value_counts()
+    kw = dict(states=[a['goal']], donor=a['donor'], min_cells=int(min(3, per.min())), symbols={g: vocabulary.symbol(g) for g in vocabulary.genes})
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)
         t = summarise(raw, obs, by_donor=True, **kw)
@@ -227,14 +227,15 @@ def screen(
             f"{0 if raw is None else len(raw):,} perturbed cells; {in_words(time.time() - t0)} so far")
     return _finish(adata, run, pd.concat(preds), pd.concat(raws, ignore_index=True), bases, pd.concat(audits), title)
 
-# %% ../nbs/35_cardiomyopathy.ipynb #2ebb3e08
+# %% ../nbs/35_cardiomyopathy.ipynb #0de554dd
 def _prepare(adata, p):
     "Tokens, folds, model and plan of a screen"
     say, out, seed = p['say'], p['out'], p['seed']
     pre, fine = house_pretraining | (p['pretraining'] or {}), house_finetuning | (p['finetuning'] or {})
     model = p['model'] if p['model'] is None or isinstance(p['model'], Geneformer) else Geneformer.from_pretrained(p['model'], device=p['device'])
     v = model.vocabulary if model else p['vocabulary'] or _house_vocabulary(adata, p['top_genes'], p['known'] or [], p['min_cells'], p['counts'])
-    cells = tokenize(adata, v, obs=list(adata.obs.columns), keep_empty=True, **p['counts'])
+    cells = tokenize(adata, v, obs=list(adata.obs.columns), keep_empty=True,
+                     min_match=.2 if p['model'] or p['vocabulary'] else 0, **p['counts'])
     if (some := cells.lengths > 0).sum() < len(cells):
         say(f"{(~some).sum()} cells hold no known gene and are left out, {cells.obs.index[~some][0]!r} first.")
         cells, adata = cells[some], adata[some].copy()
@@ -296,16 +297,14 @@ house_finetuning = dict(epochs=2, freeze_layers=1)
 
 _shape = ('num_hidden_layers', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'dropout', 'initializer_range')
 
-# %% ../nbs/35_cardiomyopathy.ipynb #6bdba032
+# %% ../nbs/35_cardiomyopathy.ipynb #0184ae47
 def _finish(adata, run, pred, raw, bases, audit, title):
     "Tables, controls, report"
     a, cells, v = run['asked'], run['cells'], run['model'].vocabulary
     table, by_donor, who = _rank(raw, cells.obs, a, v)
     a['n_perturbed'] = len(raw)
     quality = {'Geneformer, fine-tuned': scores(pred.truth, pred.predicted, pred.donor)}
-    for name in next((b for b in bases if b), {}):
-        got = pd.concat([b[name] for b in bases if b])
-        quality[name] = scores(pred.truth.loc[got.index], got, pred.donor.loc[got.index])
+    for name in bases[0]: quality[name] = scores(pred.truth, pd.concat([b[name] for b in bases]), pred.donor)
     rankings = {'screen': list(dict.fromkeys(table.gene_id.astype(str)))}
     if de := _de(adata, a['disease'], a['start'], a['goal'], a['donor'], v, **run['counts']): rankings['differential expression'] = de
     known = (pd.DataFrame(), pd.DataFrame())
@@ -319,6 +318,7 @@ def _finish(adata, run, pred, raw, bases, audit, title):
     table.to_csv(run['out']/'targets.csv', index=False)
     by_donor.to_csv(run['out']/f"targets_by_{a['unit']}.csv", index=False)
     write_json(run['out']/'summary.json', dict(asked=a, quality=s.quality.to_dict(), known=s.known.to_dict(), methods=s.methods))
+    save_figure(plots.top_targets(s.table.head(12), mark=a['known']), run['out']/'targets.png')
     write_report(s, run['out']/'report.html')
     run['say'](f"Wrote report.html and targets.csv to '{run['out'].name}'.")
     return s
