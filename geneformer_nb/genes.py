@@ -154,7 +154,7 @@ def load(cls:Vocabulary,
     if v.hash != want: raise VocabularyError(f"{file.name} was changed after it was written: its hash is {v.hash}, not {want}.")
     return v
 
-# %% ../nbs/02_genes.ipynb #8b036a58
+# %% ../nbs/02_genes.ipynb #1fe99f70
 def _number_type(name, *_):
     d = np.dtype(name)
     if d.kind not in 'iufb': raise VocabularyError(f"The pickle holds numpy values of type {name!r}; only numbers are read.")
@@ -179,7 +179,8 @@ def safe_unpickle(
     "Open a pickle without running code; raises `VocabularyError` naming what it refused"
     with open(path, 'rb') as f:
         try: return _Unpickler(f).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as e:
+        except VocabularyError: raise
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError, ValueError, OverflowError, MemoryError) as e:
             raise VocabularyError(f"'{Path(path).name}' is not a pickle of plain values ({e}): a git-lfs pointer instead of "
                                   "the file is the usual reason.") from e
 

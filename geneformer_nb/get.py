@@ -5,32 +5,32 @@
 # %% auto #0
 __all__ = ['embedding', 'match', 'targets', 'cells']
 
-# %% ../nbs/53_get.ipynb #faa87efc
+# %% ../nbs/53_get.ipynb #79e6ef4c
 import numpy as np, pandas as pd
 from .core import GeneformerError
-from .pp import ranked_cells as cells
+from .pp import _need_adata, ranked_cells as cells
 
 # %% ../nbs/53_get.ipynb #19dbb0d4
 _all_ = ['cells']
 
-# %% ../nbs/53_get.ipynb #f43e47dd
+# %% ../nbs/53_get.ipynb #4e98308b
 def embedding(
     adata, # AnnData that `tl.embed` or `embed` has been over
     key:str='X_geneformer', # name in obsm
 )->pd.DataFrame: # cells × dimensions, by barcode
     "The embedding of each cell; raises `GeneformerError` for a key that is not there"
-    if key not in adata.obsm: raise GeneformerError(f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): run tl.embed first.")
+    if key not in _need_adata(adata).obsm: raise GeneformerError(f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): run tl.embed first.")
     X = adata.obsm[key]
     X = X if isinstance(X, pd.DataFrame) else X.toarray() if hasattr(X, 'toarray') else np.asarray(X)
     return pd.DataFrame(X, index=adata.obs_names)
 
-# %% ../nbs/53_get.ipynb #5d00d64c
+# %% ../nbs/53_get.ipynb #49f640eb
 def match(
     adata, # AnnData that `pp.tokenize` has been over
     key:str='X_ranks', # name in uns
 )->pd.DataFrame: # one row a line of the report, one column `value`
     "The report of the gene match; raises `GeneformerError` when there is none"
-    if key not in adata.uns: raise GeneformerError(f"uns has no {key!r} (it has {', '.join(adata.uns) or 'nothing'}): run pp.tokenize "
+    if key not in _need_adata(adata).uns: raise GeneformerError(f"uns has no {key!r} (it has {', '.join(adata.uns) or 'nothing'}): run pp.tokenize "
                                                    "first; ad.concat drops uns unless told uns_merge='same'.")
     said = adata.uns[key]
     return pd.DataFrame({'value': {'vocabulary': said['vocabulary'], **{k: v for k, v in said['match'].items()}}}, dtype=object)

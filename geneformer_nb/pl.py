@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['volcano', 'targets', 'shifts', 'embedding', 'ranks', 'confusion', 'loss', 'recall']
 
-# %% ../nbs/52_pl.ipynb #dabc05c7
+# %% ../nbs/52_pl.ipynb #47677cee
 from functools import wraps
 import numpy as np, pandas as pd
 from . import plots
 from .core import GeneformerError
 from .plots import recall_curve as recall
+from .pp import _need_adata
 
-# %% ../nbs/52_pl.ipynb #e27cf3b6
+# %% ../nbs/52_pl.ipynb #51c3860f
 def _two(X):
     "The first two principal components of the rows without nan, and the share of variance they hold"
     X = np.asarray(X, dtype=np.float64)
@@ -31,8 +32,9 @@ def embedding(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Cells by their embedding; raises `GeneformerError` for a key or column that is not there"
-    key = basis if basis in adata.obsm else f'X_{basis}'
-    if key not in adata.obsm or adata.obsm[key].shape[1] == 2: return plots.embedding(adata, basis, color, size=size, ax=ax)
+    key = basis if basis in _need_adata(adata).obsm else f'X_{basis}'
+    if key not in adata.obsm: raise GeneformerError(f"obsm has no {basis!r}; it has {', '.join(adata.obsm) or 'nothing'}.")
+    if adata.obsm[key].shape[1] == 2: return plots.embedding(adata, basis, color, size=size, ax=ax)
     if isinstance(color, str) and color not in adata.obs: raise GeneformerError(f"There is no column '{color}' in obs to colour by.")
     xy, share = _two(adata.obsm[key])
     ax = plots.embedding(xy, color=adata.obs[color] if isinstance(color, str) else color, size=size, ax=ax)
@@ -40,7 +42,7 @@ def embedding(
     if isinstance(color, str) and ax.get_legend(): ax.get_legend().set_title(color)
     return ax
 
-# %% ../nbs/52_pl.ipynb #4f5c3848
+# %% ../nbs/52_pl.ipynb #3377c25c
 def ranks(
     adata, # AnnData with raw counts
     *,
@@ -54,7 +56,7 @@ def ranks(
     from geneformer_nb.counts import counts_of
     from geneformer_nb.genes import gene_names, match_genes
     names = [cell] if isinstance(cell, str) else list(cell)
-    if lost := [c for c in names if c not in adata.obs_names]: raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
+    if lost := [c for c in names if c not in _need_adata(adata).obs_names]: raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
     one = counts_of(adata[names], **counts)
     at = match_genes(gene_names(one.var), vocabulary).index
     x = np.zeros((len(names), len(vocabulary)))
@@ -65,7 +67,7 @@ def ranks(
     shown = {vocabulary.symbol(int(t)): x[-1, t - k] for t in vocabulary.token(list(mark))}
     return plots.rank_curve(dict(zip(names, x)), mark={g: v for g, v in shown.items() if v > 0}, ax=ax)
 
-# %% ../nbs/52_pl.ipynb #8a361b3c
+# %% ../nbs/52_pl.ipynb #57cfd1ca
 def confusion(
     adata, # AnnData with labels and predictions in obs
     *,
@@ -75,7 +77,7 @@ def confusion(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Confusion matrix of held-out cells; raises `GeneformerError`"
-    obs = adata.obs
+    obs = _need_adata(adata).obs
     for c in [label, pred] + ([split] if split else []):
         if c not in obs: raise GeneformerError(f"obs has no column {c!r} (it has {', '.join(map(str, obs.columns))})"
                                                + (': pass split=None to count all cells.' if c == split else '.'))
@@ -91,7 +93,9 @@ def loss(
     **kwargs, # chance as in `plots.loss_curve`
 ): # Axes
     "Loss over the steps of a training"
-    return plots.loss_curve(getattr(trained, 'history', trained), ax=ax, **kwargs)
+    history = getattr(trained, 'history', trained)
+    if not isinstance(history, (pd.DataFrame, list)): raise GeneformerError(f"{type(trained).__name__} has no history of losses.")
+    return plots.loss_curve(history, ax=ax, **kwargs)
 
 # %% ../nbs/52_pl.ipynb #32e49f6f
 def _of_result(plot, by_donor=False):

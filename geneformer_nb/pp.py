@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['to_ranks', 'from_ranks', 'tokenize', 'ranked_cells']
 
-# %% ../nbs/50_pp.ipynb #f0f1348b
+# %% ../nbs/50_pp.ipynb #fec0f625
 import warnings
 import numpy as np, pandas as pd
 from scipy import sparse
 from .cells import Cells
-from .core import VocabularyError
+from .core import GeneformerError, VocabularyError
 from .genes import Vocabulary
 from .tokenizer import frame, tokenize as rank_counts
 
@@ -27,7 +27,7 @@ def to_ranks(
     row = np.repeat(np.arange(len(cells)), n)[gene]
     return sparse.csr_matrix((place[gene].astype(np.int32), (row, cells.tokens[gene] - k)), (len(cells), len(vocabulary)))
 
-# %% ../nbs/50_pp.ipynb #a63691b3
+# %% ../nbs/50_pp.ipynb #f8980ae8
 def from_ranks(
     R, # matrix of ranks, as `to_ranks` makes
     vocabulary:Vocabulary, # what the cells were tokenised with
@@ -38,13 +38,25 @@ def from_ranks(
     if R.shape[1] != len(vocabulary):
         raise VocabularyError(f"The ranks are of {R.shape[1]:,} genes and the vocabulary {vocabulary.name!r} has "
                               f"{len(vocabulary):,}: tokenise again with this vocabulary.")
+    if R.nnz and R.data.min() < 0: raise GeneformerError("Ranks count from 1, and this matrix holds negative numbers: it is something else.")
     R.eliminate_zeros()
     row = np.repeat(np.arange(R.shape[0]), np.diff(R.indptr))
     genes = R.indices[np.lexsort((R.data, row))]
     tokens, offsets = frame(genes, R.indptr[:-1], np.diff(R.indptr), vocabulary)
     return Cells(tokens, offsets, obs, vocabulary.hash, vocabulary.cls, vocabulary)
 
-# %% ../nbs/50_pp.ipynb #38d73ad7
+# %% ../nbs/50_pp.ipynb #8c748950
+def _need_adata(
+    adata, # what a verb was given
+    obs=None, # columns it must have
+): # the same
+    "The AnnData; raises `GeneformerError` for anything else, and for a column of obs that is not there"
+    if not hasattr(adata, 'obsm'): raise GeneformerError(f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance "
+                                                         "with counts.read_any.")
+    if lost := [c for c in obs or () if c not in adata.obs]: raise GeneformerError(
+        f"obs has no column {lost[0]!r} (it has {', '.join(map(str, adata.obs.columns)) or 'none'}).")
+    return adata
+
 def tokenize(
     adata, # AnnData with raw counts
     *,
@@ -54,7 +66,7 @@ def tokenize(
     **counts, # layer, logged, fractional, genes, min_match, block as in `tokenizer.tokenize`
 ): # None, or the copy: adds obsm[key_added] (cells × genes of the vocabulary, CSR int32 ranks from 1), uns[key_added]
     "Rank the genes of every cell; a cell without a known gene is an empty row. Raises `CountsError`, `GeneMatchError`"
-    cells = rank_counts(adata, vocabulary, obs=[], keep_empty=True, **counts)
+    cells = rank_counts(_need_adata(adata), vocabulary, obs=[], keep_empty=True, **counts)
     out = adata.copy() if copy else adata
     out.obsm[key_added] = to_ranks(cells, vocabulary)
     out.uns[key_added] = dict(vocabulary=vocabulary.name, vocabulary_hash=vocabulary.hash, max_len=vocabulary.max_len,
@@ -63,7 +75,12 @@ def tokenize(
         "rows are empty.", stacklevel=2)
     return out if copy else None
 
-# %% ../nbs/50_pp.ipynb #bc306457
+# %% ../nbs/50_pp.ipynb #6871bdce
+def _said(adata, key):
+    "What `tokenize` wrote into uns, or None"
+    said = adata.uns.get(key)
+    return said if isinstance(said, dict) and {'vocabulary', 'vocabulary_hash', 'max_len'} <= said.keys() else None
+
 def ranked_cells(
     adata, # AnnData that `tokenize` has been over
     vocabulary:Vocabulary, # that of the model
@@ -72,9 +89,11 @@ def ranked_cells(
     obs=None, # obs columns to carry; None carries all
 )->Cells: # cells in the order of adata; a cell without a known gene has no tokens
     "The cells of an AnnData, from its ranks; raises `VocabularyError`"
-    if key not in adata.obsm: raise VocabularyError(f"There are no ranks in obsm[{key!r}] (it has {', '.join(adata.obsm) or 'nothing'})"
+    obs = [obs] if isinstance(obs, str) else obs
+    if not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"vocabulary is model.vocabulary, not {type(vocabulary).__name__}.")
+    if key not in _need_adata(adata, obs).obsm: raise VocabularyError(f"There are no ranks in obsm[{key!r}] (it has {', '.join(adata.obsm) or 'nothing'})"
                                                     ": run pp.tokenize(adata, vocabulary=model.vocabulary) first.")
-    said = adata.uns.get(key)
+    said = _said(adata, key)
     if said is None: warnings.warn(f"uns[{key!r}] is missing (ad.concat drops it, unless told uns_merge='same'): whose ranks these "
                                    "are can only be told by the number of genes.", stacklevel=2)
     elif said['vocabulary_hash'] != vocabulary.hash:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed', 'finetune', 'predict', 'perturb', 'screen']
 
-# %% ../nbs/51_tl.ipynb #6c56bcd6
+# %% ../nbs/51_tl.ipynb #ac814a52
 import warnings
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -16,11 +16,11 @@ from .evaluate import baselines as plain_baselines
 from .finetune import CellClassifier, finetune as finetune_cells
 from .model import Geneformer
 from .perturb import perturb as perturb_cells, perturb_to
-from .pp import ranked_cells
+from .pp import _need_adata, ranked_cells, _said
 from .tokenizer import tokenize as rank_counts
 from .screen import screen
 
-# %% ../nbs/51_tl.ipynb #27421039
+# %% ../nbs/51_tl.ipynb #494915d0
 def _model(model, device=None):
     "A model, from a model or a checkpoint"
     if isinstance(model, Geneformer): return model
@@ -29,12 +29,11 @@ def _model(model, device=None):
 
 def _there(adata, vocabulary, ranks):
     "Are there ranks of this vocabulary?"
-    return ranks in adata.obsm and adata.uns.get(ranks, {}).get('vocabulary_hash') == vocabulary.hash
+    said = _said(_need_adata(adata), ranks)
+    return ranks in adata.obsm and said is not None and said['vocabulary_hash'] == vocabulary.hash
 
 def _cells(adata, vocabulary, ranks, counts):
     "Cells in the order of adata, none left out: from its ranks, or from its counts"
-    if not hasattr(adata, 'obsm'): raise GeneformerError(f"adata is an AnnData, not {type(adata).__name__}: read the file first, "
-                                                         "for instance with counts.read_any.")
     if _there(adata, vocabulary, ranks): return ranked_cells(adata, vocabulary, key=ranks)
     return rank_counts(adata, vocabulary, keep_empty=True, **counts)
 
@@ -67,7 +66,7 @@ def embed(
                               vocabulary_hash=model.vocabulary.hash, ranks=ranks)
     return out if copy else None
 
-# %% ../nbs/51_tl.ipynb #435d2426
+# %% ../nbs/51_tl.ipynb #2797b099
 def finetune(
     adata, # AnnData with labels, and ranks or raw counts
     *,
@@ -86,9 +85,7 @@ def finetune(
     "Fine-tune a cell classifier on donors it is not tested on; raises `LeakError`, `GeneformerError`, `CountsError`"
     model = _model(model)
     cells = _cells(adata, model.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
-    if isinstance(split, str):
-        if split not in adata.obs: raise GeneformerError(f"obs has no column {split!r} for the split.")
-        split = adata.obs[split].astype(str).to_numpy()
+    if isinstance(split, str): split = _need_adata(adata, [split]).obs[split].astype(str).to_numpy()
     counts = dict(layer=counts_layer, logged=logged)
     if baselines: counts_of(adata[:50], **counts)
     clf = finetune_cells(model, cells, label, donor, split=split, **kwargs)
@@ -96,7 +93,7 @@ def finetune(
     adata.obs[key_added] = pd.Categorical(clf.split)
     return clf
 
-# %% ../nbs/51_tl.ipynb #17aff9e3
+# %% ../nbs/51_tl.ipynb #4f19b0e8
 def predict(
     adata, # AnnData with ranks, or with raw counts
     *,
@@ -109,6 +106,8 @@ def predict(
     genes:str=None, # as in `tokenizer.tokenize`
 ): # None, or the copy: adds obs[key + "_pred"], obsm[key + "_proba"] (cells × classes), uns[key + "_classes"]
     "Class and probabilities of every cell; missing for a cell without known genes. Raises `GeneformerError` and kin"
+    if not isinstance(classifier, (CellClassifier, str, Path)): raise GeneformerError(
+        f"classifier is what finetune returned or the folder of a saved one, not {type(classifier).__name__}.")
     clf = classifier if isinstance(classifier, CellClassifier) else CellClassifier.load(classifier)
     cells = _cells(adata, clf.encoder.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
     p = clf.predict(cells)
@@ -118,7 +117,7 @@ def predict(
     out.uns[f'{key_added}_classes'] = np.array(clf.classes, dtype=object)
     return out if copy else None
 
-# %% ../nbs/51_tl.ipynb #5c1cbd83
+# %% ../nbs/51_tl.ipynb #f2dc35c5
 def _states(cells, model, column, states, kwargs):
     "{state: vector} from vectors, names, or nothing"
     if states is None or isinstance(states, dict): return states
@@ -148,8 +147,8 @@ def perturb(
     cells = _cells(adata, model.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
     rows = cells.lengths > 0
     if start is not None:
-        if column is None or column not in adata.obs: raise GeneformerError(f"start={start!r} needs the obs column it stands in, and "
-            f"column={column!r} is not in obs ({', '.join(map(str, adata.obs.columns)) or 'which has none'}).")
+        if column is None: raise GeneformerError(f"start={start!r}: say in which obs column it stands (column=…).")
+        _need_adata(adata, [column])
         rows = rows & (adata.obs[column].astype(str) == str(start)).to_numpy()
         if not rows.any(): raise GeneformerError(f"No cell has {column} = {start!r}; the column holds "
                                                  f"{', '.join(sorted(set(adata.obs[column].astype(str)))[:8])}.")
