@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['rank_genes', 'frame', 'tokenize']
 
-# %% ../nbs/04_tokenizer.ipynb #70c5309b
-import os, warnings
-from concurrent.futures import ThreadPoolExecutor
+# %% ../nbs/04_tokenizer.ipynb #549c3f5d
+import warnings
 import numpy as np, pandas as pd
 from .core import CountsError, GeneformerError, VocabularyError
 from .counts import blocks
@@ -47,7 +46,7 @@ def _summed(X, gene):
     data[at] = 0; data[at[first]] = np.bincount(code, X.data[at])
     return data
 
-# %% ../nbs/04_tokenizer.ipynb #a41d8f4a
+# %% ../nbs/04_tokenizer.ipynb #c0fa77a8
 def rank_genes(
     X, # cells × genes, CSR, counts
     gene:np.ndarray, # gene number in the vocabulary for each column; -1 where there is none
@@ -57,12 +56,11 @@ def rank_genes(
     gene, low = np.asarray(gene, np.int64), (1 << len(medians).bit_length()) - 1
     data, medians = _summed(X, gene), np.append(medians, np.inf)
     out, lengths = np.empty(X.nnz, np.int32), np.zeros(X.shape[0], np.int64)
-    def some(r):
+    step = max(1, 32_768 * X.shape[0] // max(1, X.nnz))
+    for r in range(0, X.shape[0], step):
         cuts = X.indptr[r:r + step + 1].astype(np.int64)
         here = slice(cuts[0], cuts[-1])
         out[here], lengths[r:r + step] = _rank_rows(data[here], X.indices[here], cuts - cuts[0], gene, medians, low)
-    step = max(1, 32_768 * X.shape[0] // max(1, X.nnz))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: list(pool.map(some, range(0, X.shape[0], step)))
     return out, lengths
 
 # %% ../nbs/04_tokenizer.ipynb #ade47d1d
