@@ -5,8 +5,8 @@
   python benchmarks/run.py --write              and write benchmarks/RESULTS.md after each (other rows stay)
   python benchmarks/run.py --quick              tiny sizes, one pair: do the answers agree? The times mean nothing
 
-Nothing is reported before both answers were found equal. Model benchmarks run on one thread (--threads), the others
-on what the machine has. Inputs are made once in --scratch (default: a temporary folder, removed at the end).
+Nothing is reported before both answers were found equal. Model benchmarks run on one thread (--threads); the others
+use no more on either side. Inputs are made once in --scratch (default: a temporary folder, removed at the end).
 """
 import argparse, json, os, platform, re, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -119,7 +119,7 @@ def row(name, r):
     ratio = [b / a for a, b in zip(ours, ref)]
     memory = ' / '.join(f'{max(x["peak"] for x in r[k]) / 1e9:.2f}' for k in ('ours', 'reference'))
     far = statistics.median(ours) / r['bound']['work']
-    limit = f'{r["bound"]["words"]}; together {r["bound"]["work"]:.2g} s, ours takes {far:.1f} times that'
+    limit = f'{r["bound"]["words"]}: {r["bound"]["work"]:.2g} s in all, ours takes {far:.1f} times that'
     return [r['title'], size_words(r['size']), spread(ours, ' s'), spread(ref, ' s'), spread(ratio, ' x', 1),
             f'{memory} GB', limit, f'`python benchmarks/run.py {name} --pairs {len(ratio)}`']
 
@@ -134,7 +134,7 @@ written down. **ratio** is reference divided by ours, pair by pair. **peak memor
 ours / reference. **limit** is what the work cannot do without, measured in the same run, and how far ours is from
 it. Whole-process rows include starting Python and all imports; nothing is compiled when it first runs. The other
 rows leave out starting, importing and loading. Rows with a model use {threads} thread(s), float32 and random
-weights; tokenising uses the cores that are there (its reference can use only one).
+weights; tokenising uses one core on both sides.
 
 The reference, `benchmarks/naive.py`, is what a careful user would write: a numpy loop over cells that hands lists
 to `datasets`; the stock model on padded batches with its masked-LM head; `scipy.stats.ranksums` gene by gene. The
