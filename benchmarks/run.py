@@ -26,7 +26,7 @@ BENCHMARKS = {  # name: (title, case, size, tiny size)
                          dict(cells=5_000, retired=60),
                          dict(cells=60, genes=500, detected=100, retired=6)),
     'rank': ('ranking alone, in memory', cases.Rank, dict(cells=5_000), dict(cells=60, genes=500, detected=100)),
-    'embed_1918': ('cell embeddings, V1-10M shape', cases.Embed, dict(cells=8, tokens=1918, **V1), None),
+    'embed_1918': ('cell embeddings, V1-10M shape', cases.Embed, dict(cells=4, tokens=1918, **V1), None),
     'embed_256': ('cell embeddings, V1-10M shape', cases.Embed, dict(cells=32, tokens=256, batch=32, **V1),
                   dict(cells=3, tokens=70, **small)),
     'delete_256': ('deletion, first 64 genes of a cell, V1-10M shape', cases.Perturb,
