@@ -149,7 +149,7 @@ def volcano(
     _label(ax, t['shift'][order].to_numpy(), y[order].to_numpy(), _names(t.loc[order]))
     return ax
 
-# %% ../nbs/12_plots.ipynb #59950eeb
+# %% ../nbs/12_plots.ipynb #ab4d3d24
 @_styled
 def top_targets(
     table:pd.DataFrame, # the result table of `summarise` or a screen
@@ -168,7 +168,8 @@ def top_targets(
     dark = (t.fdr < alpha).fillna(False) if 'fdr' in t else np.ones(len(t), bool)
     ax.barh(y, t['shift'], color=np.where(dark, palette[0], '#B5D3E7'), height=.7)
     err = np.abs(t[['ci_low', 'ci_high']].to_numpy().T - t['shift'].to_numpy())
-    ax.errorbar(t['shift'], y, xerr=np.nan_to_num(err), fmt='none', ecolor='black', elinewidth=1, capsize=2)
+    has = np.isfinite(err).all(0) # no interval is no interval, not one of no width
+    ax.errorbar(t['shift'][has], y[has], xerr=err[:, has], fmt='none', ecolor='black', elinewidth=1, capsize=2)
     if 'null_shift' in t: ax.plot(t.null_shift, y, '|', color=palette[1], ms=11, mew=2, label='matched genes')
     ax.set(yticks=y, yticklabels=_names(t), xlabel=f'shift towards {t.state[0]} (cosine), 95 % interval')
     for tick, s in zip(ax.get_yticklabels(), t.symbol): tick.set_fontweight('bold' if s in set(mark) else 'normal')
@@ -177,7 +178,7 @@ def top_targets(
     ax.invert_yaxis(); ax.axvline(0, color=_grey, lw=.8); ax.legend(loc='lower right')
     return ax
 
-# %% ../nbs/12_plots.ipynb #0eddc6f2
+# %% ../nbs/12_plots.ipynb #c90a8424
 @_styled
 def shift_plot(
     table:pd.DataFrame, # the result table with rows by donor (`summarise(..., by_donor=True)`)
@@ -198,7 +199,7 @@ def shift_plot(
         raise GeneformerError("A plot by donor needs rows by donor (summarise with donor= and by_donor=True) of "
                               "perturbations that are in the table.")
     ax, y = _axes(ax, (5.6, .9 + .3*len(every))), np.arange(len(every))
-    half = np.nan_to_num(np.abs(every[['ci_low', 'ci_high']].to_numpy().T - every['shift'].to_numpy()))
+    half = np.abs(every[['ci_low', 'ci_high']].to_numpy().T - every['shift'].to_numpy())
     ax.errorbar(every['shift'], y, xerr=half, fmt='D', ms=5, color='black', elinewidth=1, capsize=3, zorder=3,
                 label='mean, 95 %')
     place, donors = dict(zip(every.perturbation, y)), sorted(each.donor.unique())
@@ -262,7 +263,7 @@ def confusion(
     ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=30, ha='right', rotation_mode='anchor')
     return ax
 
-# %% ../nbs/12_plots.ipynb #b51b8bff
+# %% ../nbs/12_plots.ipynb #e83ff30b
 @_styled
 def embedding(
     adata, # AnnData, or coordinates (n, 2 or more) of which the first two columns are drawn
@@ -275,7 +276,7 @@ def embedding(
     "Cells on two coordinates, coloured by a label or a number"
     obs, xy, name = getattr(adata, 'obs', None), adata, None
     if obs is not None:
-        basis = basis if basis in adata.obsm else f'X_{basis}'
+        basis = basis if basis in adata.obsm or basis.startswith('X_') else f'X_{basis}'
         if basis not in adata.obsm:
             raise GeneformerError(f"obsm has no '{basis}'; it has {', '.join(adata.obsm) or 'nothing'}.")
         xy = adata.obsm[basis]
