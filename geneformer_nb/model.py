@@ -114,7 +114,7 @@ def new(cls:Geneformer,
         torch.manual_seed(seed)
         return cls(BertForMaskedLM(bert_config(preset, vocabulary, **changes)), vocabulary)
 
-# %% ../nbs/07_model.ipynb #e68556e3
+# %% ../nbs/07_model.ipynb #1b72585a
 @patch
 def n_run(self:Geneformer,
     layer, # "last", "second_to_last", or the official 0 (last) and -1 (second to last)
@@ -139,7 +139,8 @@ def hidden(self:Geneformer,
 )->torch.Tensor: # (t, d) on the model's device, differentiable
     "Contextual embedding of every token, each cell by itself"
     dev, offsets = self.device, np.asarray(offsets)
-    tokens = torch.as_tensor(tokens, device=dev).long()
+    if not torch.is_tensor(tokens): tokens = torch.from_numpy(np.array(tokens, dtype=np.int64))
+    tokens = tokens.to(dev).long()
     if positions is None:
         n = np.diff(offsets)
         positions = torch.from_numpy(np.arange(offsets[-1]) - np.repeat(offsets[:-1], n)).to(dev)
