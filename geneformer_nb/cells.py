@@ -53,7 +53,12 @@ class Cells:
     @property
     def lengths(self): return np.diff(self.offsets)
 
-# %% ../nbs/03_cells.ipynb #dc352f81
+# %% ../nbs/03_cells.ipynb #21d17f2f
+def _need_cells(x):
+    "The cells a function was given; raises `GeneformerError`, saying how to make them, for anything else"
+    if isinstance(x, Cells): return x
+    raise GeneformerError(f"cells are what tokenize(adata, model.vocabulary) returns, not {type(x).__name__}.")
+
 def ragged(lists): # sequences of tokens
     "(tokens, offsets) of a list of token lists"
     lens = np.array([len(x) for x in lists], dtype=np.int64)

@@ -26,7 +26,7 @@ def _names(text):
     if Path(text).is_file(): return Path(text).read_text().split()
     return text.split(',')
 
-# %% ../nbs/55_cli.ipynb #9bcf286b
+# %% ../nbs/55_cli.ipynb #46cb67da
 def _vocabulary(where):
     "A vocabulary by file, by checkpoint folder, or as V1:folder / V2:folder for the official dictionaries"
     from geneformer_nb.genes import Vocabulary
@@ -48,13 +48,14 @@ def run_embed(a): # parsed arguments
     from geneformer_nb.counts import read_any
     from geneformer_nb.embed import embed
     from geneformer_nb.model import Geneformer
+    if a.model is None: raise GeneformerError("embed needs --model, a checkpoint folder or hub id.")
     check_folder(Path(a.out).parent)
     adata = read_any(a.data)
     embed(adata, Geneformer.from_pretrained(a.model, device=a.device), layer=a.at, counts_layer=a.layer, logged=a.logged, genes=a.gene_column)
     with atomic(a.out) as tmp: adata.write_h5ad(tmp)
     print(f"{adata.n_obs:,} cells embedded into obsm['X_geneformer'] of '{Path(a.out).name}'")
 
-# %% ../nbs/55_cli.ipynb #7131e042
+# %% ../nbs/55_cli.ipynb #9beacab6
 def run_screen(a): # parsed arguments
     "Counts with states and donors to a report of targets"
     from geneformer_nb.screen import screen
@@ -63,7 +64,7 @@ def run_screen(a): # parsed arguments
                model=a.model, top_genes=a.top_genes,
                vocabulary=_vocabulary(a.vocabulary) if a.vocabulary else None, directions=a.directions.split(','),
                genes=_names(a.genes) or 'detected', known=_names(a.known), max_cells=a.max_cells, unit=a.unit, seed=a.seed, device=a.device,
-               folds=a.folds if a.folds == 'loo' else int(a.folds), layer=a.layer, logged=a.logged,
+               folds=int(a.folds) if a.folds.isdigit() else a.folds, layer=a.layer, logged=a.logged,
                pretraining=dict(steps=a.steps), finetuning=dict(epochs=a.epochs))
     print(s.table[['perturbation', 'shift', 'null_shift', 'p', 'fdr', 'n_cells', 'n_donors']].head(10).to_string(index=False))
     return s

@@ -13,7 +13,7 @@ from .core import GeneformerError, VocabularyError, versions
 from .model import Geneformer
 from .tokenizer import tokenize
 
-# %% ../nbs/09_embed.ipynb #b89ef3b8
+# %% ../nbs/09_embed.ipynb #25555b87
 def embed(
     adata, # AnnData with raw counts
     model:Geneformer, # the encoder
@@ -29,6 +29,9 @@ def embed(
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
 ): # None, or the copy: adds obsm[key_added] (cells × d, float32; nan for a cell without known genes), uns[key_added]
     "Embed every cell of an AnnData; raises `VocabularyError`, `CountsError`, `GeneMatchError`"
+    if not hasattr(adata, 'obsm'): raise GeneformerError(f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance "
+                                                         "with counts.read_any.")
+    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}: Geneformer.from_pretrained(…).")
     if vocabulary is not None and vocabulary.hash != model.vocabulary.hash:
         raise VocabularyError(f"The vocabulary given ({vocabulary.name!r}) is not the model's ({model.vocabulary.name!r}): leave it out.")
     cells = tokenize(adata, model.vocabulary, layer=counts_layer, logged=logged, genes=genes, obs=[], keep_empty=True)
@@ -59,7 +62,7 @@ def gene_embeddings(
     rows = seen.nonzero()[:, 0]
     return pd.DataFrame((total[rows] / seen[rows, None]).cpu().numpy(), index=model.vocabulary.gene(rows.cpu()))
 
-# %% ../nbs/09_embed.ipynb #4bd0db52
+# %% ../nbs/09_embed.ipynb #aaae87b9
 def state_embeddings(
     cells:Cells, # tokenised cells
     model:Geneformer, # the encoder
@@ -73,10 +76,12 @@ def state_embeddings(
     "Exact mean of the cell vectors of each state (official `get_state_embs`); raises `GeneformerError`"
     if column not in cells.obs:
         raise GeneformerError(f"obs has no column {column!r} (it has {', '.join(map(str, cells.obs.columns)) or 'none'}).")
-    col = cells.obs[column].astype(str).to_numpy()
-    states = sorted(set(col) - {'nan'}) if states is None else [str(s) for s in states]
+    col = cells.obs[column].astype(str).where(cells.obs[column].notna(), '').to_numpy()
+    states = sorted(set(col) - {''}) if states is None else [str(s) for s in ([states] if isinstance(states, str) else states)]
     if lost := [s for s in states if s not in col]:
         raise GeneformerError(f"No cell has {column} = {lost[0]!r}; the column holds {', '.join(sorted(set(col))[:8])}.")
     rows = np.flatnonzero(np.isin(col, states))
     vecs = model.encode(cells[rows], layer=layer, pool=pool, **kwargs)
+    if lost := [s for s in states if not np.isfinite(vecs[col[rows] == s]).any()]:
+        raise GeneformerError(f"No cell of {column} = {lost[0]!r} holds a known gene: its embedding cannot be made.")
     return {s: np.nanmean(vecs[col[rows] == s], axis=0) for s in states}

@@ -108,7 +108,7 @@ def scores(
     return out | dict(donor_accuracy=per.mean() if donors is not None else np.nan, ci_low=lo, ci_high=hi, n_cells=len(truth),
                       n_donors=len(per) if donors is not None else 0)
 
-# %% ../nbs/10_evaluate.ipynb #fd407c46
+# %% ../nbs/10_evaluate.ipynb #9c23048e
 def log_cp10k(
     adata, # AnnData with counts
     **kwargs, # layer, logged as in `counts_of`
@@ -132,8 +132,10 @@ def baselines(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    split, y, X = np.asarray(split), adata.obs[label].astype(str).to_numpy(), log_cp10k(adata, **kwargs)
-    tr, te = split == 'train', split == 'test'
+    _need(adata.obs, label, *([donor] if donor else []))
+    split, y = np.asarray(split), adata.obs[label].astype(str).to_numpy()
+    audit_split(adata.obs, split, donor, label)
+    X, tr, te = log_cp10k(adata, **kwargs), split == 'train', split == 'test'
     mean = np.asarray(X[tr].mean(0)).ravel()
     var = np.asarray(X[tr].multiply(X[tr]).mean(0)).ravel() - mean**2
     top = np.sort(np.argsort(-var, kind='stable')[:n_genes])
@@ -143,7 +145,7 @@ def baselines(
     d = adata.obs[donor].astype(str).to_numpy()[te] if donor else None
     return pd.DataFrame({k: scores(y[te], p, d) for k, p in pred.items()}).T, pred
 
-# %% ../nbs/10_evaluate.ipynb #104821b7
+# %% ../nbs/10_evaluate.ipynb #bd6ddd25
 def de_ranking(
     adata, # AnnData with counts
     label:str, # column of states
@@ -154,7 +156,7 @@ def de_ranking(
 )->pd.DataFrame: # gene, log_fold_change (goal over start), t, p; strongest first
     "Welch's t-test between donors of the two states, on mean log CP10k a donor"
     from scipy.stats import ttest_ind
-    _need(adata.obs, donor)
+    _need(adata.obs, donor, label)
     X, names = log_cp10k(adata, **kwargs), counts_of(adata, **kwargs).var.index
     lab, don = adata.obs[label].astype(str).to_numpy(), adata.obs[donor].astype(str).to_numpy()
     def means(state): return np.array([np.asarray(X[(lab == state) & (don == d)].mean(0)).ravel() for d in np.unique(don[lab == state])])

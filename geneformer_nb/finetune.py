@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CellClassifier', 'freeze', 'finetune']
 
-# %% ../nbs/11_finetune.ipynb #b8de6c8e
+# %% ../nbs/11_finetune.ipynb #84f05a92
 import copy, json, tempfile
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
-from .cells import Cells
-from .core import GeneformerError, write_json
+from .cells import Cells, _need_cells
+from .core import GeneformerError, MissingDataError, write_json
 from .evaluate import audit_split, baselines, scores, split_donors
 from .model import Geneformer, pool_cells
 from .pretrain import _set_dropout, flat_forward, make_trainer, trainer_args
@@ -87,7 +87,7 @@ def _fit(clf, cells, y, weights, train, args, seed):
     del gf.hf.cell_head
     return pd.DataFrame([h for h in t.state.log_history if 'loss' in h])
 
-# %% ../nbs/11_finetune.ipynb #62cd2f03
+# %% ../nbs/11_finetune.ipynb #3a608a17
 def finetune(
     model:Geneformer, # pretrained encoder; a copy is trained, this one stays as it is
     cells:Cells, # labelled cells
@@ -108,7 +108,10 @@ def finetune(
     **args, # any field of TrainingArguments
 )->CellClassifier: # with `.scores` (table), `.split`, `.audit` and `.history`
     "Fine-tune a cell classifier on donors it is not tested on (official `Classifier`); raises `LeakError`, `GeneformerError`"
-    cells.check_vocabulary(model.vocabulary)
+    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
+    _need_cells(cells).check_vocabulary(model.vocabulary)
+    if adata is not None and list(adata.obs_names) != list(cells.obs.index): raise GeneformerError("adata and cells are not the same cells in the "
+        "same order: pass adata[cells.obs.index], or tokenise with keep_empty=True.")
     if label not in cells.obs: raise GeneformerError(f"obs has no column {label!r} (it has {', '.join(map(str, cells.obs.columns))}).")
     if split is None:
         if donor is None: raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors are held out; or pass "
@@ -139,7 +142,7 @@ def _score(clf, cells, adata, label, donor, split):
     if adata is not None: rows |= baselines(adata, label, split, donor)[0].T.to_dict()
     return pd.DataFrame(rows).T
 
-# %% ../nbs/11_finetune.ipynb #d601923f
+# %% ../nbs/11_finetune.ipynb #e80a8360
 @patch
 def save(self:CellClassifier,
     folder, # config.json, model.safetensors, vocabulary.json, head.safetensors, classes.json
@@ -157,6 +160,8 @@ def load(cls:CellClassifier,
 )->CellClassifier:
     "Read a classifier; raises `MissingDataError`, `VocabularyError`"
     folder = Path(folder)
+    if not (folder/'classes.json').exists(): raise MissingDataError(f"There is no classifier in '{folder.name}' (no classes.json): it is what "
+                                                                    "CellClassifier.save writes.")
     enc = Geneformer.from_pretrained(folder, device=device)
     out = cls(enc, **json.loads((folder/'classes.json').read_text()))
     out.head.load_state_dict(load_file(folder/'head.safetensors'))

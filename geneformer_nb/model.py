@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['presets', 'bert_config', 'runs', 'Geneformer', 'pool_cells', 'no_bars']
 
-# %% ../nbs/07_model.ipynb #0ede0c4c
+# %% ../nbs/07_model.ipynb #096e028e
 import json, os
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
-from .cells import Cells, ragged
+from .cells import Cells, _need_cells, ragged
 from .core import (GeneformerError, MissingDataError, VocabularyError, check_folder, pick_device, pick_dtype,
                                 progress)
 from .genes import Vocabulary
@@ -114,14 +114,14 @@ def new(cls:Geneformer,
         torch.manual_seed(seed)
         return cls(BertForMaskedLM(bert_config(preset, vocabulary, **changes)), vocabulary)
 
-# %% ../nbs/07_model.ipynb #1b72585a
+# %% ../nbs/07_model.ipynb #46ec1f25
 @patch
 def n_run(self:Geneformer,
     layer, # "last", "second_to_last", or the official 0 (last) and -1 (second to last)
 )->int: # how many layers to run
     "Number of encoder layers below a layer's output; raises `GeneformerError`"
     n = self.config.num_hidden_layers
-    back = {'last': 0, 'second_to_last': -1}.get(layer, layer)
+    back = {'last': 0, 'second_to_last': -1}.get(layer, layer) if isinstance(layer, (str, int, np.integer)) else layer
     if not isinstance(back, (int, np.integer)) or not -n <= back <= 0:
         raise GeneformerError(f"layer {layer!r} is not 'last', 'second_to_last', or a number from 0 (last) down to {-n} "
                               "(the embeddings); -1 is the second to last, as in the official code.")
@@ -139,6 +139,7 @@ def hidden(self:Geneformer,
 )->torch.Tensor: # (t, d) on the model's device, differentiable
     "Contextual embedding of every token, each cell by itself"
     dev, offsets = self.device, np.asarray(offsets)
+    if not len(tokens): self.n_run(layer); return torch.zeros(0, self.config.hidden_size, device=dev)
     if not torch.is_tensor(tokens): tokens = torch.from_numpy(np.array(tokens, dtype=np.int64))
     tokens = tokens.to(dev).long()
     if positions is None:
@@ -182,7 +183,7 @@ def pooling(self:Geneformer, how=None):
                               "; this vocabulary has no <cls> token, and the first token is simply the top gene."))
     return how
 
-# %% ../nbs/07_model.ipynb #57d66679
+# %% ../nbs/07_model.ipynb #02156d21
 @patch
 def stream(self:Geneformer,
     cells:Cells, # tokenised with the model's vocabulary
@@ -193,7 +194,7 @@ def stream(self:Geneformer,
     show:bool=None, # progress bar; None shows it outside of tests
 ): # (numbers of the cells, tokens, offsets, vectors (t, d)), batch by batch, longest cells first
     "Run the encoder over cells, without gradients; raises `VocabularyError` for cells of another vocabulary"
-    cells.check_vocabulary(self.vocabulary)
+    _need_cells(cells).check_vocabulary(self.vocabulary)
     dtype = pick_dtype(dtype)
     with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
         for rows in progress(cells.batches(budget), 'encoding', unit='batches', show=show):
@@ -249,7 +250,7 @@ def _find_vocabulary(folder, size):
     raise MissingDataError(f"'{folder.name}' is an official {_by_size[size]} checkpoint without its dictionaries: copy the folder "
         "geneformer/ of huggingface.co/ctheodoris/Geneformer beside it, or pass vocabulary=Vocabulary.official(…).")
 
-# %% ../nbs/07_model.ipynb #88ce4f8d
+# %% ../nbs/07_model.ipynb #fa3edf8b
 def _local(path, subfolder):
     "The folder of a checkpoint, fetched from the hub when it is an id and not a folder"
     if not Path(path).expanduser().exists() and str(path).count('/') == 1:
@@ -273,12 +274,19 @@ def from_pretrained(cls:Geneformer,
     "Load a checkpoint, ours or official; raises `MissingDataError`, `VocabularyError`"
     import transformers
     folder = _local(path, subfolder)
-    conf = json.loads((folder/'config.json').read_text())
-    if vocabulary is None: vocabulary = _find_vocabulary(folder, conf['vocab_size'])
+    try: conf = json.loads((folder/'config.json').read_text()); size = conf['vocab_size']
+    except (ValueError, KeyError, TypeError) as e: raise MissingDataError(f"config.json of '{folder.name}' is damaged or no model's.") from e
+    if vocabulary is None: vocabulary = _find_vocabulary(folder, size)
+    elif (folder/'vocabulary.json').exists() and (own := Vocabulary.load(folder)).n_tokens == vocabulary.n_tokens and own.hash != vocabulary.hash:
+        raise VocabularyError(f"'{folder.name}' was made with the vocabulary {own.name!r} ({own.hash}), and the one given is "
+                              f"{vocabulary.name!r} ({vocabulary.hash}): leave vocabulary=… out.")
     name = (conf.get('architectures') or ['BertForMaskedLM'])[0]
     if not name.startswith('Bert') or not hasattr(transformers, name):
         raise GeneformerError(f"'{folder.name}' holds a {name}, which is no BERT: Geneformer checkpoints are BertForMaskedLM.")
-    with no_bars(): hf, info = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    try:
+        with no_bars(): hf, info = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as e: raise MissingDataError(f"The weights of '{folder.name}' cannot be read ({type(e).__name__}: "
+        f"{str(e).splitlines()[0][:120]}): the file is missing or damaged, or no safetensors; fetch it again.") from e
     if lost := [k for k in info['missing_keys'] if 'position_ids' not in k]:
         raise GeneformerError(f"The weights of '{folder.name}' lack {len(lost)} tensors, {sorted(lost)[0]} first: the download "
                               "is broken, or the configuration is another model's.")

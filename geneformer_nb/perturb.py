@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['Perturbation', 'KO', 'OE', 'Each', 'each', 'perturb', 'estimate', 'weights_digest', 'perturb_to']
 
-# %% ../nbs/30_perturb.ipynb #41d43782
+# %% ../nbs/30_perturb.ipynb #1c43855e
 import time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from .cells import Cells, spans
-from .core import GeneformerError, digest, progress
+from .cells import Cells, _need_cells, spans
+from .core import GeneformerError, StorageError, digest, progress
 from .genes import Vocabulary
 from .model import Geneformer, pool_cells
 from .scale import run_shards
 
-# %% ../nbs/30_perturb.ipynb #fb9d5d4b
+# %% ../nbs/30_perturb.ipynb #5d41ced2
 @dataclass(frozen=True)
 class Perturbation:
     "What is done to one cell, all at once; join with `+`"
     ops: tuple # (("KO" or "OE", gene), …), in order
     def __add__(self, other): return Perturbation(self.ops + _as_perturbation(other).ops)
+    def __radd__(self, other): return self if other == 0 else _as_perturbation(other) + self
     def __repr__(self): return ' + '.join(f'{k}({g})' for k, g in self.ops)
     @property
     def kind(self): return '+'.join(dict.fromkeys(k for k, _ in self.ops))
@@ -47,7 +48,7 @@ def OE(
     "Overexpress genes: to the front of the cell, after <cls> where there is one (official `overexpress`)"
     return _op('OE', genes)
 
-# %% ../nbs/30_perturb.ipynb #55a9d5b8
+# %% ../nbs/30_perturb.ipynb #a27b070f
 @dataclass(frozen=True)
 class Each:
     "One perturbation a gene"
@@ -64,6 +65,8 @@ def each(
     "Perturb genes one at a time; a deletion concerns the cells that have the gene"
     if op not in (KO, OE): raise GeneformerError(f"each(…, op) takes KO or OE, not {op!r}.")
     if isinstance(genes, str) and genes not in ('detected', 'vocabulary'): genes = [genes]
+    if not isinstance(genes, str) and (not np.iterable(genes) or not all(isinstance(g, str) for g in genes)):
+        raise GeneformerError(f"each takes gene names, 'detected' or 'vocabulary', not {genes!r}.")
     return Each(genes if isinstance(genes, str) else tuple(genes), op)
 
 # %% ../nbs/30_perturb.ipynb #dda70f73
@@ -115,7 +118,7 @@ def _effects(before, base_off, after, off, base_of, src, moved, how, special, st
         out[f'shift_{name}'] = (u1 @ s - (u0 @ s)[own]).cpu().numpy()
     return out, (each.cpu().numpy(), seg[inside].cpu().numpy(), inside.cpu().numpy()) if genes else None
 
-# %% ../nbs/30_perturb.ipynb #b4fd46a9
+# %% ../nbs/30_perturb.ipynb #1957b7b8
 def _jobs(cells, what, vocabulary):
     "Every (cell, kind, list of gene tokens) as (cell number, builder, labels), cell by cell"
     front, k = int(vocabulary.cls), len(vocabulary.specials)
@@ -124,13 +127,14 @@ def _jobs(cells, what, vocabulary):
         if isinstance(w, Perturbation): fixed.append([(o, vocabulary.token(g)) for o, g in w.ops])
         elif w.genes != 'detected':
             names = vocabulary.genes if w.genes == 'vocabulary' else w.genes
-            if w.op is OE: fixed += [[('OE', int(t))] for t in vocabulary.token(names)]
+            if w.op is OE: fixed += [[('OE', t)] for t in dict.fromkeys(vocabulary.token(names).tolist())]
+    asked = {id(w): vocabulary.token(list(w.genes)) for w in what if isinstance(w, Each) and not isinstance(w.genes, str)}
     for c in range(len(cells)):
         x = cells[c].tokens
         for w in what:
             if not isinstance(w, Each) or (w.op is OE and w.genes != 'detected'): continue
             at = np.flatnonzero(x >= k)
-            if not isinstance(w.genes, str): at = at[np.isin(x[at], vocabulary.token(list(w.genes)))]
+            if not isinstance(w.genes, str): at = at[np.isin(x[at], asked[id(w)])]
             if w.op is OE: at = at[at != front]
             if len(at): yield c, w.op.__name__, at
         for ops in fixed: yield c, None, ops
@@ -141,9 +145,11 @@ def _build(x, kind, arg, vocabulary):
         got = _group(x, arg, vocabulary)
         if got is None: return None
         src, tok, cut = got
+        if np.isin(tok[tok >= len(vocabulary.specials)], [t for _, t in arg]).all(): return None  # no other gene is left to tell anything
         at = np.flatnonzero(x == arg[0][1])
         return (src, tok, np.array([len(tok)]), [tuple(arg)], np.array([cut]), np.isin(tok, [t for _, t in arg]),
                 at - int(vocabulary.cls) if len(at) else np.array([-1]))
+    if (x >= len(vocabulary.specials)).sum() < 2: return None
     src = _singles(kind, len(x), arg, int(vocabulary.cls))
     moved = np.zeros(src.shape, bool)
     if kind == 'OE': moved[:, int(vocabulary.cls)] = True
@@ -214,14 +220,21 @@ def _gene_table(each, row0, vocabulary):
     (cos, seg, inside), tokens = each
     return pd.DataFrame(dict(row=seg + row0, affected=tokens[inside], cosine=cos))
 
-# %% ../nbs/30_perturb.ipynb #287ee20e
+# %% ../nbs/30_perturb.ipynb #cd6a61bb
 def _check(model, cells, what, states):
-    cells.check_vocabulary(model.vocabulary)
+    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
+    _need_cells(cells).check_vocabulary(model.vocabulary)
     what = list(what) if isinstance(what, (list, tuple)) else [what]
     for w in what:
         if not isinstance(w, (Each, Perturbation)): _as_perturbation(w)
         names = [g for _, g in w.ops] if isinstance(w, Perturbation) else [] if isinstance(w.genes, str) else list(w.genes)
-        if names: model.vocabulary.token(names)
+        tokens = model.vocabulary.token(names).tolist() if names else []
+        if isinstance(w, Perturbation) and len(set(tokens)) < len(tokens): raise GeneformerError(f"{w} names one gene twice.")
+        room = model.vocabulary.max_len - 2 * model.vocabulary.cls - 1
+        if isinstance(w, Perturbation) and len(tokens) > room: raise GeneformerError(f"{len(tokens)} genes at once leave no room for others in "
+                                                                                      f"a cell of {model.vocabulary.max_len} tokens.")
+    if states is not None and not isinstance(states, dict):
+        raise GeneformerError("states is a dict of vectors by name: make it with state_embeddings(cells, model, column).")
     for name, s in (states or {}).items():
         if np.shape(s) != (model.config.hidden_size,) or not np.isfinite(s).all():
             raise GeneformerError(f"The embedding of state {name!r} is no finite vector of {model.config.hidden_size} numbers: "
@@ -274,7 +287,7 @@ def estimate(
     return dict(variants=int(variants.sum()), tokens=int((variants * cells.lengths).sum()),
                 seconds=float((variants * cells.lengths).sum() * per_token))
 
-# %% ../nbs/30_perturb.ipynb #52ad9de8
+# %% ../nbs/30_perturb.ipynb #55a1ca33
 def weights_digest(
     model:Geneformer, # any
 )->str: # 16 hexadecimal characters
@@ -303,7 +316,12 @@ def perturb_to(
             if 'Nothing to perturb' not in str(e): raise
             t = _table([], [], model.vocabulary, states)
         t.assign(cell=t['cell'] + i * shard).to_parquet(path)
-    paths = run_shards(one, -(-len(cells) // shard), folder, facts, part=part, desc='perturbing')
-    tables = [pd.read_parquet(p) for p in paths]
-    out = pd.concat(tables, ignore_index=True)
+    if shard < 1 or len(cells) < 1: raise GeneformerError(f"There must be cells to perturb, and one or more in a shard ({len(cells)}, {shard}).")
+    n = sum(len(cells.tokens) if isinstance(w, Each) and w.genes == 'detected' else len(cells) * (1 if isinstance(w, Perturbation) else
+            len(model.vocabulary) if isinstance(w.genes, str) else len(w.genes)) for w in what)
+    paths = run_shards(one, -(-len(cells) // shard), folder, facts, part=part, desc='perturbing', need=n * (24 + 8 * len(states)))
+    def read(p):
+        try: return pd.read_parquet(p)
+        except (OSError, ValueError) as e: raise StorageError(f"{p.name} in '{p.parent.name}' is damaged: delete it and run again.") from e
+    out = pd.concat([*map(read, paths)], ignore_index=True) if paths else _table([], [], model.vocabulary, states)
     return out.astype({k: 'category' for k in ('kind', 'perturbation', 'gene_id')})

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['recipes', 'mask_cell', 'masked_loss', 'MaskedRanks', 'flat_forward', 'trainer_args', 'make_trainer', 'pretrain']
 
-# %% ../nbs/08_pretrain.ipynb #a60b67d6
+# %% ../nbs/08_pretrain.ipynb #79f4b1b8
 import json, tempfile, types
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
-from .cells import Cells
+from .cells import Cells, _need_cells
 from .core import GeneformerError, Manifest, check_folder, digest, progress, write_json
 from .genes import Vocabulary
 from .model import Geneformer, no_bars
@@ -88,7 +88,7 @@ def make_trainer(desc, **kw): # word before the bar, and arguments of transforme
     t.remove_callback(PrinterCallback)
     return t
 
-# %% ../nbs/08_pretrain.ipynb #d6a1a08b
+# %% ../nbs/08_pretrain.ipynb #d025a8c7
 recipes = { # the published runs; batch is per device, and the paper had 12 devices
     'V1': dict(epochs=3, batch=12, lr=1e-3, schedule='linear', warmup=10_000, weight_decay=.001),
     'V2': dict(epochs=3, batch=18, lr=2e-4, schedule='cosine', warmup=.007, weight_decay=.001)}
@@ -117,15 +117,19 @@ def pretrain(
     **changes, # fields of `BertConfig` for a preset, and `args=dict(…)` for any TrainingArguments
 )->Geneformer: # the trained model; `.history` is a table of steps and losses
     "Masked pretraining (paper, Methods); the same call goes on after an interruption. Raises `GeneformerError`, `StorageError`"
-    vocabulary = vocabulary or cells.vocabulary or getattr(model, 'vocabulary', None)
+    if not isinstance(model, (str, Geneformer)): raise GeneformerError(f"model is a preset or a Geneformer, not {type(model).__name__}.")
+    if not 0 < mask < 1 or not 0 <= holdout < 1 or batch < 1 or (steps is not None and steps < 1) or save_every < 1: raise GeneformerError(
+        "mask lies between 0 and 1, holdout from 0 to below 1, batch, steps and save_every from 1 up.")
+    vocabulary = vocabulary or _need_cells(cells).vocabulary or getattr(model, 'vocabulary', None)
     if vocabulary is None: raise GeneformerError("These cells carry no vocabulary: pass vocabulary=…")
     cells.check_vocabulary(vocabulary)
     args, n_out = changes.pop('args', {}), int(len(cells) * holdout)
     if len(cells) - n_out < 1 or (cells.lengths == 0).any(): raise GeneformerError("Pretraining needs cells, and none of them empty.")
-    facts = dict(cells=digest(cells.tokens, cells.offsets), vocabulary=vocabulary.hash, model=str(model) if isinstance(model, str) else
-                 repr(model), epochs=epochs, steps=steps, batch=batch, lr=lr, schedule=schedule, warmup=warmup, mask=mask,
+    facts = dict(cells=digest(cells.tokens, cells.offsets), vocabulary=vocabulary.hash, model=model if isinstance(model, str) else
+                 digest([[k, v.detach().float().cpu().numpy()] for k, v in model.hf.state_dict().items()]), epochs=epochs, steps=steps, batch=batch, lr=lr, schedule=schedule, warmup=warmup, mask=mask,
                  weight_decay=weight_decay, holdout=holdout, seed=seed, attention_dropout=attention_dropout, changes=changes, args=args)
     gf = Geneformer.new(model, vocabulary, seed, **changes) if isinstance(model, str) else model
+    cells.check_vocabulary(gf.vocabulary)
     if attention_dropout is not None: _set_dropout(gf, attention_dropout)
     if folder is not None:
         Manifest(check_folder(folder, 20 * gf.n_parameters), facts).open()

@@ -24,10 +24,12 @@ from .report import save_figure, write_report
 from .stats import summarise
 from .tokenizer import tokenize
 
-# %% ../nbs/35_cardiomyopathy.ipynb #012fb980
+# %% ../nbs/35_cardiomyopathy.ipynb #97c917f3
 def _select(adata, disease, donor, start, goal, where, groups):
     "The cells of the question; raises `GeneformerError` in a sentence for each way it can be wrong"
     adata = adata if isinstance(adata, ad.AnnData) else read_any(adata)
+    if adata.isbacked: adata = adata.to_memory()
+    if not isinstance(where or {}, dict): raise GeneformerError("where is a dict, {obs column: value or values}.")
     for col, values in (where or {}).items():
         _need(adata.obs, col)
         values = [values] if isinstance(values, str) else list(values)
@@ -181,7 +183,7 @@ def _methods(run, model, cells, forecast):
             f"{a['unit']}s where three or more could be screened; FDR by Benjamini and Hochberg within a direction.",
             f"Seed {run['seed']}. " + ', '.join(f'{k} {v}' for k, v in versions().items() if v) + '.']
 
-# %% ../nbs/35_cardiomyopathy.ipynb #90efddf6
+# %% ../nbs/35_cardiomyopathy.ipynb #5e805d31
 def screen(
     adata, # AnnData with raw counts, or a path
     *,
@@ -211,7 +213,12 @@ def screen(
     say=print, # function that is told what happens; None is silent
 )->Screen: # also written to `out`
     "Rank genes by how far perturbing them moves held-out cells from start to goal; resumable. Raises `GeneformerError` and kin"
-    say, t0 = say or (lambda *_: None), time.time()
+    say, t0, start, goal = say or (lambda *_: None), time.time(), str(start), str(goal)
+    if max_cells < 1: raise GeneformerError(f"max_cells={max_cells}: at least one cell of each {unit} must be perturbed.")
+    if out is None: raise GeneformerError("out names a folder for the results.")
+    directions = [directions] if isinstance(directions, str) else directions
+    genes = [genes] if isinstance(genes, str) and genes != 'detected' else genes
+    known = [known] if isinstance(known, str) else known
     adata = _select(adata, disease, donor, start, goal, where, groups)
     out, counts = check_folder(out, need=200_000_000), dict(layer=layer, logged=logged)
     run = _prepare(adata, locals())

@@ -405,3 +405,70 @@ def test_damaged_cells_and_vocabularies(cells, vocab, tmp_path):
 def test_a_folder_that_holds_no_cells_or_no_model(tmp_path):
     with says(StorageError, 'state.json'): Cells.load(tmp_path)
     with says(MissingDataError, 'config.json', 'hub id'): Geneformer.from_pretrained(tmp_path)
+
+# --- what runs long must not fail at its end, and what is wrong must not pass
+
+def test_a_checkpoint_given_another_vocabulary_of_its_size(model, vocab, tmp_path):
+    model.save_pretrained(tmp_path/'m')
+    other = Vocabulary(vocab.genes, vocab.medians*2, max_len=128, name='other')
+    with says(VocabularyError, "'m'", "'toy'", "'other'", 'leave vocabulary'): Geneformer.from_pretrained(tmp_path/'m', vocabulary=other)
+    assert Geneformer.from_pretrained(tmp_path/'m', vocabulary=vocab).vocabulary.hash == vocab.hash
+
+def test_a_damaged_checkpoint(model, tmp_path):
+    model.save_pretrained(tmp_path/'m')
+    weights = tmp_path/'m/model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:999])
+    with says(MissingDataError, "'m'", 'fetch it again'): Geneformer.from_pretrained(tmp_path/'m')
+    (tmp_path/'m/config.json').write_text('{')
+    with says(MissingDataError, 'config.json'): Geneformer.from_pretrained(tmp_path/'m')
+
+def test_pretraining_a_model_of_another_vocabulary(cells, vocab):
+    two = Vocabulary(vocab.genes, vocab.medians, cls=True, max_len=128)
+    with says(VocabularyError, vocab.hash, two.hash): pretrain(cells, Geneformer.new('nano', two, **small), steps=1)
+
+def test_an_anndata_where_cells_are_wanted(cohort, model):
+    for call in (lambda: model.encode(cohort), lambda: perturb(model, cohort, each()), lambda: finetune(model, cohort, 'disease', 'donor'),
+                 lambda: pretrain(cohort, 'nano', steps=1)):
+        with says(GeneformerError, 'tokenize(adata, model.vocabulary)', 'AnnData'): call()
+
+def test_a_path_where_an_anndata_is_wanted(model, idle):
+    with says(GeneformerError, 'AnnData', 'str', 'read_any'): embed('cohort.h5ad', model)
+
+def test_baselines_of_other_cells(cohort, model, cells, idle):
+    for other in (cohort[::-1].copy(), cohort[:30].copy()):
+        with says(GeneformerError, 'same order', 'cells.obs.index'): finetune(model, cells, 'disease', 'donor', adata=other)
+
+def test_one_gene_twice_in_a_perturbation(model, cells, vocab):
+    for what in (OE('TF01', 'TF01'), KO('TF01') + OE('TF01'), KO('TF01', vocab.gene(vocab.token('TF01')))):
+        with says(GeneformerError, 'one gene twice'): perturb(model, cells, what)
+    both = perturb(model, cells[:4], each(['TF01', 'tf01'], OE))
+    assert len(both) == 4 and not both.duplicated(['cell', 'gene_id']).any()
+
+def test_a_cell_of_one_gene_tells_nothing(model, vocab):
+    two = Cells([5, 7, 8, 9], [0, 1, 4], vocabulary=vocab)
+    raw = perturb(model, two, [each(), each('detected', OE)], states=dict(goal=np.ones(16)))
+    assert raw.cell.eq(1).all() and raw.notna().all().all()
+    with says(GeneformerError, 'Nothing to perturb'): perturb(model, two[:1], each())
+
+def test_more_genes_than_a_cell_holds(model, cells, cohort):
+    short = Vocabulary(cells.vocabulary.genes, cells.vocabulary.medians, max_len=20)
+    with says(GeneformerError, '25 genes', '20 tokens'):
+        perturb(Geneformer.new('nano', short, **small), tokenize(cohort, short), OE(*short.genes[:25]))
+
+def test_states_that_are_names(model, cells):
+    with says(GeneformerError, 'state_embeddings'): perturb(model, cells, each(), states='dilated')
+    assert list(state_embeddings(cells, model, 'disease', 'dilated')) == ['dilated']
+
+def test_cells_without_a_state_are_no_state(model, cells):
+    some = cells[list(range(20))]
+    some.obs = some.obs.assign(disease=[None]*5 + ['dilated']*15)
+    assert list(state_embeddings(some, model, 'disease')) == ['dilated']
+
+def test_a_full_disk_before_a_screen(model, cells, tmp_path, idle, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with says(StorageError, 'results', 'free some space'): perturb_to(tmp_path/'results', model, cells, each())
+
+def test_a_damaged_shard(model, cells, tmp_path):
+    perturb_to(tmp_path/'r', model, cells[:2], each(), shard=1)
+    (tmp_path/'r/shard-00001.parquet').write_bytes(b'')
+    with says(StorageError, 'shard-00001.parquet', 'delete it'): perturb_to(tmp_path/'r', model, cells[:2], each(), shard=1)
