@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipes', 'mask_cell', 'masked_loss', 'MaskedRanks', 'flat_forward', 'trainer_args', 'make_trainer', 'pretrain']
 
-# %% ../nbs/08_pretrain.ipynb #79f4b1b8
+# %% ../nbs/08_pretrain.ipynb #e1557da3
 import json, tempfile, types
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from .cells import Cells, _need_cells
 from .core import GeneformerError, Manifest, check_folder, digest, progress, write_json
 from .genes import Vocabulary
-from .model import Geneformer, no_bars
+from .model import Geneformer, no_bars, weights_digest
 
 # %% ../nbs/08_pretrain.ipynb #6c88f8ce
 def mask_cell(
@@ -88,7 +88,7 @@ def make_trainer(desc, **kw): # word before the bar, and arguments of transforme
     t.remove_callback(PrinterCallback)
     return t
 
-# %% ../nbs/08_pretrain.ipynb #d025a8c7
+# %% ../nbs/08_pretrain.ipynb #1c4c82f9
 recipes = { # the published runs; batch is per device, and the paper had 12 devices
     'V1': dict(epochs=3, batch=12, lr=1e-3, schedule='linear', warmup=10_000, weight_decay=.001),
     'V2': dict(epochs=3, batch=18, lr=2e-4, schedule='cosine', warmup=.007, weight_decay=.001)}
@@ -126,7 +126,7 @@ def pretrain(
     args, n_out = changes.pop('args', {}), int(len(cells) * holdout)
     if len(cells) - n_out < 1 or (cells.lengths == 0).any(): raise GeneformerError("Pretraining needs cells, and none of them empty.")
     facts = dict(cells=digest(cells.tokens, cells.offsets), vocabulary=vocabulary.hash, model=model if isinstance(model, str) else
-                 digest([[k, v.detach().float().cpu().numpy()] for k, v in model.hf.state_dict().items()]), epochs=epochs, steps=steps, batch=batch, lr=lr, schedule=schedule, warmup=warmup, mask=mask,
+                 weights_digest(model), epochs=epochs, steps=steps, batch=batch, lr=lr, schedule=schedule, warmup=warmup, mask=mask,
                  weight_decay=weight_decay, holdout=holdout, seed=seed, attention_dropout=attention_dropout, changes=changes, args=args)
     gf = Geneformer.new(model, vocabulary, seed, **changes) if isinstance(model, str) else model
     cells.check_vocabulary(gf.vocabulary)

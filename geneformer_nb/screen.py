@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['house_pretraining', 'house_finetuning', 'Screen', 'screen']
 
-# %% ../nbs/35_cardiomyopathy.ipynb #8106720f
+# %% ../nbs/35_cardiomyopathy.ipynb #00617b89
 import time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from .embed import state_embeddings
 from .evaluate import _need, audit_split, baselines, de_ranking, fold_donors, log_cp10k, scores
 from .finetune import CellClassifier, finetune
 from .genes import Vocabulary, gene_names, match_genes
-from .model import Geneformer
-from .perturb import KO, OE, each, estimate, perturb_to, weights_digest
+from .model import Geneformer, weights_digest
+from .perturb import KO, OE, each, estimate, perturb_to
 from .pretrain import MaskedRanks, masked_loss, pretrain
 from .report import save_figure, write_report
 from .stats import summarise
