@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Cell', 'Cells', 'ragged', 'spans']
 
-# %% ../nbs/03_cells.ipynb #82011c2f
+# %% ../nbs/03_cells.ipynb #da379fff
 import json, warnings, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
-from .core import GeneformerError, VocabularyError, StorageError, atomic, digest
-from .genes import GeneMatch, Vocabulary
+from .core import GeneformerError, VocabularyError, StorageError, atomic, digest, write_json
+from .genes import Vocabulary
+from .matching import GeneMatch
 
-# %% ../nbs/03_cells.ipynb #801e7316
+# %% ../nbs/03_cells.ipynb #3370fdcc
 @dataclass
 class Cell:
     "One tokenised cell"
@@ -38,7 +39,8 @@ class Cells:
     vocabulary_hash: str = None # fingerprint of the vocabulary
     special: bool = False   # does each cell begin with <cls> and end with <eos>?
     vocabulary: Vocabulary = field(default=None, repr=False) # for reading, where it is at hand
-    match: GeneMatch = field(default=None, repr=False) # how the genes of the data met the vocabulary
+    match: GeneMatch = field(default=None, repr=False) # how the genes of the data met the vocabulary; {file: match} for several
+    lists: dict = field(default_factory=dict, repr=False) # further numbers of uneven length: {name: (values, offsets)}
 
     def __post_init__(self):
         self.tokens, self.offsets = np.asarray(self.tokens, dtype=np.int32), np.asarray(self.offsets, dtype=np.int64)
@@ -71,7 +73,7 @@ def spans(starts, lengths): # int arrays, one entry a piece
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(np.asarray(starts) - (ends - lengths), lengths)
 
-# %% ../nbs/03_cells.ipynb #81c8165c
+# %% ../nbs/03_cells.ipynb #82b8a389
 @patch
 def __getitem__(self:Cells,
     i, # a number gives one `Cell`; a slice, mask or array of numbers gives `Cells`
@@ -82,14 +84,15 @@ def __getitem__(self:Cells,
         return Cell(self.tokens[self.offsets[i]:self.offsets[i+1]], self.obs.iloc[i], self.vocabulary)
     if isinstance(i, slice) and (i.step or 1) == 1:
         lo, hi, _ = i.indices(len(self))
-        hi = max(lo, hi)
-        off = self.offsets[lo:hi+1]
-        return replace(self, tokens=self.tokens[off[0]:off[-1]], offsets=off - off[0], obs=self.obs.iloc[lo:hi])
-    i = i if isinstance(i, slice) else np.asarray(i) if np.size(i) else np.zeros(0, int)
-    rows = np.arange(len(self))[i]
-    lens = self.lengths[rows]
-    return replace(self, tokens=self.tokens[spans(self.offsets[rows], lens)], obs=self.obs.iloc[rows],
-                   offsets=np.concatenate([[0], np.cumsum(lens)]))
+        rows = slice(lo, max(lo, hi))
+        def cut(values, off): return values[off[lo]:off[rows.stop]], off[lo:rows.stop+1] - off[lo]
+    else:
+        rows = np.arange(len(self))[i if isinstance(i, slice) else np.asarray(i) if np.size(i) else np.zeros(0, int)]
+        def cut(values, off):
+            lens = np.diff(off)[rows]
+            return values[spans(off[rows], lens)], np.concatenate([[0], np.cumsum(lens)])
+    tokens, offsets = cut(self.tokens, self.offsets)
+    return replace(self, tokens=tokens, offsets=offsets, obs=self.obs.iloc[rows], lists={k: cut(*v) for k, v in self.lists.items()})
 
 @patch
 def __repr__(self:Cells)->str:
@@ -97,7 +100,7 @@ def __repr__(self:Cells)->str:
     return (f"{len(self):,} cells, {len(self.tokens):,} tokens" + (f" ({n.min()}–{n.max()} a cell)" if len(self) else '')
             + f", obs: {', '.join(map(str, self.obs.columns)) or 'none'}")
 
-# %% ../nbs/03_cells.ipynb #d1c2cf25
+# %% ../nbs/03_cells.ipynb #f1738277
 @patch
 def check_vocabulary(self:Cells,
     vocabulary:Vocabulary, # that of the model
@@ -124,10 +127,13 @@ def concat(cls:Cells,
     if not parts: raise GeneformerError("There are no cells to join.")
     if len({(p.vocabulary_hash, p.special) for p in parts}) > 1:
         raise VocabularyError("Cells of different vocabularies cannot be joined: tokenise them with the same one.")
-    sizes = np.cumsum([0] + [len(p.tokens) for p in parts])
-    offsets = np.concatenate([[0]] + [p.offsets[1:] - p.offsets[0] + s for p, s in zip(parts, sizes)])
-    tokens = np.concatenate([p.tokens for p in parts])
-    return replace(parts[0], tokens=tokens, offsets=offsets, obs=pd.concat([p.obs for p in parts]))
+    if len({tuple(p.lists) for p in parts}) > 1: raise GeneformerError("Some of these cells carry lists that others lack: join cells made alike.")
+    def join(pieces):
+        sizes = np.cumsum([0] + [len(v) for v, _ in pieces])
+        return np.concatenate([v for v, _ in pieces]), np.concatenate([[0]] + [o[1:] + s for (_, o), s in zip(pieces, sizes)])
+    tokens, offsets = join([(p.tokens, p.offsets) for p in parts])
+    return replace(parts[0], tokens=tokens, offsets=offsets, obs=pd.concat([p.obs for p in parts]),
+                   lists={k: join([p.lists[k] for p in parts]) for k in parts[0].lists})
 
 # %% ../nbs/03_cells.ipynb #21c79733
 @patch
@@ -142,82 +148,133 @@ def batches(self:Cells,
         total += n
     return out + ([order[start:]] if len(order) > start else [])
 
-# %% ../nbs/03_cells.ipynb #12366115
+# %% ../nbs/03_cells.ipynb #438a33dc
 _arrow = {'i': 'int64', 'u': 'int64', 'f': 'float64', 'b': 'bool'}
+_ours = ('input_ids', 'length', 'barcode', 'counts', 'input_ids_uncropped', 'length_uncropped')
 
-def _columns(obs):
-    "obs as Arrow arrays with the type names `datasets` knows"
-    for name, col in obs.items():
-        kind = col.dtype.kind if isinstance(col.dtype, np.dtype) else 'O'
-        if kind in _arrow: yield str(name), pa.array(col.to_numpy().astype(_arrow[kind])), _arrow[kind]
-        else: yield str(name), pa.array([None if pd.isna(x) is True else str(x) for x in col], pa.string()), 'string'
-
-def _obs_for_disk(obs, folder):
-    "The columns that can be kept; refuses a folder that holds something else, and columns of one name"
-    if folder.is_dir() and any(folder.iterdir()) and not (folder/'state.json').exists(): raise StorageError(
-        f"'{folder.name}' holds other things than cells, and would be replaced as a whole: choose a new folder for the cells.")
+def _kinds(obs):
+    "{column: type name that `datasets` knows} of a table of cells; raises `GeneformerError` for two columns of one name"
     if not obs.columns.map(str).is_unique: raise GeneformerError("obs has two columns of one name "
         f"({', '.join(sorted(set(obs.columns[obs.columns.map(str).duplicated()].map(str))))}): rename one.")
-    taken = [c for c in obs if str(c) in ('input_ids', 'length', 'barcode')]
+    taken = [c for c in obs if str(c) in _ours]
     if lost := [c for c in taken if c != 'barcode' or not (obs[c].astype(str) == obs.index.astype(str)).all()]:
         warnings.warn(f"obs columns {', '.join(lost)} are left out: these names mean something else in the folder.", stacklevel=4)
-    return obs.drop(columns=taken)
+    return {str(n): _arrow.get(c.dtype.kind if isinstance(c.dtype, np.dtype) else 'O', 'string') for n, c in obs.items() if n not in taken}
 
+def _array(col, kind):
+    "A column of obs as an Arrow array"
+    if kind != 'string': return pa.array(col.to_numpy().astype(kind))
+    if not isinstance(col.dtype, pd.CategoricalDtype): return pa.array([None if pd.isna(x) is True else str(x) for x in col], pa.string())
+    codes = col.cat.codes.to_numpy()
+    return pa.array([str(x) for x in col.cat.categories], pa.string()).take(pa.array(codes, mask=codes < 0))
+
+# %% ../nbs/03_cells.ipynb #7c0532e0
+class _Layout:
+    "The columns of an Arrow folder of cells, and the files that make it one"
+    def __init__(self, kinds, lists=()):
+        def value(d): return dict(dtype=d, _type='Value')
+        def several(d): return dict(feature=value(d), _type='Sequence')
+        self.kinds, self.lists = kinds, list(lists)
+        self.features = dict(input_ids=several('int32'), length=value('int64'))
+        if 'counts' in self.lists: self.features |= dict(counts=several('float64'))
+        if 'input_ids_uncropped' in self.lists: self.features |= dict(input_ids_uncropped=several('int32'), length_uncropped=value('int64'))
+        self.features |= {n: value(d) for n, d in dict(barcode='string', **kinds).items()}
+        types = {k: pa.list_(pa.type_for_alias(f['feature']['dtype'])) if 'feature' in f else pa.type_for_alias(f['dtype']) for k, f in self.features.items()}
+        self.schema = pa.schema(types.items(), {'huggingface': json.dumps(dict(info=dict(features=self.features)))})
+
+    def batch(self, cells):
+        "Cells as a piece of an Arrow file"
+        def listed(values, offsets): return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+        cols = dict(input_ids=listed(cells.tokens, cells.offsets), length=pa.array(cells.lengths))
+        for k, v in cells.lists.items(): cols[k] = listed(*v)
+        if 'input_ids_uncropped' in cols: cols['length_uncropped'] = pa.array(np.diff(cells.lists['input_ids_uncropped'][1]))
+        cols['barcode'] = pa.array([str(x) for x in cells.obs.index], pa.string())
+        obs = {str(n): _array(cells.obs.iloc[:, i], self.kinds[str(n)]) for i, n in enumerate(cells.obs) if str(n) in self.kinds}
+        return pa.record_batch([(cols | obs)[k] for k in self.schema.names], schema=self.schema)
+
+    def finish(self, folder, files, mark, about):
+        "Say what the files are, to `datasets` and to us"
+        for name, d in {'dataset_info': dict(citation='', description='', features=self.features, homepage='', license=''),
+            'geneformer_nb': about, 'state': dict(_data_files=[dict(filename=f) for f in files], _fingerprint=mark,
+            _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None)}.items():
+            write_json(Path(folder)/f'{name}.json', d)
+
+def _may_replace(folder):
+    "Raise `StorageError` for a folder that holds something else than cells"
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/'state.json').exists(): raise StorageError(
+        f"'{folder.name}' holds other things than cells, and would be replaced as a whole: choose a new folder for the cells.")
+
+# %% ../nbs/03_cells.ipynb #898691a1
 @patch
 def save(self:Cells,
     folder, # becomes an Arrow folder; an older one is replaced, a folder of anything else refused
 )->Path: # the folder
     "Write the cells as the official `.dataset` layout; raises `StorageError`"
-    if len(self.tokens) >= 2**31: raise StorageError("More than 2³¹ tokens do not fit one Arrow array: save in parts.")
-    ids = pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32)), pa.array(self.tokens))
-    cols = [('barcode', pa.array(self.obs.index.astype(str)), 'string'), *_columns(_obs_for_disk(self.obs, Path(folder)))]
-    def value(d): return dict(dtype=d, _type='Value')
-    features = dict(input_ids=dict(feature=value('int32'), _type='Sequence'), length=value('int64'))
-    features |= {n: value(d) for n, _, d in cols}
-    table = pa.table([ids, pa.array(self.lengths), *(a for _, a, _ in cols)], names=list(features))
-    table = table.replace_schema_metadata({'huggingface': json.dumps(dict(info=dict(features=features)))})
+    _may_replace(Path(folder))
+    layout = _Layout(_kinds(self.obs), self.lists)
+    longest = max([self.offsets, *(o for _, o in self.lists.values())], key=lambda o: o[-1])
+    cuts = [0, *np.unique(np.searchsorted(longest, range(2**30, longest[-1], 2**30))), len(self)]  # an Arrow array ends at 2³¹ tokens
+    files = [f'data-{i:05d}-of-{len(cuts) - 1:05d}.arrow' for i in range(len(cuts) - 1)]
     mark = digest(self.offsets, zlib.crc32(np.ascontiguousarray(self.tokens)))  # a checksum: a hash would take longer than the writing
     with atomic(folder) as tmp:
         tmp.mkdir()
-        with pa.ipc.new_stream(str(tmp/'data-00000-of-00001.arrow'), table.schema) as out: out.write_table(table)
-        for name, d in {'dataset_info': dict(citation='', description='', features=features, homepage='', license=''),
-            'state': dict(_data_files=[dict(filename='data-00000-of-00001.arrow')], _fingerprint=mark,
-                          _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None),
-            'geneformer_nb': dict(vocabulary_hash=self.vocabulary_hash, special=self.special)}.items():
-            (tmp/f'{name}.json').write_text(json.dumps(d, indent=1))
+        for name, a, b in zip(files, cuts, cuts[1:]):
+            with pa.ipc.new_stream(str(tmp/name), layout.schema) as out: out.write_batch(layout.batch(self[a:b]))
+        layout.finish(tmp, files, mark, dict(vocabulary_hash=self.vocabulary_hash, special=self.special))
     return Path(folder)
 
-# %% ../nbs/03_cells.ipynb #5bbed047
+# %% ../nbs/03_cells.ipynb #75da50c4
 def _flat(column):
-    "(tokens, lengths) of an Arrow list column, without a copy where it is one piece"
+    "(values, offsets) of an Arrow list column, without a copy where it is one piece"
     chunks = [c for c in column.chunks if len(c)]
-    if not chunks: return np.zeros(0, np.int32), np.zeros(0, np.int64)
-    lens = [np.diff(c.offsets.to_numpy()) for c in chunks]
-    toks = [c.flatten().to_numpy() for c in chunks]
-    return (toks[0] if len(toks) == 1 else np.concatenate(toks)), np.concatenate(lens)
+    if not chunks: return np.zeros(0, np.int32), np.zeros(1, np.int64)
+    values = [c.flatten().to_numpy() for c in chunks]
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(c.offsets.to_numpy()) for c in chunks]), dtype=np.int64)])
+    return (values[0] if len(values) == 1 else np.concatenate(values)), offsets
 
-@patch(cls_method=True)
-def load(cls:Cells,
-    folder, # an Arrow folder, ours or the official code's
-    vocabulary:Vocabulary=None, # what it was tokenised with; needed only where the folder does not say
-)->Cells:
-    "Map cells from disk; raises `StorageError` for a folder that holds none, `VocabularyError` for another's vocabulary"
+def _tables(folder):
+    "The Arrow files of a folder, mapped, and what it says of itself; raises `StorageError`"
     folder = Path(folder)
     if not (folder/'state.json').exists():
         raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in it).")
     try:
         files = [folder/f['filename'] for f in json.loads((folder/'state.json').read_text())['_data_files']]
-        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(f))).read_all() for f in files])
+        tables = [pa.ipc.open_stream(pa.memory_map(str(f))).read_all() for f in files]
+        about = json.loads((folder/'geneformer_nb.json').read_text()) if (folder/'geneformer_nb.json').exists() else None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StorageError(f"'{folder.name}' is damaged ({type(e).__name__}: {str(e)[:120]}): write or copy it again.") from e
-    if 'input_ids' not in table.column_names: raise StorageError(f"'{folder.name}' holds no tokens (no column input_ids).")
-    tokens, lens = _flat(table['input_ids'])
-    obs = table.drop_columns([c for c in ('input_ids', 'length') if c in table.column_names]).to_pandas()
+    if not tables or 'input_ids' not in tables[0].column_names: raise StorageError(f"'{folder.name}' holds no tokens (no column input_ids).")
+    return tables, about
+
+def _from_table(table, about, vocabulary):
+    "Cells of an Arrow table"
+    named = {n: table[n] for n in ('input_ids', 'counts', 'input_ids_uncropped') if n in table.column_names}
+    (tokens, offsets), lists = _flat(named.pop('input_ids')), {n: _flat(c) for n, c in named.items()}
+    obs = table.drop_columns([c for c in _ours if c in table.column_names and c != 'barcode']).to_pandas()
     obs = obs.set_index('barcode') if 'barcode' in obs else obs.set_index(obs.index.astype(str))
-    offsets = np.concatenate([[0], np.cumsum(lens)])
-    side = folder/'geneformer_nb.json'
-    meta = json.loads(side.read_text()) if side.exists() else dict(vocabulary_hash=None, special=bool(
-        vocabulary and vocabulary.cls and len(lens) and tokens[0] == 2))
-    out = cls(tokens, offsets, obs.rename_axis(None), vocabulary=vocabulary, **meta)
+    about = about or dict(vocabulary_hash=None, special=bool(vocabulary and vocabulary.cls and len(tokens) and tokens[0] == 2))
+    out = Cells(tokens, offsets, obs.rename_axis(None), about['vocabulary_hash'], about['special'], vocabulary, lists=lists)
     if vocabulary is not None: out.check_vocabulary(vocabulary)
     return out
+
+# %% ../nbs/03_cells.ipynb #afc9c788
+@patch(cls_method=True)
+def load(cls:Cells,
+    folder, # an Arrow folder, ours or the official code's
+    vocabulary:Vocabulary=None, # what it was tokenised with; needed only where the folder does not say
+)->Cells: # mapped from disk where the folder is one piece, copied into memory where it is many
+    "Cells from disk; raises `StorageError` for a folder that holds none, `VocabularyError` for another's vocabulary"
+    tables, about = _tables(folder)
+    try: table = pa.concat_tables(tables)
+    except pa.ArrowInvalid as e: raise StorageError(f"The files of '{Path(folder).name}' do not belong together ({str(e)[:120]}).") from e
+    return _from_table(table, about, vocabulary)
+
+@patch(cls_method=True)
+def parts(cls:Cells,
+    folder, # as in `load`
+    vocabulary:Vocabulary=None, # as in `load`
+): # `Cells`, one piece of the folder after the other
+    "Go through a folder larger than memory: every piece is mapped, none is copied; raises as `load` does"
+    tables, about = _tables(folder)
+    for t in tables:
+        for b in t.to_batches(): yield _from_table(pa.Table.from_batches([b]), about, vocabulary)

@@ -26,26 +26,39 @@ def _names(text):
     if Path(text).is_file(): return Path(text).read_text().split()
     return text.split(',')
 
-# %% ../nbs/55_cli.ipynb #46cb67da
+# %% ../nbs/55_cli.ipynb #7d25d6b7
 def _vocabulary(where):
     "A vocabulary by file, by checkpoint folder, or as V1:folder / V2:folder for the official dictionaries"
     from geneformer_nb.genes import Vocabulary
     name, sep, folder = str(where).partition(':')
     return Vocabulary.official(name, folder) if sep and name in ('V1', 'V2') else Vocabulary.load(where)
 
+def _part(text):
+    "'3/100' as (3, 100)"
+    i, sep, k = str(text).partition('/')
+    if not (sep and i.isdigit() and k.isdigit() and int(i) < int(k)): raise GeneformerError(
+        f"--shard takes i/n with i from 0 to n - 1, such as 0/100, not {text!r}.")
+    return int(i), int(k)
+
+def _carry(items):
+    "['donor', 'celltype=cell_type'] as {column: new name}"
+    return None if items is None else {x.partition('=')[0]: x.partition('=')[2] or x for x in items}
+
 def run_tokenize(a): # parsed arguments
-    "Counts to an Arrow folder of ranked genes"
-    from geneformer_nb.core import check_folder
-    from geneformer_nb.tokenizer import tokenize
-    check_folder(Path(a.out).parent)
-    cells = tokenize(a.data, _vocabulary(a.vocabulary), layer=a.layer, logged=a.logged, genes=a.gene_column)
-    cells.save(a.out)
-    print(cells, cells.match, f"saved to '{Path(a.out).name}'", sep='\n')
+    "Counts to an Arrow folder of ranked genes, in shards"
+    from geneformer_nb.stream import tokenize_to
+    part = _part(a.shard) if a.shard else None
+    out = tokenize_to(a.data, _vocabulary(a.vocabulary), a.out, rows=a.rows, executor=a.executor, workers=a.workers, part=part, layer=a.layer,
+                      logged=a.logged, fractional=a.fractional, genes=a.gene_column, orthologs=a.orthologs, obs=_carry(a.obs), min_match=a.min_match,
+                      keep=None if a.keep_all else a.keep, special=False if a.no_special else None, max_len=a.max_len, counts=a.counts,
+                      uncropped=a.uncropped, collapse=not a.no_collapse)
+    if out is None: print(f"shards {part[0]}, {part[0] + part[1]}, … are done; '{Path(a.out).name}' waits for those of other tasks")
+    else: print(out, out.report().to_string(), sep='\n')
 
 def run_embed(a): # parsed arguments
     "Counts to an .h5ad with embeddings in obsm"
     from geneformer_nb.core import atomic, check_folder
-    from geneformer_nb.counts import read_any
+    from geneformer_nb.sources import read_any
     from geneformer_nb.embed import embed
     from geneformer_nb.model import Geneformer
     if a.model is None: raise GeneformerError("embed needs --model, a checkpoint folder or hub id.")
@@ -91,7 +104,7 @@ def run_demo(a): # parsed arguments
 
 demo_plan = dict(max_cells=12, folds=2, pretraining=dict(steps=2000))
 
-# %% ../nbs/55_cli.ipynb #a64152dd
+# %% ../nbs/55_cli.ipynb #d505c24f
 def parser()->argparse.ArgumentParser:
     "All commands and their options"
     p = argparse.ArgumentParser('geneformer-nb', description='Geneformer from the command line: tokenise, embed, screen.')
@@ -100,23 +113,38 @@ def parser()->argparse.ArgumentParser:
         c = sub.add_parser(name, help=fn.__doc__, description=fn.__doc__)
         c.set_defaults(fn=fn)
         return c
-    def counts(c):
-        c.add_argument('data', help='.h5ad, .zarr, .loom, 10x .h5 or folder, with raw counts')
+    def counts(c, nargs=None):
+        c.add_argument('data', nargs=nargs, help='.h5ad, .zarr, .loom, 10x .h5 or folder, with raw counts')
         c.add_argument('--layer', help='layer with the counts')
         c.add_argument('--logged', action='store_true', help='the values are log1p of normalised counts')
         c.add_argument('--gene-column', help='column of var that names the genes')
     def common(c):
         c.add_argument('--model', help='checkpoint folder or hub id')
         c.add_argument('--device', help='cpu, cuda, mps')
-    t = command('tokenize', run_tokenize); counts(t)
-    t.add_argument('--vocabulary', required=True, help='vocabulary.json, a checkpoint folder, or V1:FOLDER / V2:FOLDER')
-    t.add_argument('--out', required=True, help='Arrow folder to write')
+    _tokenize_options(command('tokenize', run_tokenize), counts)
     e = command('embed', run_embed); counts(e); common(e)
     e.add_argument('--at', default='second_to_last', help='layer of the model: last or second_to_last')
     e.add_argument('--out', required=True, help='.h5ad to write')
     _screen_options(command('screen', run_screen), counts, common)
     command('demo', run_demo).add_argument('--out', default='demo_out', help='folder for the cohort and the report')
     return p
+
+def _tokenize_options(t, counts):
+    counts(t, '+')
+    t.add_argument('--vocabulary', required=True, help='vocabulary.json, a checkpoint folder, or V1:FOLDER / V2:FOLDER')
+    t.add_argument('--out', required=True, help='Arrow folder to write; the same command again goes on where it stopped')
+    t.add_argument('--shard', help='i/n: only every n-th shard, from i on, as task i of a job array of n')
+    t.add_argument('--executor', default='serial', help='serial, processes or dask')
+    t.add_argument('--workers', type=int, help='processes or threads; default: one a core')
+    t.add_argument('--rows', type=int, default=16_384, help='cells in a shard; default 16384')
+    t.add_argument('--obs', action='append', help='obs column to carry, or column=new name; may be repeated; default: all')
+    t.add_argument('--keep', default='filter_pass', help='obs column that is 1 for the cells to keep; default filter_pass, where it is there')
+    t.add_argument('--orthologs', help='.csv of gene and human gene, for another species')
+    t.add_argument('--max-len', type=int, help='longest cell in tokens; default as the vocabulary says')
+    t.add_argument('--min-match', type=float, default=.2, help='smallest share of counts on known genes; default .2')
+    for name, text in {'keep-all': 'take all cells, whatever filter_pass says', 'no-special': 'no <cls> and <eos>', 'counts': 'also keep counts per 10,000',
+                       'uncropped': 'also keep all tokens, uncut', 'no-collapse': 'rows of one gene are an error', 'fractional': 'accept estimated counts'}.items():
+        t.add_argument(f'--{name}', action='store_true', help=text)
 
 def _screen_options(s, counts, common):
     counts(s); common(s)

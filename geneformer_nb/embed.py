@@ -30,7 +30,7 @@ def embed(
 ): # None, or the copy: adds obsm[key_added] (cells × d, float32; nan for a cell without known genes), uns[key_added]
     "Embed every cell of an AnnData; raises `VocabularyError`, `CountsError`, `GeneMatchError`"
     if not hasattr(adata, 'obsm'): raise GeneformerError(f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance "
-                                                         "with counts.read_any.")
+                                                         "with sources.read_any.")
     if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}: Geneformer.from_pretrained(…).")
     if vocabulary is not None and vocabulary.hash != model.vocabulary.hash:
         raise VocabularyError(f"The vocabulary given ({vocabulary.name!r}) is not the model's ({model.vocabulary.name!r}): leave it out.")

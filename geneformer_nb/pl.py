@@ -53,8 +53,8 @@ def ranks(
     **counts, # layer, logged as in `counts_of`
 ): # Axes
     "Counts per 10,000 over the gene's median, by rank; raises `GeneformerError` for a cell that is not there"
-    from geneformer_nb.counts import counts_of
-    from geneformer_nb.genes import gene_names, match_genes
+    from geneformer_nb.counts import counts_of, gene_names
+    from geneformer_nb.matching import match_genes
     names = [cell] if isinstance(cell, str) else list(cell)
     if lost := [c for c in names if c not in _need_adata(adata).obs_names]: raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
     one = counts_of(adata[names], **counts)

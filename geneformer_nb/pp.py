@@ -45,14 +45,14 @@ def from_ranks(
     tokens, offsets = frame(genes, R.indptr[:-1], np.diff(R.indptr), vocabulary)
     return Cells(tokens, offsets, obs, vocabulary.hash, vocabulary.cls, vocabulary)
 
-# %% ../nbs/50_pp.ipynb #8c748950
+# %% ../nbs/50_pp.ipynb #22cf13d0
 def _need_adata(
     adata, # what a verb was given
     obs=None, # columns it must have
 ): # the same
     "The AnnData; raises `GeneformerError` for anything else, and for a column of obs that is not there"
     if not hasattr(adata, 'obsm'): raise GeneformerError(f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance "
-                                                         "with counts.read_any.")
+                                                         "with sources.read_any.")
     if lost := [c for c in obs or () if c not in adata.obs]: raise GeneformerError(
         f"obs has no column {lost[0]!r} (it has {', '.join(map(str, adata.obs.columns)) or 'none'}).")
     return adata
@@ -66,7 +66,7 @@ def tokenize(
     **counts, # layer, logged, fractional, genes, min_match, block as in `tokenizer.tokenize`
 ): # None, or the copy: adds obsm[key_added] (cells × genes of the vocabulary, CSR int32 ranks from 1), uns[key_added]
     "Rank the genes of every cell; a cell without a known gene is an empty row. Raises `CountsError`, `GeneMatchError`"
-    cells = rank_counts(_need_adata(adata), vocabulary, obs=[], keep_empty=True, **counts)
+    cells = rank_counts(_need_adata(adata), vocabulary, obs=[], keep=None, keep_empty=True, **counts)
     out = adata.copy() if copy else adata
     out.obsm[key_added] = to_ranks(cells, vocabulary)
     out.uns[key_added] = dict(vocabulary=vocabulary.name, vocabulary_hash=vocabulary.hash, max_len=vocabulary.max_len,

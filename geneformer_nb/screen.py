@@ -12,11 +12,13 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd
 from . import plots
 from .core import GeneformerError, Manifest, check_folder, digest, in_words, versions, write_json
-from .counts import read_any
+from .sources import read_any
 from .embed import state_embeddings
 from .evaluate import _need, audit_split, baselines, de_ranking, fold_donors, log_cp10k, scores
 from .finetune import CellClassifier, finetune
-from .genes import Vocabulary, gene_names, match_genes
+from .counts import gene_names
+from .genes import Vocabulary
+from .matching import match_genes
 from .model import Geneformer, weights_digest
 from .perturb import KO, OE, each, estimate, perturb_to
 from .pretrain import MaskedRanks, masked_loss, pretrain
