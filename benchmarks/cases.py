@@ -45,15 +45,16 @@ def same_tokens(X, gene, medians, ours, theirs):
 
 class Tokenise:
     "From file to folder: an .h5ad with a CSR matrix in, an Arrow `.dataset` folder out"
-    whole, lists = True, True  # the time of the whole process counts, from its start to its end
+    alone = False  # True where the reference is not run
+    whole, lists, workers = True, True, None  # the time of the whole process counts, from its start to its end
 
     def prepare(self, folder, cells, genes=20_000, retired=0, detected=2470):
         return data.prepare(folder, cells, genes, retired, detected)
 
     def ours(self, folder, out):
         from geneformer_nb.genes import Vocabulary
-        from geneformer_nb.tokenizer import tokenize
-        return timed(lambda: str(tokenize(folder/'counts.h5ad', Vocabulary.load(folder)).save(out/'ours')))
+        from geneformer_nb.stream import tokenize_to
+        return timed(lambda: str(tokenize_to(folder/'counts.h5ad', Vocabulary.load(folder), out/'ours', workers=self.workers)))
 
     def reference(self, folder, out):
         import anndata, datasets  # noqa: F401 (not part of the work)
@@ -97,6 +98,50 @@ class TokeniseArrays(Tokenise):
     lists = False
 
 
+class TokeniseOne(TokeniseArrays):
+    "The same, ours with one thread as well"
+    workers = 1
+
+
+class TokeniseLoop(Tokenise):
+    "Ours goes from file to folder; the reference reads and ranks, and writes nothing"
+    def reference(self, folder, out):
+        import anndata  # noqa: F401 (not part of the work)
+        return timed(lambda: f"{len(naive.read_and_rank(folder/'counts.h5ad', folder/'vocabulary.json')[0])} cells")
+
+    def equal(self, folder, out, *_):
+        import anndata as ad
+        from geneformer_nb.cells import Cells
+        ranked, v = naive.read_and_rank(folder/'counts.h5ad', folder/'vocabulary.json')
+        a, ours, gene = ad.read_h5ad(folder/'counts.h5ad'), Cells.load(out/'ours'), np.arange(len(v['genes']))
+        return same_tokens(a.X, gene, np.array(v['medians']), [ours[i].tokens[1:-1] - 4 for i in range(len(ours))],
+                           [r[:v['max_len'] - 2] for r in ranked])
+
+
+class TokeniseMany(Tokenise):
+    "Ours alone, on more cells than fit in memory: does memory grow?"
+    alone = True
+
+    def prepare(self, folder, cells): return data.prepare_many(folder, cells)
+    def equal(self, folder, out, *_):
+        from geneformer_nb.stream import Corpus
+        c = Corpus(out/'ours')
+        assert c.shards['cells'].sum() == len(c), 'cells were lost'
+        return f'{len(c):,} cells, {c.n_tokens:,} tokens'
+
+    def bound(self, folder, out):
+        "Read the file and write as many bytes as there are tokens, in pieces of 16 MB, doing nothing with them"
+        size, piece = (folder/'counts.h5ad').stat().st_size, 1 << 24
+        def read():
+            with open(folder/'counts.h5ad', 'rb', buffering=0) as f:
+                while f.read(piece): pass
+        def write():
+            with open(out/'raw', 'wb', buffering=0) as f:
+                for _ in range(size // 2 // piece): f.write(bytes(piece))
+        a, b = timed(read)[0], timed(write)[0]
+        return a + b, f'reading {size / 1e9:.1f} GB {a:.1f} s, writing half of it {b:.1f} s'
+
+
 def sort_seconds(indptr):
     "Seconds to sort as many random 64-bit integers, cell by cell, on one thread"
     keys = np.random.default_rng(0).integers(0, 2**62, indptr[-1])
@@ -107,7 +152,7 @@ def sort_seconds(indptr):
 
 class Rank:
     "Ranking alone: counts in memory, gene numbers in memory"
-    whole = False
+    whole = alone = False
 
     def prepare(self, folder, cells, genes=20_000, detected=2470):
         return data.prepare(folder, cells, genes, 0, detected)
@@ -144,7 +189,7 @@ class Rank:
 
 class Embed:
     "Cell embeddings: mean over tokens, second to last layer"
-    whole = False
+    whole = alone = False
 
     def prepare(self, folder, cells, tokens, preset='V1-10M', genes=25_424, batch=8):
         return data.prepare_model(folder, cells, tokens, preset, genes, batch)
@@ -234,7 +279,7 @@ class Perturb(Embed):
 
 class Shift:
     "Rank-sum test of every gene's shifts against the pool of all, with false discovery rates"
-    whole = False
+    whole = alone = False
 
     def prepare(self, folder, cells, genes):
         folder = Path(folder) / f'shifts_{cells}_{genes}'

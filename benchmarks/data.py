@@ -62,6 +62,29 @@ def prepare(folder, n_cells, n_genes=20_000, retired=0, detected=2470):
     return folder
 
 
+def prepare_many(folder, n_cells, n_genes=20_000, block=20_000):
+    "As many cells as wanted: the first 20,000 again and again, written block by block; returns the folder"
+    import anndata as ad, h5py, pandas as pd, shutil
+    one = prepare(folder, block, n_genes)
+    folder = Path(folder) / f'many_{n_cells}_{n_genes}'
+    if (folder/'vocabulary.json').exists(): return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    X = ad.read_h5ad(one/'counts.h5ad').X
+    times, n = n_cells // block, X.nnz
+    with h5py.File(folder/'counts.h5ad', 'w') as f:
+        g = f.create_group('X')
+        g.attrs.update({'encoding-type': 'csr_matrix', 'encoding-version': '0.1.0', 'shape': [times * block, n_genes]})
+        for name, x in dict(data=X.data, indices=X.indices).items():
+            d = g.create_dataset(name, (times * n,), x.dtype, chunks=(1 << 16,))
+            for i in range(times): d[i * n:(i + 1) * n] = x
+        g['indptr'] = np.concatenate([[0], *(X.indptr[1:].astype(np.int64) + i * n for i in range(times))])
+        ad.io.write_elem(f, 'obs', pd.DataFrame(dict(cell_type=pd.Categorical([f'type{i % 5}' for i in range(times * block)])),
+                                                index=[f'cell{i}' for i in range(times * block)]))
+        ad.io.write_elem(f, 'var', ad.read_h5ad(one/'counts.h5ad', backed='r').var)
+    shutil.copy(one/'vocabulary.json', folder)
+    return folder
+
+
 def prepare_model(folder, n_cells, n_tokens, preset, n_genes, batch, variants=0, seed=0):
     "A checkpoint with random weights, and cells of random genes, up to 4 % longer or shorter where there are several"
     folder = Path(folder) / f'model_{preset}_{n_cells}_{n_tokens}_{n_genes}_{variants}'

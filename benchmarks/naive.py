@@ -26,15 +26,22 @@ def rank_cells(X, gene, medians):
     return out
 
 
-def tokenise(h5ad, vocabulary, folder, lists=True):
-    "From an .h5ad file to an Arrow folder of the `datasets` library: <cls>, the genes, <eos>"
+def read_and_rank(h5ad, vocabulary):
+    "Ranked genes of all cells of an .h5ad, in memory, and the vocabulary"
     import anndata as ad
-    from datasets import Dataset
     v = json.load(open(vocabulary))
     number = {g: i for i, g in enumerate(v['genes'])}
     a = ad.read_h5ad(h5ad)
     gene = np.array([number.get(v['aliases'].get(g, g), -1) for g in a.var['ensembl_id']])
-    ranked = rank_cells(a.X, gene, np.array(v['medians']))
+    return rank_cells(a.X, gene, np.array(v['medians'])), v
+
+
+def tokenise(h5ad, vocabulary, folder, lists=True):
+    "From an .h5ad file to an Arrow folder of the `datasets` library: <cls>, the genes, <eos>"
+    import anndata as ad
+    from datasets import Dataset
+    ranked, v = read_and_rank(h5ad, vocabulary)
+    a = ad.read_h5ad(h5ad, backed='r')
     ids = [np.concatenate([[2], g[:v['max_len'] - 2] + 4, [3]]).astype(np.int32) for g in ranked]
     if lists: ids = [i.tolist() for i in ids]
     columns = dict(input_ids=ids, length=[len(i) for i in ids], cell_type=a.obs['cell_type'].astype(str).tolist())

@@ -22,6 +22,10 @@ BENCHMARKS = {  # name: (title, case, size, tiny size)
     'tokenise_20k': ('tokenise, file to folder, whole process', cases.Tokenise, dict(cells=20_000), None),
     'tokenise_20k_arrays': ('the same, reference hands over numpy arrays, not lists', cases.TokeniseArrays,
                             dict(cells=20_000), None),
+    'tokenise_loop': ('ours file to folder, reference reads and ranks only, whole process', cases.TokeniseLoop,
+                      dict(cells=20_000), dict(cells=60, genes=500, detected=100)),
+    'tokenise_1_thread': ('tokenise, numpy arrays, one thread on both sides, whole process', cases.TokeniseOne, dict(cells=20_000), None),
+    'tokenise_500k': ('tokenise, ours alone: memory as cells grow', cases.TokeniseMany, dict(cells=500_000), None),
     'tokenise_retired': ('tokenise, 60 retired ids to sum, whole process', cases.Tokenise,
                          dict(cells=5_000, retired=60),
                          dict(cells=60, genes=500, detected=100, retired=6)),
@@ -89,12 +93,13 @@ def bench(name, scratch, pairs, threads, quick):
         if quick and name != 'rank':  # the times mean nothing: no process of their own
             for role in ('ours', 'reference'): child(name, role, folder, out)
             runs = []
+        elif case.alone: runs = [(one('ours'), None) for _ in range(pairs)]
         else: runs = [pair(one, i) for i in range(1 if quick else pairs)]
         equal = compare(name, folder, out)
         bound = None if quick else one('bound')
     key = 'process' if case.whole else 'work'
     return dict(title=title, size=size, key=key, equal=equal, bound=bound, threads=threads, ours=[a for a, _ in runs],
-                reference=[b for _, b in runs])
+                reference=[b for _, b in runs if b])
 
 
 # ---- the table
@@ -115,6 +120,7 @@ def size_words(s):
 
 def row(name, r):
     "One line of the table"
+    if not r['reference']: return row_alone(name, r)
     ours, ref = ([x[r['key']] for x in r[k]] for k in ('ours', 'reference'))
     ratio = [b / a for a, b in zip(ours, ref)]
     memory = ' / '.join(f'{max(x["peak"] for x in r[k]) / 1e9:.2f}' for k in ('ours', 'reference'))
@@ -122,6 +128,14 @@ def row(name, r):
     limit = f'{r["bound"]["words"]}: {r["bound"]["work"]:.2g} s in all, ours takes {far:.1f} times that'
     return [r['title'], size_words(r['size']), spread(ours, ' s'), spread(ref, ' s'), spread(ratio, ' x', 1),
             f'{memory} GB', limit, f'`python benchmarks/run.py {name} --pairs {len(ratio)}`']
+
+
+def row_alone(name, r):
+    "One line of a benchmark that only we can run"
+    ours = [x['process'] for x in r['ours']]
+    rate = r['size']['cells'] / statistics.median(ours)
+    return [r['title'], size_words(r['size']), spread(ours, ' s'), 'not measured', 'not measured', f'{max(x["peak"] for x in r["ours"]) / 1e9:.2f} GB',
+            f'{rate:,.0f} cells/s; {r["bound"]["words"]}', f'`python benchmarks/run.py {name} --pairs {len(ours)}`']
 
 
 HEAD = '''# Benchmarks
@@ -134,7 +148,8 @@ written down. **ratio** is reference divided by ours, pair by pair. **peak memor
 ours / reference. **limit** is what the work cannot do without, measured in the same run, and how far ours is from
 it. Whole-process rows include starting Python and all imports; nothing is compiled when it first runs. The other
 rows leave out starting, importing and loading. Rows with a model use {threads} thread(s), float32 and random
-weights; tokenising uses one core on both sides.
+weights. Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
+loop, and one row has one thread on both sides.
 
 The reference, `benchmarks/naive.py`, is what a careful user would write: a numpy loop over cells that hands lists
 to `datasets`; the stock model on padded batches with its masked-LM head; `scipy.stats.ranksums` gene by gene. The

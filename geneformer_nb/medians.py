@@ -45,7 +45,7 @@ def bin_middle(
     edge = ((np.arange(n_bins + 1, dtype=np.int32) + _lowest) << (23 - _bits)).view(np.float32).astype(np.float64)
     return (edge[:-1] + edge[1:])/2
 
-# %% ../nbs/01b_medians.ipynb #0223a932
+# %% ../nbs/01b_medians.ipynb #1a88bb58
 _no_id = ('', 'NAN', 'NONE', '<NA>')
 
 class Medians:
@@ -58,27 +58,49 @@ class Medians:
         self.cells = self.left_out = self.unmarked = 0 # counted; left out by `keep`; counted without being marked
         self._first = self.columns(genes)
 
-    def columns(self,
-        names, # gene ids: any case, with or without Ensembl version
-        aliases:dict=None, # {UPPER-CASE old id or symbol: id}; None changes no name
-    )->np.ndarray: # column of each name in `hist`, -1 where there is no id
-        "Where each gene is counted; a gene not seen before gets a new column"
-        ids = [plain_id(n) if '.' in str(n) else str(n).strip() for n in names]
-        return self._place([aliases.get(i.upper(), i) for i in ids] if aliases else ids)
+# %% ../nbs/01b_medians.ipynb #ff2fac92
+@patch
+def columns(self:Medians,
+    names, # gene ids: any case, with or without Ensembl version
+    aliases:dict=None, # {UPPER-CASE old id or symbol: id}; None changes no name
+)->np.ndarray: # column of each name in `hist`, -1 where there is no id
+    "Where each gene is counted; a gene not seen before gets a new column"
+    ids = [plain_id(n) if '.' in str(n) else str(n).strip() for n in names]
+    return self._place([aliases.get(i.upper(), i) for i in ids] if aliases else ids)
 
-    def _place(self, ids):
-        at = np.full(len(ids), -1, np.int64)
-        for k, i in enumerate(ids):
-            if (key := i.upper()) in _no_id: continue
-            at[k] = c = self._column.setdefault(key, len(self.genes))
-            if c == len(self.genes): self.genes.append(i)
-            elif i < self.genes[c]: self.genes[c] = i
-        if len(self.genes) > (old := self.hist.shape[1]):
-            self.hist, hist = np.zeros((n_bins, len(self.genes)), np.uint32), self.hist
-            if old: self.hist[:, :old] = hist
-        return at
+@patch
+def _place(self:Medians, ids):
+    at = np.full(len(ids), -1, np.int64)
+    for k, i in enumerate(ids):
+        if (key := i.upper()) in _no_id: continue
+        at[k] = c = self._column.setdefault(key, len(self.genes))
+        if c == len(self.genes): self.genes.append(i)
+        elif i < self.genes[c]: self.genes[c] = i
+    if len(self.genes) > (old := self.hist.shape[1]):
+        self.hist, hist = np.zeros((n_bins, len(self.genes)), np.uint32), self.hist
+        if old: self.hist[:, :old] = hist
+    return at
 
-# %% ../nbs/01b_medians.ipynb #b7c4dba0
+# %% ../nbs/01b_medians.ipynb #65998c39
+def _fit(X, totals, columns):
+    "Refuse sizes that do not fit, and cells whose total is less than what they hold"
+    if X.shape != (len(totals), len(columns)):
+        raise CountsError(f"X has {X.shape[0]} cells × {X.shape[1]} genes, but there are {len(totals)} totals and "
+                          f"{len(columns)} columns: pass one total a cell and one column a gene.")
+    if (odd := (totals <= 0) & (np.diff(X.indptr) > 0)).any():
+        raise CountsError(f"Cell {int(np.argmax(odd))} has counts and a total of 0: pass the counts of each cell "
+                          "over all genes, or totals=None.")
+
+def _join(X, columns):
+    "Rows of one gene summed within each cell"
+    uniq, inverse = np.unique(columns, return_inverse=True)
+    if len(uniq) == len(columns): return X, columns
+    S = sparse.csr_matrix((np.ones(len(columns)), (np.arange(len(columns)), inverse)), (len(columns), len(uniq)))
+    return (X @ S).tocsr(), uniq
+
+# %% ../nbs/01b_medians.ipynb #bbb7adff
+_most = 2**32 - 1 # cells that a histogram of uint32 can count
+
 @patch
 def add(self:Medians,
     X, # cells × genes, CSR, counts
@@ -88,13 +110,8 @@ def add(self:Medians,
     "Count the cells of one block; raises `CountsError` when the sizes do not fit"
     totals = np.asarray(X.sum(1) if totals is None else totals, dtype=np.float64).ravel()
     columns = self._first if columns is None else np.asarray(columns, dtype=np.int64)
-    if X.shape != (len(totals), len(columns)):
-        raise CountsError(f"X has {X.shape[0]} cells × {X.shape[1]} genes, but there are {len(totals)} totals and "
-                          f"{len(columns)} columns: pass one total a cell and one column a gene.")
-    if self.cells + len(totals) >= 2**32: raise GeneformerError("One Medians counts 4,294,967,295 cells at most.")
-    if len(totals) and (totals[np.diff(X.indptr) > 0] <= 0).any():
-        raise CountsError(f"Cell {int(np.argmax((totals <= 0) & (np.diff(X.indptr) > 0)))} has counts and a total of 0: "
-                          "pass the counts of each cell over all genes, or totals=None.")
+    _fit(X, totals, columns)
+    if self.cells + len(totals) > _most: raise GeneformerError(f"One Medians counts {_most:,} cells at most.")
     X, columns = _join(X, columns.astype(np.int32))
     flat, scale = self.hist.reshape(-1), 1e4/np.maximum(totals, 1e-300)
     clean = (columns >= 0).all() and X.data.min(initial=1) > 0
@@ -107,14 +124,7 @@ def add(self:Medians,
     self.cells += len(totals)
     return self
 
-def _join(X, columns):
-    "Rows of one gene summed within each cell"
-    uniq, inverse = np.unique(columns, return_inverse=True)
-    if len(uniq) == len(columns): return X, columns
-    S = sparse.csr_matrix((np.ones(len(columns)), (np.arange(len(columns)), inverse)), (len(columns), len(uniq)))
-    return (X @ S).tocsr(), uniq
-
-# %% ../nbs/01b_medians.ipynb #3425967b
+# %% ../nbs/01b_medians.ipynb #87bd3a88
 @patch
 def table(self:Medians,
     min_cells:int=1, # a gene seen in fewer cells is left out
@@ -125,22 +135,24 @@ def table(self:Medians,
         below = self.hist[:, a:a+2048].cumsum(0, dtype=np.int64)
         two = [(below <= r).sum(0).clip(max=n_bins - 1) for r in ((below[-1] - 1)//2, below[-1]//2)]
         med.append(middle[two].mean(0)); n.append(below[-1])
-    out = pd.DataFrame(dict(median=np.concatenate(med), n_cells=np.concatenate(n)), pd.Index(self.genes, name='gene_id', dtype=object))
+    out = pd.DataFrame(dict(median=np.concatenate(med), n_cells=np.concatenate(n)),
+                       pd.Index(self.genes, name='gene_id', dtype=object))
     return out[out['n_cells'] >= max(1, min_cells)].sort_index(key=lambda i: i.str.upper())
 
 @patch
 def __repr__(self:Medians)->str:
     out = f"Medians of {int(self.hist.any(0).sum()):,} genes over {self.cells:,} cells"
-    aside = [f'{what}: {n:,}' for what, n in (('left out by quality control', self.left_out), ('without a mark of it', self.unmarked)) if n]
+    aside = [('left out by quality control', self.left_out), ('without a mark of it', self.unmarked)]
+    aside = [f'{what}: {n:,}' for what, n in aside if n]
     return out + (f" ({', '.join(aside)})" if aside else '')
 
-# %% ../nbs/01b_medians.ipynb #4db43b0f
+# %% ../nbs/01b_medians.ipynb #24a20efc
 @patch
 def update(self:Medians,
     other:Medians, # of other cells
 )->Medians: # itself
     "Add the cells of another; which is added to which, and in what order, changes nothing"
-    if self.cells + other.cells >= 2**32: raise GeneformerError("One Medians counts 4,294,967,295 cells at most.")
+    if self.cells + other.cells > _most: raise GeneformerError(f"One Medians counts {_most:,} cells at most.")
     column, (b, g) = self._place(other.genes), np.nonzero(other.hist)
     self.hist[b, column[g]] += other.hist[b, g]
     for k in ('cells', 'left_out', 'unmarked'): setattr(self, k, getattr(self, k) + getattr(other, k))
@@ -149,7 +161,9 @@ def update(self:Medians,
 @patch
 def __add__(self:Medians, other:Medians)->Medians: return Medians().update(self).update(other)
 
-# %% ../nbs/01b_medians.ipynb #035bf2cf
+# %% ../nbs/01b_medians.ipynb #39383954
+_kind = 'geneformer_nb.medians'
+
 @patch
 def save(self:Medians,
     path, # a .parquet file
@@ -160,13 +174,14 @@ def save(self:Medians,
     order = sorted(range(len(self.genes)), key=lambda i: self.genes[i].upper())
     place = np.argsort(np.array(order, np.int64))
     o = np.argsort(place[g]*n_bins + b, kind='stable')
-    ids = pa.DictionaryArray.from_arrays(pa.array(place[g[o]], pa.int32()), pa.array([self.genes[i] for i in order], pa.string()))
-    cols = dict(gene_id=ids.cast(pa.string()), bin=pa.array(b[o], pa.int16()), n=pa.array(self.hist[b[o], g[o]], pa.int64()))
+    ids = pa.array([self.genes[i] for i in order], pa.string()).take(pa.array(place[g[o]]))
+    t = pa.table(dict(gene_id=ids, bin=pa.array(b[o], pa.int16()), n=pa.array(self.hist[b[o], g[o]], pa.int64())))
     says = dict(bits=_bits, cells=self.cells, left_out=self.left_out, unmarked=self.unmarked)
     with atomic(path) as tmp:
-        pq.write_table(pa.table(cols).replace_schema_metadata({'geneformer_nb.medians': json.dumps(says)}), tmp, compression='zstd')
+        pq.write_table(t.replace_schema_metadata({_kind: json.dumps(says)}), tmp, compression='zstd')
     return Path(path)
 
+# %% ../nbs/01b_medians.ipynb #853ab10a
 @patch(cls_method=True)
 def load(cls:Medians,
     path, # what `save` wrote
@@ -175,18 +190,19 @@ def load(cls:Medians,
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         t = pq.read_table(path)
-        says = json.loads(t.schema.metadata[b'geneformer_nb.medians'])
+        says = json.loads(t.schema.metadata[_kind.encode()])
         g, b, n = t['gene_id'].combine_chunks().dictionary_encode(), t['bin'].to_numpy(), t['n'].to_numpy()
-        if says.pop('bits') != _bits or len(b) and not (0 <= b.min() and b.max() < n_bins and n.min() > 0): raise ValueError('bins')
+        if says.pop('bits') != _bits or len(b) and not (0 <= b.min() and b.max() < n_bins and n.min() > 0):
+            raise ValueError('other bins')
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise StorageError(f"'{Path(path).name}' holds no medians ({type(e).__name__}: {str(e).splitlines()[0][:120]}): it is damaged or "
-                           "another kind of file. Delete it and run the same command again.") from e
+        raise StorageError(f"'{Path(path).name}' holds no medians ({type(e).__name__}: {str(e).splitlines()[0][:99]}): "
+                           "it is damaged or another kind of file. Delete it and run the same command again.") from e
     out = cls(g.dictionary.to_pylist())
     out.hist[b, out._first[g.indices.to_numpy()]] += n.astype(np.uint32)
     for k, v in says.items(): setattr(out, k, v)
     return out
 
-# %% ../nbs/01b_medians.ipynb #56b60cd9
+# %% ../nbs/01b_medians.ipynb #078eb65d
 def _marked(
     obs:pd.DataFrame, # cells of one file
     keep, # column of obs
@@ -198,8 +214,8 @@ def _marked(
     flags = obs[keep].astype(str).str.lower().map(says)
     if (bad := flags.isna().to_numpy()).any():
         i = int(np.argmax(bad))
-        raise CountsError(f"obs[{keep!r}] of '{name}' says '{obs[keep].iloc[i]}' at cell '{obs.index[i]}', which is neither true nor false "
-                          "(1 or 0): mend it, or pass keep=None to count all cells.")
+        raise CountsError(f"obs[{keep!r}] of '{name}' says '{obs[keep].iloc[i]}' at cell '{obs.index[i]}', which is "
+                          "neither true nor false (1 or 0): mend it, or pass keep=None to count all cells.")
     return flags.to_numpy(bool)
 
 def _split(keep, sources):
@@ -207,10 +223,11 @@ def _split(keep, sources):
     if keep is None or isinstance(keep, str): return keep
     keep, n = np.asarray(keep), [s.n_obs for s in sources]
     if keep.dtype != bool or keep.shape != (sum(n),):
-        raise CountsError(f"keep has {keep.size:,} values of type {keep.dtype}, and the data {sum(n):,} cells: pass one boolean a cell, in "
-                          "the order of the data, or the name of an obs column.")
+        raise CountsError(f"keep has {keep.size:,} values of type {keep.dtype}, and the data {sum(n):,} cells: pass "
+                          "one boolean a cell, in the order of the data, or the name of an obs column.")
     return np.split(keep, np.cumsum(n)[:-1])
 
+# %% ../nbs/01b_medians.ipynb #2a152b1c
 class _Shard:
     "Medians of one shard; an object, so that processes can receive it"
     def __init__(self, sources, shards, keep, genes, aliases):
@@ -221,8 +238,9 @@ class _Shard:
         src, out, named = self.sources[k], Medians(), isinstance(self.keep, str)
         column = out.columns(gene_names(src.var, self.genes), self.aliases)
         for lo in range(a, b, step):
-            c = src.block(lo, min(b, lo + step), [self.keep] if named else [])
-            ok = _marked(c.obs, self.keep, src.name) if named else None if self.keep is None else self.keep[k][lo:min(b, lo + step)]
+            hi = min(b, lo + step)
+            c = src.block(lo, hi, [self.keep] if named else [])
+            ok = _marked(c.obs, self.keep, src.name) if named else self.keep and self.keep[k][lo:hi]
             out.add(c.X if ok is None or ok.all() else c.X[np.flatnonzero(ok)], columns=column)
             if ok is not None: out.left_out += int((~ok).sum())
             elif named: out.unmarked += c.X.shape[0]
@@ -230,12 +248,12 @@ class _Shard:
 
     def __call__(self, i, path): self.count(i).save(path)
 
-# %% ../nbs/01b_medians.ipynb #2dfe0622
+# %% ../nbs/01b_medians.ipynb #68036a91
 def corpus_medians(
     data, # AnnData, a path, or several of them: whatever `counts.sources` takes
     *,
     genes:str=None, # column of var that names genes; None as in `gene_names`
-    keep='filter_pass', # obs column: cells with 1 or True are counted, and all of a file without it; or a boolean a cell; None: all
+    keep='filter_pass', # obs column: cells with 1 or True count, all of a file without it; a boolean a cell; None: all
     layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
@@ -246,16 +264,18 @@ def corpus_medians(
     part:tuple=None, # (i, k): only every k-th shard from i on, as one task of a job array
     aliases:dict=None, # {UPPER-CASE old id or symbol: id}, such as `vocabulary.aliases`; None changes no name
 )->Medians: # of all shards there are
-    "Non-zero medians of a corpus (official: obtain_nonzero_median_digests); the same call again goes on where it stopped"
+    "Non-zero medians of a corpus (official: obtain_nonzero_median_digests); the same call again resumes"
     src = sources(data, layer=layer, logged=logged, fractional=fractional)
     job = _Shard(src, shards(src, rows), _split(keep, src), genes, aliases)
     if out is None:
         total = Medians()
         for i in progress(range(len(job.shards)), 'medians', unit='shards'): total.update(job.count(i))
         return total
-    facts = dict(medians=_bits, data=digest([s.fingerprint() for s in src]), rows=rows, keep=keep if keep is None or isinstance(keep, str) else digest(np.asarray(keep)), genes=genes, layer=layer,
-                 logged=logged, fractional=fractional, aliases=aliases and digest(aliases))
-    total, paths = Medians(), run_shards(job, len(job.shards), out, facts, '.parquet', executor, workers, part, 'medians')
+    facts = dict(medians=_bits, data=digest([s.fingerprint() for s in src]), rows=rows, genes=genes, layer=layer,
+                 logged=logged, fractional=fractional, aliases=aliases and digest(aliases),
+                 keep=digest(np.asarray(keep)) if isinstance(job.keep, list) else keep)
+    paths = run_shards(job, len(job.shards), out, facts, '.parquet', executor, workers, part, 'medians')
+    total = Medians()
     for p in paths: total.update(Medians.load(p))
     if len(paths) == len(job.shards): total.save(Path(out)/'medians.parquet')
     return total

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['read_any', 'Source', 'sources', 'shards', 'pieces', 'blocks']
 
-# %% ../nbs/01a_sources.ipynb #a609a193
+# %% ../nbs/01a_sources.ipynb #d12bd12d
 import re, zlib
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd
+from fastcore.basics import patch
 from scipy import sparse
 from .core import CountsError, digest
-from .counts import Counts, _checked, _choose, _csr, counts_of, gene_names
+from .counts import Counts, _checked, _choose, _csr
 
-# %% ../nbs/01a_sources.ipynb #49bd46e5
+# %% ../nbs/01a_sources.ipynb #6bbbd4f8
 def _read(d, a, b):
     "Entries a to b of an array on disk; HDF5 writes into our memory, which saves a copy"
     if not hasattr(d, 'read_direct') or a == b: return d[a:b]
@@ -31,7 +32,10 @@ class _Csr:
     def __getitem__(self, rows):
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
-        X = sparse.csr_matrix((_read(self.data, a, b), _read(self.indices, a, b), self.indptr[lo:hi+1] - a), (hi - lo, self.n_vars))
+        cols, starts = _read(self.indices, a, b), self.indptr[lo:hi+1] - a
+        if len(cols) and cols.view(f'u{cols.itemsize}').max() >= self.n_vars: raise CountsError(   # a negative one, too, is large without its sign
+            f"The matrix is damaged: cells {lo:,} to {hi:,} name a gene beyond the {self.n_vars:,} there are. Write or copy the file again.")
+        X = sparse.csr_matrix((_read(self.data, a, b), cols, starts.astype(cols.dtype)), (hi - lo, self.n_vars))
         return X if self.columns is None else X[:, self.columns]
 
 class _Turned:
@@ -198,8 +202,9 @@ class Source:
     @property
     def where(self): return self._chosen[2]
 
-# %% ../nbs/01a_sources.ipynb #f8957015
-def _block(self,
+# %% ../nbs/01a_sources.ipynb #af3c05dd
+@patch
+def block(self:Source,
     a:int, # first cell
     b:int, # last cell, not included
     columns=None, # obs columns wanted; None means all
@@ -212,15 +217,14 @@ def _block(self,
         if self.path is None and not hint: raise
         raise CountsError(f"{e}{hint}" + (f" (in '{self.path.name}')" if self.path else '')) from e
 
-def _fingerprint(self)->str: # 16 hexadecimal characters
+@patch
+def fingerprint(self:Source)->str: # 16 hexadecimal characters
     "What tells this input from another: size and time of a file, the counts of an AnnData in memory"
     if self.path is None:
         X = _csr(self._chosen[0])
         return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), list(map(str, self.var.index)), self.obs)
     files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
-
-Source.block, Source.fingerprint = _block, _fingerprint
 
 # %% ../nbs/01a_sources.ipynb #de33a9d0
 def _natural(path): return [int(w) if w.isdigit() else w for w in re.split(r'(\d+)', str(path))]

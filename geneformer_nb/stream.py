@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['write_shard', 'Corpus', 'tokenize_to']
 
-# %% ../nbs/04a_stream.ipynb #ade3d500
-import json
+# %% ../nbs/04a_stream.ipynb #3fc92cba
+import json, zlib
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cells import Cells, _kinds, _Layout, _may_replace
@@ -16,7 +16,7 @@ from .scale import ahead, cores, run_shards
 from .sources import Source, shards, sources
 from .tokenizer import Encoder, add_books, carried, settle, tokenize
 
-# %% ../nbs/04a_stream.ipynb #0de3d7a3
+# %% ../nbs/04a_stream.ipynb #c7750a56
 class _Shard:
     "Tokenise one shard; an object, so that processes and machines can receive it"
     def __init__(self, inputs, plan, encoder, layout, min_match, block, threads):
@@ -30,14 +30,15 @@ def write_shard(i, path, source, a, b, encoder, layout, min_match, block, thread
     "Cells a to b of a source as an Arrow file, and the line about it"
     import pyarrow as pa
     books, tokens, kept, crcs = {}, 0, 0, []
-    columns = {*encoder.carry, 'n_counts', *([encoder.keep] if encoder.keep else [])}
-    def one(start): return encoder(source.block(start, min(start + block, b), columns))
+    def one(start):
+        cells, seen = encoder(source.block(start, min(start + block, b), encoder.columns))
+        return cells, layout.batch(cells), zlib.crc32(cells.tokens), seen
     match = encoder.match(source.var)
     with pa.ipc.new_stream(str(path), layout.schema) as out:
-        for cells, seen in ahead(one, range(a, b, block), threads):
-            out.write_batch(layout.batch(cells))
+        for cells, batch, crc, seen in ahead(one, range(a, b, block), threads):
+            out.write_batch(batch)
             books = add_books(books, seen)
-            tokens, kept, crcs = tokens + len(cells.tokens), kept + len(cells), crcs + [seen['crc']]
+            tokens, kept, crcs = tokens + len(cells.tokens), kept + len(cells), crcs + [crc]
     if books['total']:
         match.counts_matched = books['known'] / books['total']
         try: match.gate(encoder.vocabulary, min_match)
@@ -45,8 +46,8 @@ def write_shard(i, path, source, a, b, encoder, layout, min_match, block, thread
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, crc=digest(crcs), match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
-# %% ../nbs/04a_stream.ipynb #cb1955c9
-def _finish(folder, n, layout, encoder, min_match):
+# %% ../nbs/04a_stream.ipynb #5eeae506
+def _finish(folder, n, layout, encoder):
     "Make a folder of n shards a data set, and settle the accounts; returns its `Corpus`"
     files = [f'shard-{i:05d}.arrow' for i in range(n)]
     said = (folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists() else []
@@ -56,7 +57,7 @@ def _finish(folder, n, layout, encoder, min_match):
     lines = [lines[i] for i in range(n)]
     books = {}
     for x in lines: books[x['file']] = add_books(books.get(x['file'], {}), x)
-    settle(books, {}, encoder.vocabulary, min_match, encoder.keep, encoder.keep_empty)
+    settle(books, encoder.keep, encoder.keep_empty)
     encoder.vocabulary.save(folder)
     with atomic(folder/'shards.jsonl') as tmp: tmp.write_text(''.join(json.dumps(x) + '\n' for x in lines))
     layout.finish(folder, files, digest([x['crc'] for x in lines]), dict(vocabulary_hash=encoder.vocabulary.hash, special=encoder.special))
@@ -94,7 +95,7 @@ class Corpus:
         "All cells, a few thousand at a time, mapped from disk"
         return Cells.parts(self.folder, self.vocabulary)
 
-# %% ../nbs/04a_stream.ipynb #92508386
+# %% ../nbs/04a_stream.ipynb #f7ea1ab2
 def tokenize_to(
     data, # as `tokenize` takes it: file, folder, pattern, list of these; AnnData; iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -123,9 +124,9 @@ def tokenize_to(
     done = run_shards(_Shard(inputs, plan, encoder, layout, min_match, block, threads), len(plan), folder, facts, '.arrow', executor, workers, part,
                       'tokenising', _bytes(inputs))
     if len(done) < len(plan): return None
-    return Corpus(folder) if (folder/'shards.jsonl').exists() and (folder/'state.json').exists() else _finish(folder, len(plan), layout, encoder, min_match)
+    return Corpus(folder) if (folder/'shards.jsonl').exists() and (folder/'state.json').exists() else _finish(folder, len(plan), layout, encoder)
 
-# %% ../nbs/04a_stream.ipynb #42bba3f6
+# %% ../nbs/04a_stream.ipynb #8eca1298
 def _encoder(vocabulary, inputs, obs, options):
     "The encoder of all inputs; what would fail in a shard fails here"
     if lost := set(options) - {'genes', 'orthologs', 'keep', 'special', 'max_len', 'counts', 'uncropped', 'collapse'}: raise GeneformerError(
@@ -170,4 +171,4 @@ def _from_stream(data, vocabulary, folder, executor, part, layer, logged, fracti
             raise StorageError(f"Block {n - 1} of the iterator is not the one that '{folder.name}' holds: choose another folder, or delete this one to start again.")
         with atomic(path) as tmp: write_shard(n - 1, tmp, source, 0, source.n_obs, encoder, layout, min_match, block, min(4, workers or cores()), input=mark)
     if encoder is None: raise CountsError("The iterator gave no AnnData: nothing to tokenise.")
-    return _finish(folder, n, layout, encoder, min_match)
+    return _finish(folder, n, layout, encoder)
