@@ -97,8 +97,8 @@ def symbol(self:Vocabulary,
     if np.ndim(genes) == 0: return self.symbol(self.gene(genes))
     return [self.symbol(g) for g in genes]
 
-# %% ../nbs/02_genes.ipynb #d567c2d1
-_no_id = ('', 'NAN', 'NONE')
+# %% ../nbs/02_genes.ipynb #429f957a
+_no_id = ('', 'NAN', 'NONE', '<NA>')
 
 def _no_symbols(v):
     "What to bring when a vocabulary knows no symbols"

@@ -226,7 +226,7 @@ def fingerprint(self:Source)->str: # 16 hexadecimal characters
     files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
 
-# %% ../nbs/01a_sources.ipynb #de33a9d0
+# %% ../nbs/01a_sources.ipynb #4b488da8
 def _natural(path): return [int(w) if w.isdigit() else w for w in re.split(r'(\d+)', str(path))]
 
 def _found(files, what):
@@ -259,7 +259,15 @@ def sources(
     if len(set(paths)) < len(paths): raise CountsError(f"'{next(p for p in paths if paths.count(p) > 1).name}' is named twice: its cells would count double.")
     out = [d if isinstance(d, Source) else Source(d, layer, logged, fractional) for d in found]
     for s in out: s._got   # what cannot be opened is said now, before the work
-    return out
+    return _named(out)
+
+def _named(inputs):
+    "Inputs with names that tell them apart: of the same name, files get that of their folder, and what is left a number"
+    for how in (lambda s, i: f'{s.path.absolute().parent.name}/{s.name}' if s.path else s.name, lambda s, i: f'{s.name} {i}'):
+        names = [s.name for s in inputs]
+        for i, s in enumerate(inputs):
+            if names.count(names[i]) > 1: s.name = how(s, i)
+    return inputs
 
 # %% ../nbs/01a_sources.ipynb #1eeaa02a
 def shards(

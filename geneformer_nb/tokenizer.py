@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['rank_genes', 'frame', 'Encoder', 'carried', 'add_books', 'settle', 'tokenize']
 
-# %% ../nbs/04_tokenizer.ipynb #efbbe8ad
+# %% ../nbs/04_tokenizer.ipynb #e78147fc
 import warnings, zlib
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .cells import Cells
 from .core import CountsError, GeneMatchError, GeneformerError, VocabularyError
-from .counts import gene_names
+from .counts import as_flags, gene_names
 from .genes import Vocabulary
 from .matching import match_genes
 from .scale import ahead, cores
@@ -137,15 +137,7 @@ class Encoder:
             self._last = last = var, m
         return last[1]
 
-# %% ../nbs/04_tokenizer.ipynb #84bc4396
-def _marked(flags, name):
-    "A column of 1 and 0, True and False, or these as words, as a mask"
-    words = {'1': True, '1.0': True, 'true': True, '0': False, '0.0': False, 'false': False}
-    x = pd.Series(flags).astype(str).str.strip().str.lower().map(words)
-    if x.isna().any(): raise GeneformerError(f"obs[{name!r}] should hold 1 for the cells to keep and 0 for the others, and holds "
-        f"{flags[x.isna().to_numpy()].iloc[0]!r}: mend it, or pass keep=None to keep all cells.")
-    return x.to_numpy(bool)
-
+# %% ../nbs/04_tokenizer.ipynb #028ff438
 def _disagree(obs, totals, source):
     "Cells whose own `n_counts` is not the sum of their counts"
     if 'n_counts' not in obs or 'expm1' in source: return 0
@@ -157,7 +149,7 @@ def __call__(self:Encoder,
 )->tuple: # (Cells, books)
     "Cells of a block of counts, with what was seen on the way"
     m, v, X, obs = self.match(b.var), self.vocabulary, b.X, b.obs
-    passed = _marked(obs[self.keep], self.keep) if self.keep is not None and self.keep in obs else None
+    passed = as_flags(obs[self.keep], f"obs[{self.keep!r}] of '{b.name}'") if self.keep is not None and self.keep in obs else None
     if passed is not None and not passed.all(): X, obs = X[passed], obs[passed]
     totals = np.asarray(X.sum(1, dtype=np.float64)).ravel()
     known = totals.sum() if (m.index >= 0).all() else (X @ (m.index >= 0).astype(np.float32)).sum(dtype=np.float64)

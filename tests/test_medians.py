@@ -165,8 +165,8 @@ def test_marks_of_quality(flag):
 
 def test_marks_that_are_none():
     a = _adata([[1, 9], [5, 5]], ['A', 'B'], filter_pass=['good', 'bad'], part=[1., np.nan])
-    with pytest.raises(CountsError, match=r"obs\['filter_pass'\] of 'AnnData' says 'good' at cell 'c0'"): corpus_medians(a)
-    with pytest.raises(CountsError, match="says 'nan' at cell 'c1'"): corpus_medians(a, keep='part')
+    with pytest.raises(CountsError, match=r"obs\['filter_pass'\] of 'AnnData' says 'good' at 'c0'"): corpus_medians(a)
+    with pytest.raises(CountsError, match="says 'nan' at 'c1'"): corpus_medians(a, keep='part')
     with pytest.raises(CountsError, match='3 values of type bool, and the data 2 cells'): corpus_medians(a, keep=np.ones(3, bool))
 
 def test_logged_and_fractional_counts():
