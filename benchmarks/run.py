@@ -8,7 +8,7 @@
 Nothing is reported before both answers were found equal. Model benchmarks run on one thread (--threads); the others
 use no more on either side. Inputs are made once in --scratch (default: a temporary folder, removed at the end).
 """
-import argparse, json, os, platform, re, resource, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, platform, re, resource, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -63,6 +63,8 @@ def run_child(name, role, folder, out, threads):
     env = os.environ | dict(GENEFORMER_NB_QUIET='1', HF_HUB_OFFLINE='1')
     if issubclass(BENCHMARKS[name][1], cases.Embed):
         env |= {k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+    for old in Path(out).glob(f'{role}*'):  # or a second run would find its work done
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     t = time.perf_counter()
     done = subprocess.run([sys.executable, str(HERE/'run.py'), '--child', name, role, str(folder), str(out)], env=env,
                           capture_output=True, text=True)

@@ -168,7 +168,7 @@ def _array(col, kind):
     codes = col.cat.codes.to_numpy()
     return pa.array([str(x) for x in col.cat.categories], pa.string()).take(pa.array(codes, mask=codes < 0))
 
-# %% ../nbs/03_cells.ipynb #7c0532e0
+# %% ../nbs/03_cells.ipynb #a7d7fbaa
 class _Layout:
     "The columns of an Arrow folder of cells, and the files that make it one"
     def __init__(self, kinds, lists=()):
@@ -199,18 +199,15 @@ class _Layout:
             _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None)}.items():
             write_json(Path(folder)/f'{name}.json', d)
 
-def _may_replace(folder):
-    "Raise `StorageError` for a folder that holds something else than cells"
-    if folder.is_dir() and any(folder.iterdir()) and not (folder/'state.json').exists(): raise StorageError(
-        f"'{folder.name}' holds other things than cells, and would be replaced as a whole: choose a new folder for the cells.")
-
-# %% ../nbs/03_cells.ipynb #898691a1
+# %% ../nbs/03_cells.ipynb #1e5ce5e8
 @patch
 def save(self:Cells,
     folder, # becomes an Arrow folder; an older one is replaced, a folder of anything else refused
 )->Path: # the folder
     "Write the cells as the official `.dataset` layout; raises `StorageError`"
-    _may_replace(Path(folder))
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/'state.json').exists(): raise StorageError(
+        f"'{folder.name}' holds other things than cells, and would be replaced as a whole: choose a new folder for the cells.")
     layout = _Layout(_kinds(self.obs), self.lists)
     longest = max([self.offsets, *(o for _, o in self.lists.values())], key=lambda o: o[-1])
     cuts = [0, *np.unique(np.searchsorted(longest, range(2**30, longest[-1], 2**30))), len(self)]  # an Arrow array ends at 2³¹ tokens
@@ -221,7 +218,7 @@ def save(self:Cells,
         for name, a, b in zip(files, cuts, cuts[1:]):
             with pa.ipc.new_stream(str(tmp/name), layout.schema) as out: out.write_batch(layout.batch(self[a:b]))
         layout.finish(tmp, files, mark, dict(vocabulary_hash=self.vocabulary_hash, special=self.special))
-    return Path(folder)
+    return folder
 
 # %% ../nbs/03_cells.ipynb #75da50c4
 def _flat(column):

@@ -105,7 +105,7 @@ def digest(
     for x in things: _feed(h, x)
     return h.hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #7178ede1
+# %% ../nbs/00_core.ipynb #d28c1a65
 def versions(
     *names:str, # packages; none means the ones that decide results
 )->dict: # {package: version, or None where it is not installed}
@@ -113,7 +113,7 @@ def versions(
     def one(n):
         try: return version(n)
         except PackageNotFoundError: return None
-    return {n: one(n) for n in names or ('torch', 'transformers', 'anndata', 'numpy', 'scipy', 'pandas', 'numba')}
+    return {n: one(n) for n in names or ('torch', 'transformers', 'anndata', 'numpy', 'scipy', 'pandas', 'pyarrow')}
 
 # %% ../nbs/00_core.ipynb #0f7a536e
 @contextmanager

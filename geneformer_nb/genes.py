@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Vocabulary', 'safe_unpickle']
 
-# %% ../nbs/02_genes.ipynb #504918c4
+# %% ../nbs/02_genes.ipynb #6b45772d
 import difflib, io, json, pickle, re
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import sparse
-from .core import MissingDataError, VocabularyError, digest, write_json
+from .core import MissingDataError, VocabularyError, atomic, digest
 from .counts import counts_of, gene_names, plain_id
 from .medians import Medians, corpus_medians, nonzero_medians
 from .sources import sources
@@ -134,7 +134,7 @@ def token(self:Vocabulary,
     out = np.array(got, dtype=np.int32) + len(self.specials)
     return int(out[0]) if one else out
 
-# %% ../nbs/02_genes.ipynb #9cd8c8e5
+# %% ../nbs/02_genes.ipynb #fbe9b00b
 def _vocab_file(path):
     path = Path(path)
     return path/'vocabulary.json' if path.suffix != '.json' else path
@@ -145,8 +145,9 @@ def save(self:Vocabulary,
 )->Path: # the file
     "Write the vocabulary"
     file = _vocab_file(path)
-    write_json(file, dict(name=self.name, hash=self.hash, cls=self.cls, max_len=self.max_len, genes=self.genes,
-                          medians=self.medians.tolist(), symbols=self.symbols, aliases=self.aliases))
+    text = json.dumps(dict(name=self.name, hash=self.hash, cls=self.cls, max_len=self.max_len, genes=self.genes,
+                           medians=self.medians.tolist(), symbols=self.symbols, aliases=self.aliases))
+    with atomic(file) as tmp: tmp.write_text(text)
     return file
 
 @patch(cls_method=True)

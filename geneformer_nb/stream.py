@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['write_shard', 'Corpus', 'tokenize_to']
 
-# %% ../nbs/04a_stream.ipynb #3fc92cba
-import json, zlib
+# %% ../nbs/04a_stream.ipynb #7611d150
+import json
 from pathlib import Path
 import numpy as np, pandas as pd
-from .cells import Cells, _kinds, _Layout, _may_replace
+from .cells import Cells, _kinds, _Layout
 from .core import CountsError, GeneMatchError, GeneformerError, Manifest, StorageError, atomic, check_folder, digest, progress, write_json
 from .genes import Vocabulary
 from .scale import ahead, cores, run_shards
 from .sources import Source, shards, sources
 from .tokenizer import Encoder, add_books, carried, settle, tokenize
 
-# %% ../nbs/04a_stream.ipynb #c7750a56
+# %% ../nbs/04a_stream.ipynb #d687ac6a
 class _Shard:
     "Tokenise one shard; an object, so that processes and machines can receive it"
     def __init__(self, inputs, plan, encoder, layout, min_match, block, threads):
@@ -29,24 +29,24 @@ class _Shard:
 def write_shard(i, path, source, a, b, encoder, layout, min_match, block, threads, **more):
     "Cells a to b of a source as an Arrow file, and the line about it"
     import pyarrow as pa
-    books, tokens, kept, crcs = {}, 0, 0, []
+    books, tokens, kept = {}, 0, 0
     def one(start):
         cells, seen = encoder(source.block(start, min(start + block, b), encoder.columns))
-        return cells, layout.batch(cells), zlib.crc32(cells.tokens), seen
+        return cells, layout.batch(cells), seen
     match = encoder.match(source.var)
     with pa.ipc.new_stream(str(path), layout.schema) as out:
-        for cells, batch, crc, seen in ahead(one, range(a, b, block), threads):
+        for cells, batch, seen in ahead(one, range(a, b, block), threads):
             out.write_batch(batch)
             books = add_books(books, seen)
-            tokens, kept, crcs = tokens + len(cells.tokens), kept + len(cells), crcs + [crc]
+            tokens, kept = tokens + len(cells.tokens), kept + len(cells)
     if books['total']:
         match.counts_matched = books['known'] / books['total']
         try: match.gate(encoder.vocabulary, min_match)
         except GeneMatchError as e: raise GeneMatchError(f"{e} (in '{source.name}', cells {a:,} to {b:,})") from e
-    line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, crc=digest(crcs), match=match.report(), **books, **more)
+    line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
-# %% ../nbs/04a_stream.ipynb #5eeae506
+# %% ../nbs/04a_stream.ipynb #e709be42
 def _finish(folder, n, layout, encoder):
     "Make a folder of n shards a data set, and settle the accounts; returns its `Corpus`"
     files = [f'shard-{i:05d}.arrow' for i in range(n)]
@@ -60,7 +60,7 @@ def _finish(folder, n, layout, encoder):
     settle(books, encoder.keep, encoder.keep_empty)
     encoder.vocabulary.save(folder)
     with atomic(folder/'shards.jsonl') as tmp: tmp.write_text(''.join(json.dumps(x) + '\n' for x in lines))
-    layout.finish(folder, files, digest([x['crc'] for x in lines]), dict(vocabulary_hash=encoder.vocabulary.hash, special=encoder.special))
+    layout.finish(folder, files, digest(json.loads((folder/'manifest.json').read_text())['facts'], lines), dict(vocabulary_hash=encoder.vocabulary.hash, special=encoder.special))
     for i in range(n): (folder/f'shard-{i:05d}.json').unlink(missing_ok=True)
     return Corpus(folder)
 
@@ -95,7 +95,7 @@ class Corpus:
         "All cells, a few thousand at a time, mapped from disk"
         return Cells.parts(self.folder, self.vocabulary)
 
-# %% ../nbs/04a_stream.ipynb #f7ea1ab2
+# %% ../nbs/04a_stream.ipynb #e7137228
 def tokenize_to(
     data, # as `tokenize` takes it: file, folder, pattern, list of these; AnnData; iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -111,7 +111,8 @@ def tokenize_to(
 ): # `Corpus`; None while shards of other tasks are missing
     "Tokenise a corpus to an Arrow folder, shard by shard; raises `CountsError`, `GeneMatchError`, `StorageError`"
     folder = Path(folder)
-    if not (folder/'manifest.json').exists(): _may_replace(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/'manifest.json').exists(): raise StorageError(
+        f"'{folder.name}' holds other things, which would be mixed with the cells: choose a new folder.")
     if hasattr(data, '__next__'): return _from_stream(data, vocabulary, folder, executor, part, layer, logged, fractional, obs, min_match, block, workers, options)
     if rows < 1: raise GeneformerError(f"A shard holds one cell or more, not {rows}.")
     inputs = sources(data, layer, logged, fractional)

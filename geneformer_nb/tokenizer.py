@@ -18,29 +18,30 @@ from .matching import match_genes
 from .scale import ahead, cores
 from .sources import pieces, sources
 
-# %% ../nbs/04_tokenizer.ipynb #a723712a
-def _packed(value, number, low):
-    "One integer a gene, smallest for the highest value: bits of the value turned over, gene number in the bits of `low`"
-    return ~value.view(np.int64) & ~low | number
+# %% ../nbs/04_tokenizer.ipynb #ed1e4c4b
+def _packed(value, turned, low):
+    "One integer a gene, in the place of `value`, smallest for the highest value: bits of the value turned over, gene number in the bits of `low`"
+    keys = value.view(np.int64)
+    np.bitwise_or(keys, low, out=keys)
+    return np.bitwise_xor(keys, turned, out=keys)  # `turned` is ~number: ones above, so that the value turns over as well
 
-# %% ../nbs/04_tokenizer.ipynb #ffc8b2dc
-def _rank_rows(data, columns, cuts, number, divisor, medians, low, out, room):
+# %% ../nbs/04_tokenizer.ipynb #a4598835
+def _rank_rows(data, columns, cuts, turned, divisor, medians, low, out, room):
     "Write the gene numbers of some cells by rank to `out`, cell i from cuts[i] on, genes not seen last; how many were seen in each"
     m, ends = len(data), np.asarray(cuts)
     value, gene = room[0][:m], room[1][:m]
     np.take(divisor, columns, out=value, mode='clip')  # a gene of no number has an infinite median: value 0
     np.divide(data, value, out=value)
-    np.take(number, columns, out=gene, mode='clip')
-    keys = value.view(np.int64)
-    np.invert(keys, out=keys); np.bitwise_and(keys, ~low, out=keys); np.bitwise_or(keys, gene, out=keys)
+    np.take(turned, columns, out=gene, mode='clip')
+    keys = _packed(value, gene, low)
     for a, b in zip(cuts, cuts[1:]): keys[a:b].sort()
     np.bitwise_and(keys, low, out=out, casting='unsafe')
-    near = np.flatnonzero(np.bitwise_xor(keys[1:], keys[:-1], out=gene[:max(0, m - 1)]) <= low)
+    near = np.flatnonzero(np.bitwise_xor(keys[1:], keys[:-1], out=gene[:max(0, m - 1)]).view(np.uint64) <= low)
     near = near[keys[near + 1] < ~low]
     unsure = near[medians[out[near]] != medians[out[near + 1]]] if len(near) else near
     for c in np.unique(np.searchsorted(ends, unsure, 'right') - 1) if len(unsure) else ():
         s = slice(cuts[c], cuts[c + 1])
-        g, x = number[columns[s]], data[s] / divisor[columns[s]]
+        g, x = ~turned[columns[s]], data[s] / divisor[columns[s]]
         out[s] = g[np.lexsort((g, -x))]
     seen = np.diff(ends)
     last = keys[np.maximum(ends[1:] - 1, 0)] if m else keys
@@ -58,7 +59,7 @@ def _summed(X, gene):
     data[at] = 0; data[at[first]] = np.bincount(code, X.data[at])
     return data
 
-# %% ../nbs/04_tokenizer.ipynb #90cf7aa6
+# %% ../nbs/04_tokenizer.ipynb #a3c288c6
 def rank_genes(
     X, # cells × genes, CSR, counts
     gene:np.ndarray, # gene number in the vocabulary for each column; -1 where there is none
@@ -74,7 +75,7 @@ def rank_genes(
     for r in range(0, X.shape[0], step):
         cuts = X.indptr[r:r + step + 1].tolist()
         here = slice(cuts[0], cuts[-1])
-        lengths[r:r + step] = _rank_rows(data[here], X.indices[here], [c - cuts[0] for c in cuts], number, divisor, medians, low, out[here], room)
+        lengths[r:r + step] = _rank_rows(data[here], X.indices[here], [c - cuts[0] for c in cuts], ~number, divisor, medians, low, out[here], room)
     return out, lengths
 
 # %% ../nbs/04_tokenizer.ipynb #b64512fb
