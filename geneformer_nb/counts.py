@@ -44,7 +44,7 @@ def check_counts(
         raise CountsError(f"The counts are not whole numbers, first at {_where(X, bad, obs_names, var_names)}: {hint}. Pass "
                           "raw counts (layer=…), or logged=True for log1p values, or fractional=True for estimated counts.")
 
-# %% ../nbs/01_counts.ipynb #abdf11be
+# %% ../nbs/01_counts.ipynb #eaab9178
 @dataclass
 class Counts:
     "Counts of some cells, with where they came from"
@@ -61,8 +61,12 @@ def _csr(X):
     if X.dtype.kind not in 'biuf': raise CountsError(f"The matrix holds values of type {X.dtype}, which are no counts: turn them into "
                                                      "numbers first, for instance with astype('float32').")
     if X.dtype.kind == 'f' and X.dtype.itemsize not in (4, 8): X = X.astype(np.float64)
+    if sparse.issparse(X) and X.format in ('csr', 'csc') and X.nnz and not 0 <= X.indices.min() <= X.indices.max() < X.shape[X.format == 'csr']:
+        raise CountsError("The matrix is damaged: it names cells or genes that are not there.")
     X = X.tocsr() if sparse.issparse(X) else sparse.csr_matrix(X)
-    if not X.has_canonical_format: X = X.copy(); X.sum_duplicates()
+    if not X.has_canonical_format:
+        X = X.astype(np.int64 if X.dtype.kind in 'biu' else X.dtype, copy=True)  # a byte does not hold the sum of two
+        X.sum_duplicates()
     return X
 
 def _whole(X):

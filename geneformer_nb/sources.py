@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['read_any', 'Source', 'sources', 'shards', 'pieces', 'blocks']
 
-# %% ../nbs/01a_sources.ipynb #d12bd12d
+# %% ../nbs/01a_sources.ipynb #87bbed65
 import re, zlib
+from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import ref
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import sparse
 from .core import CountsError, digest
 from .counts import Counts, _checked, _choose, _csr
 
-# %% ../nbs/01a_sources.ipynb #6bbbd4f8
+# %% ../nbs/01a_sources.ipynb #cff5ebeb
 def _read(d, a, b):
     "Entries a to b of an array on disk; HDF5 writes into our memory, which saves a copy"
     if not hasattr(d, 'read_direct') or a == b: return d[a:b]
@@ -24,17 +26,23 @@ def _read(d, a, b):
     d.read_direct(out, np.s_[a:b])
     return out
 
+def _sane(indices, indptr, n, n_values):
+    "Refuse a sparse matrix that points outside of itself, before compiled code follows it there"
+    ends = len(indptr) and indptr[0] == 0 and indptr[-1] <= n_values and (np.diff(indptr) >= 0).all()
+    if not ends or len(indices) and indices.view(f'u{indices.itemsize}').max() >= n:  # a negative number, too, is large without its sign
+        raise CountsError(f"The matrix is damaged: it names cells or genes beyond the {n:,} there are. Write or copy the file again.")
+
 class _Csr:
     "Rows of a CSR matrix on disk, without the rest; `columns` keeps some of its columns"
     def __init__(self, data, indices, indptr, n_vars, columns=None):
         self.data, self.indices, self.indptr, self.n_vars, self.columns = data, indices, indptr[()], int(n_vars), columns
         self.shape = len(self.indptr) - 1, self.n_vars if columns is None else len(columns)
+        _sane(np.zeros(0, np.int32), self.indptr, self.n_vars, min(data.shape[0], indices.shape[0]))
     def __getitem__(self, rows):
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
         cols, starts = _read(self.indices, a, b), self.indptr[lo:hi+1] - a
-        if len(cols) and cols.view(f'u{cols.itemsize}').max() >= self.n_vars: raise CountsError(   # a negative one, too, is large without its sign
-            f"The matrix is damaged: cells {lo:,} to {hi:,} name a gene beyond the {self.n_vars:,} there are. Write or copy the file again.")
+        _sane(cols, starts, self.n_vars, b - a)
         X = sparse.csr_matrix((_read(self.data, a, b), cols, starts.astype(cols.dtype)), (hi - lo, self.n_vars))
         return X if self.columns is None else X[:, self.columns]
 
@@ -44,6 +52,7 @@ class _Turned:
     @cached_property
     def csr(self):
         g = self.group
+        _sane(g['indices'][()], g['indptr'][()], self.shape[0], g['data'].shape[0])
         return sparse.csc_matrix((g['data'][()], g['indices'][()], g['indptr'][()]), self.shape).tocsr()
     def __getitem__(self, rows): return self.group[:, rows].T if hasattr(self.group, 'dtype') else self.csr[rows]
 
@@ -86,12 +95,12 @@ def _store(g, table):
     X = _matrix(g['X']) if 'X' in g and g['X'].attrs.get('encoding-type') != 'null' else None
     return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']), table(g['var']))
 
-# %% ../nbs/01a_sources.ipynb #ac33d03b
+# %% ../nbs/01a_sources.ipynb #019dbdaf
 def _h5ad(path):
     import h5py
     f = h5py.File(path)
-    if f['obs'].attrs.get('encoding-type') == f['var'].attrs.get('encoding-type') == 'dataframe': return _store(f, _table)
-    from anndata import read_h5ad   # as written before 2020
+    if all(f[k].attrs.get('encoding-type') == 'dataframe' and f[k].attrs.get('encoding-version') == '0.2.0' for k in ('obs', 'var')): return _store(f, _table)
+    from anndata import read_h5ad   # as written before 2022
     return _adata(read_h5ad(path))
 
 def _zarr(path):
@@ -99,11 +108,11 @@ def _zarr(path):
     from anndata.io import read_elem
     return _store(zarr.open_group(path, mode='r'), read_elem)
 
-# %% ../nbs/01a_sources.ipynb #dca84cee
+# %% ../nbs/01a_sources.ipynb #5304df93
 def _loom(path):
     import h5py
     f = h5py.File(path)
-    def table(g, n): return pd.DataFrame({k: (v[()].astype(str) if v.dtype.kind in 'OS' else v[()])
+    def table(g, n): return pd.DataFrame({k: (v.asstr('utf-8')[()] if v.dtype.kind in 'OS' else v[()])
                                           for k, v in g.items() if v.shape == (n,)}).rename(str)
     def named(d, *keys): return next((d.set_index(d[k].rename(None)) for k in keys if k in d), d)
     g, c = f['matrix'].shape
@@ -136,12 +145,21 @@ def _adata(a):
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
     return _opened(turn(a.X), Layers.fromkeys(a.layers), raw, a.obs, a.var)
 
-# %% ../nbs/01a_sources.ipynb #8e36de0e
+# %% ../nbs/01a_sources.ipynb #e2f7802e
 _readers = {'.h5ad': _h5ad, '.zarr': _zarr, '.loom': _loom, '.h5': _10x_h5, '10x': _10x_mtx}
 
 def _kind(path):
     "The reader for a path, or None"
     return '10x' if path.is_dir() and any(path.glob('*matrix.mtx*')) else path.suffix if path.suffix in _readers else None
+
+def _unreadable(path, e):
+    "The sentence for a file that some reader failed on; raise it `from e.with_traceback(None)`, since frames of h5py hold its lock"
+    said = (str(e).splitlines() or [''])[0][:120]
+    return CountsError(f"'{Path(path).name}' cannot be read ({type(e).__name__}: {said}): it is damaged, or not what its name says.")
+
+def _in_file(e, path):
+    "The same error, with the file in its sentence"
+    return e if path is None or path.name in str(e) else CountsError(f"{e} (in '{path.name}')")
 
 def _open(path):
     "An input by its path; raises `CountsError` for a file that is not there, not known or damaged"
@@ -150,9 +168,8 @@ def _open(path):
     if not path.exists(): raise CountsError(f"There is no file '{path.name}' in '{path.parent}'.")
     if _kind(path) is None: raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: convert it with scanpy first.")
     try: return _readers[_kind(path)](path)
-    except CountsError: raise
-    except Exception as e: raise CountsError(f"'{path.name}' cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120]}): it is "
-                                             "damaged, or not what its name says.") from e
+    except CountsError as e: raise _in_file(e, path) from e
+    except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
 
 def read_any(
     path, # .h5ad, .zarr, .loom, 10x .h5, or a folder with 10x matrix.mtx
@@ -164,9 +181,19 @@ def read_any(
         if Path(path).suffix in ('.h5ad', '.zarr'): return (ad.read_h5ad if Path(path).suffix == '.h5ad' else ad.read_zarr)(path)
         return ad.AnnData(_csr(o.X[:]), o.rows(slice(None)), o.var, layers={k: _csr(v[:]) for k, v in o.layers.items()})
     except CountsError: raise
-    except Exception as e: raise CountsError(f"'{Path(path).name}' cannot be read ({type(e).__name__}: {str(e)[:120]}).") from e
+    except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
 
-# %% ../nbs/01a_sources.ipynb #b20eb0fa
+# %% ../nbs/01a_sources.ipynb #33857ff3
+_held = OrderedDict() # sources whose file is open, the longest unused first; not kept alive by this
+
+def _let_go(source, most=16):
+    "Keep few files open: a corpus has more of them than a process may hold"
+    _held[id(source)] = ref(source)
+    _held.move_to_end(id(source))
+    while len(_held) > most:
+        old = _held.popitem(last=False)[1]()
+        if old is not None: old.__dict__.pop('_open', None); old.__dict__.pop('_pick', None)
+
 class Source:
     "The counts of one file or AnnData, by blocks of cells"
     def __init__(self,
@@ -179,21 +206,32 @@ class Source:
             raise CountsError(f"Counts come from an AnnData or the path of one, not {type(data).__name__}.")
         self.path = Path(data) if isinstance(data, (str, Path)) else None
         self.name, self._data, self.how = self.path.stem if self.path else 'AnnData', data, (layer, logged, fractional)
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('_got', '_chosen')}
+    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
 
-    @cached_property
-    def _got(self): return _adata(self._data) if self.path is None else _open(self.path)
-    @cached_property
+    @property
+    def _got(self):
+        if '_open' not in self.__dict__: self._open = _open(self.path) if self.path else _adata(self._data)
+        got = self._open
+        if self.path: _let_go(self)
+        return got
+    @property
     def _chosen(self):
-        o = self._got
+        if '_pick' not in self.__dict__:
+            try: self._pick = self._choice(self._got)
+            except CountsError as e: raise _in_file(e, self.path) from e
+            except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
+        return self._pick
+    def _choice(self, o):
         if 0 in (o.n_obs, o.n_vars): raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing to do.")
         X, var, where = _choose(o, *self.how[:2])
         if X is None: raise CountsError("The AnnData has no X and no layer was named: pass layer=…")
+        if tuple(X.shape) != (o.n_obs, len(var)): raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × {X.shape[1]:,} genes, obs "
+                                                                    f"{o.n_obs:,} rows and var {len(var):,}. Write or copy it again.")
         return X, var, where
 
-    @property
+    @cached_property
     def n_obs(self): return self._got.n_obs
-    @property
+    @cached_property
     def columns(self): return self._got.columns
     @property
     def obs(self): return self._got.rows(slice(None))
@@ -202,7 +240,7 @@ class Source:
     @property
     def where(self): return self._chosen[2]
 
-# %% ../nbs/01a_sources.ipynb #af3c05dd
+# %% ../nbs/01a_sources.ipynb #a3848431
 @patch
 def block(self:Source,
     a:int, # first cell
@@ -211,11 +249,13 @@ def block(self:Source,
 )->Counts:
     "Checked counts of some cells; raises `CountsError`"
     (X, var, where), (_, logged, fractional) = self._chosen, self.how
-    try: return _checked(X[a:b], self._got.rows(slice(a, b), columns), var, where, logged, fractional, self.name)
+    try: rows, obs = X[a:b], self._got.rows(slice(a, b), columns)
+    except CountsError as e: raise _in_file(e, self.path) from e
+    except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
+    try: return _checked(rows, obs, var, where, logged, fractional, self.name)
     except CountsError as e:
         hint = " There is a raw.X too: if it holds log1p values, logged=True takes those." if where == 'X' and not logged and self._got.raw else ''
-        if self.path is None and not hint: raise
-        raise CountsError(f"{e}{hint}" + (f" (in '{self.path.name}')" if self.path else '')) from e
+        raise _in_file(CountsError(f"{e}{hint}"), self.path) from e
 
 @patch
 def fingerprint(self:Source)->str: # 16 hexadecimal characters
@@ -226,12 +266,12 @@ def fingerprint(self:Source)->str: # 16 hexadecimal characters
     files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
 
-# %% ../nbs/01a_sources.ipynb #4b488da8
+# %% ../nbs/01a_sources.ipynb #1f714f14
 def _natural(path): return [int(w) if w.isdigit() else w for w in re.split(r'(\d+)', str(path))]
 
 def _found(files, what):
     "Files in natural order; raises `CountsError` when there is none"
-    out = sorted((f for f in files if _kind(f)), key=_natural)
+    out = sorted((f for f in files if _kind(f) and not f.name.startswith('.')), key=_natural)
     if not out: raise CountsError(f"{what} no .h5ad, .zarr, .loom, 10x .h5 or 10x folder.")
     return out
 
@@ -258,7 +298,7 @@ def sources(
     paths = [p.resolve() for p in found if isinstance(p, Path)]
     if len(set(paths)) < len(paths): raise CountsError(f"'{next(p for p in paths if paths.count(p) > 1).name}' is named twice: its cells would count double.")
     out = [d if isinstance(d, Source) else Source(d, layer, logged, fractional) for d in found]
-    for s in out: s._got   # what cannot be opened is said now, before the work
+    for s in out: s.n_obs, s.columns  # what cannot be opened is said now, before the work
     return _named(out)
 
 def _named(inputs):

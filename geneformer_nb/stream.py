@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['write_shard', 'Corpus', 'tokenize_to']
 
-# %% ../nbs/04a_stream.ipynb #7611d150
+# %% ../nbs/04a_stream.ipynb #41169fa6
 import json
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cells import Cells, _kinds, _Layout
-from .core import CountsError, GeneMatchError, GeneformerError, Manifest, StorageError, atomic, check_folder, digest, progress, write_json
+from .core import CountsError, GeneformerError, Manifest, StorageError, atomic, check_folder, digest, progress, write_json
 from .genes import Vocabulary
 from .scale import ahead, cores, run_shards
 from .sources import Source, shards, sources
-from .tokenizer import Encoder, add_books, carried, settle, tokenize
+from .tokenizer import Encoder, add_books, carried, gate_file, settle, tokenize
 
-# %% ../nbs/04a_stream.ipynb #d687ac6a
+# %% ../nbs/04a_stream.ipynb #a8978022
 class _Shard:
     "Tokenise one shard; an object, so that processes and machines can receive it"
     def __init__(self, inputs, plan, encoder, layout, min_match, block, threads):
@@ -41,8 +41,7 @@ def write_shard(i, path, source, a, b, encoder, layout, min_match, block, thread
             tokens, kept = tokens + len(cells.tokens), kept + len(cells)
     if books['total']:
         match.counts_matched = books['known'] / books['total']
-        try: match.gate(encoder.vocabulary, min_match)
-        except GeneMatchError as e: raise GeneMatchError(f"{e} (in '{source.name}', cells {a:,} to {b:,})") from e
+        gate_file(match, encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}')
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
@@ -127,14 +126,14 @@ def tokenize_to(
     if len(done) < len(plan): return None
     return Corpus(folder) if (folder/'shards.jsonl').exists() and (folder/'state.json').exists() else _finish(folder, len(plan), layout, encoder)
 
-# %% ../nbs/04a_stream.ipynb #8eca1298
+# %% ../nbs/04a_stream.ipynb #92e25aaf
 def _encoder(vocabulary, inputs, obs, options):
     "The encoder of all inputs; what would fail in a shard fails here"
     if lost := set(options) - {'genes', 'orthologs', 'keep', 'special', 'max_len', 'counts', 'uncropped', 'collapse'}: raise GeneformerError(
         f"tokenize_to knows no option {sorted(lost)[0]!r}.")
     encoder = Encoder(vocabulary, carried(inputs, obs), file=len(inputs) > 1, **options)
     for s in inputs:
-        if not (encoder.match(s.var).index >= 0).any(): encoder.match(s.var).gate(vocabulary)
+        if not (encoder.match(s.var).index >= 0).any(): gate_file(encoder.match(s.var), vocabulary, 1, s.name)
     return encoder
 
 def _facts(encoder, options, **more):
