@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Cell', 'Cells', 'ragged', 'spans']
 
-# %% ../nbs/03_cells.ipynb #da379fff
+# %% ../nbs/03_cells.ipynb #42c1cd88
 import json, warnings, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
-from .core import GeneformerError, VocabularyError, StorageError, atomic, digest, write_json
+from .core import GeneformerError, VocabularyError, StorageError, as_folder, atomic, digest, write_json
 from .genes import Vocabulary
 from .matching import GeneMatch
 
@@ -148,7 +148,7 @@ def batches(self:Cells,
         total += n
     return out + ([order[start:]] if len(order) > start else [])
 
-# %% ../nbs/03_cells.ipynb #438a33dc
+# %% ../nbs/03_cells.ipynb #63962c9c
 _arrow = {'i': 'int64', 'u': 'int64', 'f': 'float64', 'b': 'bool'}
 _ours = ('input_ids', 'length', 'barcode', 'counts', 'input_ids_uncropped', 'length_uncropped')
 
@@ -162,8 +162,10 @@ def _kinds(obs):
     return {str(n): _arrow.get(c.dtype.kind if isinstance(c.dtype, np.dtype) else 'O', 'string') for n, c in obs.items() if n not in taken}
 
 def _array(col, kind):
-    "A column of obs as an Arrow array"
-    if kind != 'string': return pa.array(col.to_numpy().astype(kind))
+    "A column of obs as an Arrow array; raises `GeneformerError` where that would change a value"
+    if kind != 'string':
+        if _arrow.get(getattr(col.dtype, 'kind', 'O')) == kind or (kind == 'float64' and getattr(col.dtype, 'kind', 'O') in 'iu'): return pa.array(col.to_numpy().astype(kind))
+        raise GeneformerError(f"obs column {col.name!r} held {kind} in the first cells and holds {col.dtype} now: give it one type, or leave it out with obs=[…].")
     if not isinstance(col.dtype, pd.CategoricalDtype): return pa.array([None if pd.isna(x) is True else str(x) for x in col], pa.string())
     codes = col.cat.codes.to_numpy()
     return pa.array([str(x) for x in col.cat.categories], pa.string()).take(pa.array(codes, mask=codes < 0))
@@ -199,13 +201,13 @@ class _Layout:
             _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None)}.items():
             write_json(Path(folder)/f'{name}.json', d)
 
-# %% ../nbs/03_cells.ipynb #1e5ce5e8
+# %% ../nbs/03_cells.ipynb #c99cf37a
 @patch
 def save(self:Cells,
     folder, # becomes an Arrow folder; an older one is replaced, a folder of anything else refused
 )->Path: # the folder
     "Write the cells as the official `.dataset` layout; raises `StorageError`"
-    folder = Path(folder)
+    folder = as_folder(folder).resolve()  # a link to a folder stays a link
     if folder.is_dir() and any(folder.iterdir()) and not (folder/'state.json').exists(): raise StorageError(
         f"'{folder.name}' holds other things than cells, and would be replaced as a whole: choose a new folder for the cells.")
     layout = _Layout(_kinds(self.obs), self.lists)
@@ -220,7 +222,7 @@ def save(self:Cells,
         layout.finish(tmp, files, mark, dict(vocabulary_hash=self.vocabulary_hash, special=self.special))
     return folder
 
-# %% ../nbs/03_cells.ipynb #75da50c4
+# %% ../nbs/03_cells.ipynb #e05c74e3
 def _flat(column):
     "(values, offsets) of an Arrow list column, without a copy where it is one piece"
     chunks = [c for c in column.chunks if len(c)]
@@ -231,7 +233,7 @@ def _flat(column):
 
 def _tables(folder):
     "The Arrow files of a folder, mapped, and what it says of itself; raises `StorageError`"
-    folder = Path(folder)
+    folder = as_folder(folder)
     if not (folder/'state.json').exists():
         raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in it).")
     try:
@@ -241,7 +243,15 @@ def _tables(folder):
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StorageError(f"'{folder.name}' is damaged ({type(e).__name__}: {str(e)[:120]}): write or copy it again.") from e
     if not tables or 'input_ids' not in tables[0].column_names: raise StorageError(f"'{folder.name}' holds no tokens (no column input_ids).")
+    if odd := next((o for t in tables if (o := _no_tokens(t['input_ids']))), None): raise StorageError(f"'{folder.name}' holds no tokens: input_ids has {odd}.")
     return tables, about
+
+def _no_tokens(column):
+    "What a column of tokens should not be, in words, or None"
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type): return f'the type {kind}'
+    if column.null_count or any(c.flatten().null_count for c in column.chunks): return 'holes'
+    if kind.value_type.bit_width > 32 and any(len(v) and np.abs(v).max() >= 2**31 for v in (c.flatten().to_numpy() for c in column.chunks)): return 'numbers beyond 2³¹'
 
 def _from_table(table, about, vocabulary):
     "Cells of an Arrow table"

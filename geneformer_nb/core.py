@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GeneformerError', 'CountsError', 'GeneMatchError', 'VocabularyError', 'LeakError', 'MissingDataError', 'StorageError',
            'pick_device', 'pick_dtype', 'seed_everything', 'progress', 'in_words', 'digest', 'versions', 'atomic',
-           'write_json', 'check_folder', 'Manifest']
+           'write_json', 'as_folder', 'check_folder', 'Manifest']
 
 # %% ../nbs/00_core.ipynb #348ceb84
 import hashlib, json, os, shutil, tempfile, time
@@ -141,13 +141,20 @@ def write_json(path, obj): # a file, and what `json` can write
     "Write `obj` as JSON, whole or not at all"
     with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str))
 
-# %% ../nbs/00_core.ipynb #1aaf32b8
+# %% ../nbs/00_core.ipynb #305c1680
+def as_folder(
+    folder, # what a person gave
+)->Path: # with ~ for the home written out
+    "A path; raises `StorageError` for what names no folder"
+    if not isinstance(folder, (str, Path)) or not str(folder): raise StorageError(f"A folder is named by its path, not by {folder!r}.")
+    return Path(folder).expanduser()
+
 def check_folder(
     folder, # where results will go; made when it is not there
     need:int=0, # bytes the job expects to write
 )->Path: # the folder
     "Make sure, before the work, that results can be written; raises `StorageError`"
-    folder = Path(folder).expanduser()
+    folder = as_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix='.probe'): pass

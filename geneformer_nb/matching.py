@@ -65,16 +65,19 @@ def match_genes(
         "orthologs=… to match by orthology.", stacklevel=2)
     return GeneMatch(np.asarray(names, dtype=object), index, how)
 
-# %% ../nbs/02a_matching.ipynb #518b5f61
+# %% ../nbs/02a_matching.ipynb #590dc7a0
 def one_to_one(
     table, # DataFrame whose first two columns are gene and human gene; path of such a .csv or .tsv; or {gene: human gene}
 )->tuple: # ({UPPER-CASE gene: human gene}, set of UPPER-CASE genes that have several partners or share one)
     "The one-to-one pairs of a table of orthologs; raises `GeneMatchError` when it has no two columns or no pair"
     if isinstance(table, (str, Path)):
-        if not Path(table).exists(): raise GeneMatchError(f"There is no table of orthologs '{Path(table).name}'.")
-        table = pd.read_csv(table, sep=None, engine='python', dtype=str)
+        table = Path(table).expanduser()
+        if not table.is_file(): raise GeneMatchError(f"There is no table of orthologs '{Path(table).name}'.")
+        try: table = pd.read_csv(table, sep=None, engine='python', dtype=str)
+        except Exception as e: raise GeneMatchError(f"'{Path(table).name}' is no table of orthologs ({type(e).__name__}): it has two columns, separated by "
+                                                    "commas or tabs, the gene of the data and the human gene.") from e
     if isinstance(table, dict): table = pd.DataFrame(list(table.items()), columns=['gene', 'human'])
-    if getattr(table, 'ndim', 0) != 2 or table.shape[1] < 2: raise GeneMatchError(
+    if not hasattr(table, 'iloc') or getattr(table, 'ndim', 0) != 2 or table.shape[1] < 2: raise GeneMatchError(
         "A table of orthologs has two columns, the gene of the data and the human gene.")
     t = table.iloc[:, :2].dropna().astype(str).set_axis(['gene', 'human'], axis=1)
     t = t.map(lambda x: plain_id(x).upper())

@@ -145,7 +145,7 @@ def _adata(a):
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
     return _opened(turn(a.X), Layers.fromkeys(a.layers), raw, a.obs, a.var)
 
-# %% ../nbs/01a_sources.ipynb #e2f7802e
+# %% ../nbs/01a_sources.ipynb #ee0cae9e
 _readers = {'.h5ad': _h5ad, '.zarr': _zarr, '.loom': _loom, '.h5': _10x_h5, '10x': _10x_mtx}
 
 def _kind(path):
@@ -164,7 +164,7 @@ def _in_file(e, path):
 def _open(path):
     "An input by its path; raises `CountsError` for a file that is not there, not known or damaged"
     if not isinstance(path, (str, Path)): raise CountsError(f"A file is named by its path, not by {type(path).__name__}.")
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists(): raise CountsError(f"There is no file '{path.name}' in '{path.parent}'.")
     if _kind(path) is None: raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: convert it with scanpy first.")
     try: return _readers[_kind(path)](path)
@@ -183,7 +183,7 @@ def read_any(
     except CountsError: raise
     except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
 
-# %% ../nbs/01a_sources.ipynb #33857ff3
+# %% ../nbs/01a_sources.ipynb #17d84b14
 _held = OrderedDict() # sources whose file is open, the longest unused first; not kept alive by this
 
 def _let_go(source, most=16):
@@ -204,7 +204,8 @@ class Source:
     ):
         if not isinstance(data, (str, Path)) and not hasattr(data, 'obs'):
             raise CountsError(f"Counts come from an AnnData or the path of one, not {type(data).__name__}.")
-        self.path = Path(data) if isinstance(data, (str, Path)) else None
+        if isinstance(data, str) and not data: raise CountsError("The path of the data is empty.")
+        self.path = Path(data).expanduser() if isinstance(data, (str, Path)) else None
         self.name, self._data, self.how = self.path.stem if self.path else 'AnnData', data, (layer, logged, fractional)
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
 
@@ -240,7 +241,7 @@ class Source:
     @property
     def where(self): return self._chosen[2]
 
-# %% ../nbs/01a_sources.ipynb #a3848431
+# %% ../nbs/01a_sources.ipynb #862dc1bc
 @patch
 def block(self:Source,
     a:int, # first cell
@@ -262,11 +263,11 @@ def fingerprint(self:Source)->str: # 16 hexadecimal characters
     "What tells this input from another: size and time of a file, the counts of an AnnData in memory"
     if self.path is None:
         X = _csr(self._chosen[0])
-        return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), list(map(str, self.var.index)), self.obs)
+        return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), self.var, self.obs, list(self.how))
     files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
 
-# %% ../nbs/01a_sources.ipynb #1f714f14
+# %% ../nbs/01a_sources.ipynb #1692e2d3
 def _natural(path): return [int(w) if w.isdigit() else w for w in re.split(r'(\d+)', str(path))]
 
 def _found(files, what):
@@ -280,7 +281,7 @@ def _expand(data):
     if isinstance(data, (list, tuple)):
         for d in data: yield from _expand(d)
     elif not isinstance(data, (str, Path)): yield data
-    elif (p := Path(data)).is_dir() and _kind(p) is None:
+    elif (p := Path(data).expanduser()).is_dir() and _kind(p) is None:
         yield from _found(p.iterdir(), f"The folder '{p.name}' holds")
     elif not p.exists() and set('*?[') & set(p.name):
         yield from _found(p.parent.glob(p.name), f"The pattern '{p.name}' finds")
@@ -293,6 +294,7 @@ def sources(
     fractional:bool=False, # as in `counts_of`
 )->list: # of `Source`
     "Every input, in order; raises `CountsError` for none, and for a file named twice"
+    if isinstance(data, (str, Path)) and not str(data).strip('.'): raise CountsError(f"The path of the data is {str(data)!r}: name a file or folder.")
     found = list(_expand(data))
     if not found: raise CountsError("There is no input: the list is empty.")
     paths = [p.resolve() for p in found if isinstance(p, Path)]

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['write_shard', 'Corpus', 'tokenize_to']
 
-# %% ../nbs/04a_stream.ipynb #41169fa6
+# %% ../nbs/04a_stream.ipynb #2a7dc1b4
 import json
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cells import Cells, _kinds, _Layout
-from .core import CountsError, GeneformerError, Manifest, StorageError, atomic, check_folder, digest, progress, write_json
+from .core import CountsError, GeneformerError, Manifest, StorageError, as_folder, atomic, check_folder, digest, progress, write_json
 from .genes import Vocabulary
-from .scale import ahead, cores, run_shards
+from .scale import ahead, as_part, cores, executors, run_shards
 from .sources import Source, shards, sources
-from .tokenizer import Encoder, add_books, carried, gate_file, settle, tokenize
+from .tokenizer import Encoder, add_books, carried, check_options, gate_file, settle, tokenize
 
 # %% ../nbs/04a_stream.ipynb #a8978022
 class _Shard:
@@ -45,13 +45,18 @@ def write_shard(i, path, source, a, b, encoder, layout, min_match, block, thread
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
-# %% ../nbs/04a_stream.ipynb #e709be42
+# %% ../nbs/04a_stream.ipynb #aa967430
+def _lines(folder):
+    "{shard: what its line says} of a folder, finished or not"
+    said = (folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists() else []
+    return {x['shard']: x for x in map(json.loads, said + [f.read_text() for f in folder.glob('shard-*.json')])}
+
+def _done(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
+
 def _finish(folder, n, layout, encoder):
     "Make a folder of n shards a data set, and settle the accounts; returns its `Corpus`"
     files = [f'shard-{i:05d}.arrow' for i in range(n)]
-    said = (folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists() else []
-    said += [f.read_text() for f in folder.glob('shard-*.json')]
-    lines = {x['shard']: x for x in map(json.loads, said)}
+    lines = _lines(folder)
     if lost := [i for i in range(n) if i not in lines]: raise StorageError(f"Shard {lost[0]} of '{folder.name}' has lost its line: delete {files[lost[0]]} and run again.")
     lines = [lines[i] for i in range(n)]
     books = {}
@@ -68,7 +73,7 @@ class Corpus:
     def __init__(self,
         folder, # what `tokenize_to` wrote
     ):
-        self.folder = Path(folder)
+        self.folder = as_folder(folder)
         if not (self.folder/'shards.jsonl').exists(): raise StorageError(f"'{self.folder.name}' is no finished corpus (there is no shards.jsonl in it): "
                                                                          "run tokenize_to to its end.")
         self.shards = pd.DataFrame([json.loads(x) for x in (self.folder/'shards.jsonl').read_text().splitlines()])
@@ -94,7 +99,7 @@ class Corpus:
         "All cells, a few thousand at a time, mapped from disk"
         return Cells.parts(self.folder, self.vocabulary)
 
-# %% ../nbs/04a_stream.ipynb #e7137228
+# %% ../nbs/04a_stream.ipynb #564e3409
 def tokenize_to(
     data, # as `tokenize` takes it: file, folder, pattern, list of these; AnnData; iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -109,37 +114,40 @@ def tokenize_to(
     **options, # genes, orthologs, keep, special, max_len, counts, uncropped, collapse as in `tokenize`
 ): # `Corpus`; None while shards of other tasks are missing
     "Tokenise a corpus to an Arrow folder, shard by shard; raises `CountsError`, `GeneMatchError`, `StorageError`"
-    folder = Path(folder)
+    check_options(min_match, rows=rows, block=block, workers=workers)
+    if part is not None: part = as_part(part)
+    if executor not in executors: raise GeneformerError(f"executor {executor!r} is not one of {', '.join(executors)}.")
+    folder = as_folder(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder/'manifest.json').exists(): raise StorageError(
         f"'{folder.name}' holds other things, which would be mixed with the cells: choose a new folder.")
     if hasattr(data, '__next__'): return _from_stream(data, vocabulary, folder, executor, part, layer, logged, fractional, obs, min_match, block, workers, options)
-    if rows < 1: raise GeneformerError(f"A shard holds one cell or more, not {rows}.")
     inputs = sources(data, layer, logged, fractional)
     if executor != 'serial' and any(s.path is None for s in inputs): raise GeneformerError(
         f"executor={executor!r} sends every worker to a file, and an AnnData in memory is none: write it with write_h5ad, or use executor='serial'.")
     encoder = _encoder(vocabulary, inputs, obs, options)
-    plan, facts = shards(inputs, rows), _facts(encoder, options, rows=rows) | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(inputs)}
+    plan, facts = shards(inputs, rows), _facts(encoder, layer, logged, fractional, rows=rows) | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(inputs)}
     layout = _Layout(_obs_kinds(inputs, encoder), _lists(encoder))
     threads = min(4, workers or cores()) if executor == 'serial' else 1
     done = run_shards(_Shard(inputs, plan, encoder, layout, min_match, block, threads), len(plan), folder, facts, '.arrow', executor, workers, part,
                       'tokenising', _bytes(inputs))
     if len(done) < len(plan): return None
-    return Corpus(folder) if (folder/'shards.jsonl').exists() and (folder/'state.json').exists() else _finish(folder, len(plan), layout, encoder)
+    return Corpus(folder) if _done(folder) else _finish(folder, len(plan), layout, encoder)
 
-# %% ../nbs/04a_stream.ipynb #92e25aaf
+# %% ../nbs/04a_stream.ipynb #93981e0a
 def _encoder(vocabulary, inputs, obs, options):
     "The encoder of all inputs; what would fail in a shard fails here"
     if lost := set(options) - {'genes', 'orthologs', 'keep', 'special', 'max_len', 'counts', 'uncropped', 'collapse'}: raise GeneformerError(
         f"tokenize_to knows no option {sorted(lost)[0]!r}.")
-    encoder = Encoder(vocabulary, carried(inputs, obs), file=len(inputs) > 1, **options)
+    encoder = Encoder(vocabulary, carried(inputs, obs, options.get('keep')), file=len(inputs) > 1, **options)
     for s in inputs:
         if not (encoder.match(s.var).index >= 0).any(): gate_file(encoder.match(s.var), vocabulary, 1, s.name)
     return encoder
 
-def _facts(encoder, options, **more):
-    "What the tokens depend on"
-    said = {k: digest(v) if hasattr(v, 'to_csv') else str(v) for k, v in options.items()}
-    return said | dict(vocabulary=encoder.vocabulary.hash, max_len=encoder.max_len, special=encoder.special, carried=encoder.carry) | more
+def _facts(encoder, layer, logged, fractional, **more):
+    "What the tokens depend on, options left at their defaults included"
+    o, own = encoder.orthologs, ('max_len', 'special', 'genes', 'keep', 'counts', 'uncropped', 'collapse')
+    return {k: getattr(encoder, k) for k in own} | dict(vocabulary=encoder.vocabulary.hash, carried=encoder.carry, layer=layer, logged=logged,
+        fractional=fractional, orthologs=None if o is None else digest(Path(o) if isinstance(o, str) else o), **more)
 
 def _lists(encoder): return ['counts'] * encoder.counts + ['input_ids_uncropped'] * encoder.uncropped
 
@@ -164,11 +172,15 @@ def _from_stream(data, vocabulary, folder, executor, part, layer, logged, fracti
         if encoder is None:
             encoder = _encoder(vocabulary, [source], obs, options)
             layout = _Layout(_obs_kinds([source], encoder), _lists(encoder))
-            if Manifest(folder, _facts(encoder, options, inputs='an iterator')).open() and (folder/'shards.jsonl').exists(): return Corpus(folder)
-        path, line, mark = folder/f'shard-{n - 1:05d}.arrow', folder/f'shard-{n - 1:05d}.json', source.fingerprint()
-        if path.exists() and line.exists():
-            if json.loads(line.read_text()).get('input') == mark: continue
+            Manifest(folder, _facts(encoder, layer, logged, fractional, inputs='an iterator')).open()
+            there = _lines(folder)
+        path, mark = folder/f'shard-{n - 1:05d}.arrow', source.fingerprint()
+        if path.exists() and n - 1 in there:
+            if there[n - 1].get('input') == mark: continue
             raise StorageError(f"Block {n - 1} of the iterator is not the one that '{folder.name}' holds: choose another folder, or delete this one to start again.")
         with atomic(path) as tmp: write_shard(n - 1, tmp, source, 0, source.n_obs, encoder, layout, min_match, block, min(4, workers or cores()), input=mark)
     if encoder is None: raise CountsError("The iterator gave no AnnData: nothing to tokenise.")
+    if max(there, default=0) >= n: raise StorageError(f"The iterator gave {n} blocks and '{folder.name}' holds {max(there) + 1} of another: choose another folder, "
+                                                      "or delete this one to start again.")
+    if _done(folder): return Corpus(folder)
     return _finish(folder, n, layout, encoder)
