@@ -15,7 +15,7 @@ from .core import GeneformerError, VocabularyError, StorageError, as_folder, ato
 from .genes import Vocabulary
 from .matching import GeneMatch
 
-# %% ../nbs/03_cells.ipynb #3370fdcc
+# %% ../nbs/03_cells.ipynb #7048afe2
 @dataclass
 class Cell:
     "One tokenised cell"
@@ -43,7 +43,10 @@ class Cells:
     lists: dict = field(default_factory=dict, repr=False) # further numbers of uneven length: {name: (values, offsets)}
 
     def __post_init__(self):
-        self.tokens, self.offsets = np.asarray(self.tokens, dtype=np.int32), np.asarray(self.offsets, dtype=np.int64)
+        tokens = np.asarray(self.tokens)
+        if len(tokens) and (tokens.dtype.kind not in 'iu' or tokens.itemsize > 4 and not -2**31 <= tokens.min() <= tokens.max() < 2**31):
+            raise GeneformerError("tokens are whole numbers below 2³¹.")
+        self.tokens, self.offsets = tokens.astype(np.int32, copy=False), np.asarray(self.offsets, dtype=np.int64)
         if not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or (self.lengths < 0).any():
             raise GeneformerError(f"offsets must begin with 0, never fall, and end with the number of tokens ({len(self.tokens):,}).")
         if self.obs is None: self.obs = pd.DataFrame(index=[str(i) for i in range(len(self.offsets) - 1)])
@@ -100,12 +103,13 @@ def __repr__(self:Cells)->str:
     return (f"{len(self):,} cells, {len(self.tokens):,} tokens" + (f" ({n.min()}–{n.max()} a cell)" if len(self) else '')
             + f", obs: {', '.join(map(str, self.obs.columns)) or 'none'}")
 
-# %% ../nbs/03_cells.ipynb #f1738277
+# %% ../nbs/03_cells.ipynb #b2b74702
 @patch
 def check_vocabulary(self:Cells,
     vocabulary:Vocabulary, # that of the model
 ):
     "Raise `VocabularyError` unless the cells were tokenised with this vocabulary"
+    if not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"vocabulary is model.vocabulary or Vocabulary.official(…), not {type(vocabulary).__name__}.")
     if self.vocabulary_hash is not None and self.vocabulary_hash != vocabulary.hash:
         raise VocabularyError(f"These cells were tokenised with another vocabulary (hash {self.vocabulary_hash}) than the "
                               f"model's ({vocabulary.name!r}, {vocabulary.hash}): tokenise them again with model.vocabulary.")
@@ -123,7 +127,7 @@ def concat(cls:Cells,
     parts, # `Cells` of one vocabulary
 )->Cells:
     "Cells one after the other; raises `VocabularyError` when they do not speak one language"
-    parts = list(parts)
+    parts = [_need_cells(p) for p in parts]
     if not parts: raise GeneformerError("There are no cells to join.")
     if len({(p.vocabulary_hash, p.special) for p in parts}) > 1:
         raise VocabularyError("Cells of different vocabularies cannot be joined: tokenise them with the same one.")
@@ -148,7 +152,7 @@ def batches(self:Cells,
         total += n
     return out + ([order[start:]] if len(order) > start else [])
 
-# %% ../nbs/03_cells.ipynb #63962c9c
+# %% ../nbs/03_cells.ipynb #202e8ebf
 _arrow = {'i': 'int64', 'u': 'int64', 'f': 'float64', 'b': 'bool'}
 _ours = ('input_ids', 'length', 'barcode', 'counts', 'input_ids_uncropped', 'length_uncropped')
 
@@ -159,7 +163,10 @@ def _kinds(obs):
     taken = [c for c in obs if str(c) in _ours]
     if lost := [c for c in taken if c != 'barcode' or not (obs[c].astype(str) == obs.index.astype(str)).all()]:
         warnings.warn(f"obs columns {', '.join(lost)} are left out: these names mean something else in the folder.", stacklevel=4)
-    return {str(n): _arrow.get(c.dtype.kind if isinstance(c.dtype, np.dtype) else 'O', 'string') for n, c in obs.items() if n not in taken}
+    def kind(c):
+        if not isinstance(c.dtype, np.dtype) or c.dtype == np.uint64 and len(c) and c.max() >= 2**63: return 'string'
+        return _arrow.get(c.dtype.kind, 'string')
+    return {str(n): kind(c) for n, c in obs.items() if n not in taken}
 
 def _array(col, kind):
     "A column of obs as an Arrow array; raises `GeneformerError` where that would change a value"
@@ -201,14 +208,14 @@ class _Layout:
             _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None)}.items():
             write_json(Path(folder)/f'{name}.json', d)
 
-# %% ../nbs/03_cells.ipynb #c99cf37a
+# %% ../nbs/03_cells.ipynb #7f5856b6
 @patch
 def save(self:Cells,
     folder, # becomes an Arrow folder; an older one is replaced, a folder of anything else refused
 )->Path: # the folder
     "Write the cells as the official `.dataset` layout; raises `StorageError`"
     folder = as_folder(folder).resolve()  # a link to a folder stays a link
-    if folder.is_dir() and any(folder.iterdir()) and not (folder/'state.json').exists(): raise StorageError(
+    if folder.is_dir() and any(folder.iterdir()) and (not (folder/'state.json').exists() or (folder/'manifest.json').exists()): raise StorageError(
         f"'{folder.name}' holds other things than cells, and would be replaced as a whole: choose a new folder for the cells.")
     layout = _Layout(_kinds(self.obs), self.lists)
     longest = max([self.offsets, *(o for _, o in self.lists.values())], key=lambda o: o[-1])
@@ -222,7 +229,7 @@ def save(self:Cells,
         layout.finish(tmp, files, mark, dict(vocabulary_hash=self.vocabulary_hash, special=self.special))
     return folder
 
-# %% ../nbs/03_cells.ipynb #e05c74e3
+# %% ../nbs/03_cells.ipynb #751e2123
 def _flat(column):
     "(values, offsets) of an Arrow list column, without a copy where it is one piece"
     chunks = [c for c in column.chunks if len(c)]
@@ -259,6 +266,7 @@ def _from_table(table, about, vocabulary):
     (tokens, offsets), lists = _flat(named.pop('input_ids')), {n: _flat(c) for n, c in named.items()}
     obs = table.drop_columns([c for c in _ours if c in table.column_names and c != 'barcode']).to_pandas()
     obs = obs.set_index('barcode') if 'barcode' in obs else obs.set_index(obs.index.astype(str))
+    if vocabulary is not None and not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"vocabulary is a Vocabulary, not {type(vocabulary).__name__}.")
     about = about or dict(vocabulary_hash=None, special=bool(vocabulary and vocabulary.cls and len(tokens) and tokens[0] == 2))
     out = Cells(tokens, offsets, obs.rename_axis(None), about['vocabulary_hash'], about['special'], vocabulary, lists=lists)
     if vocabulary is not None: out.check_vocabulary(vocabulary)

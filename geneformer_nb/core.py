@@ -115,20 +115,25 @@ def versions(
         except PackageNotFoundError: return None
     return {n: one(n) for n in names or ('torch', 'transformers', 'anndata', 'numpy', 'scipy', 'pandas', 'pyarrow')}
 
-# %% ../nbs/00_core.ipynb #0f7a536e
+# %% ../nbs/00_core.ipynb #46dac214
 @contextmanager
 def atomic(
     path, # where the file or folder shall be
 ):
     "Give a temporary path beside `path`; when the block ends well it becomes `path`, otherwise it is removed"
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}-{os.urandom(3).hex()}.part')
     def drop(p): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
-        if path.is_dir(): drop(path)
-        os.replace(tmp, path)
+        old = tmp.with_suffix('.old') if path.is_dir() else None
+        if old: os.replace(path, old)
+        try: os.replace(tmp, path)
+        except OSError:
+            if old: os.replace(old, path)
+            raise
+        if old: drop(old)
     except OSError as e:
         if tmp.exists(): drop(tmp)
         raise StorageError(f"Could not write {path.name}: {e.strerror or e}. Free some space, or choose a folder you may "

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['GeneMatch', 'match_genes', 'one_to_one']
 
-# %% ../nbs/02a_matching.ipynb #7e87e157
+# %% ../nbs/02a_matching.ipynb #ec30710a
 import re, warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import GeneMatchError
+from .core import GeneMatchError, VocabularyError
 from .counts import plain_id
 from .genes import Vocabulary, _lookup, _no_id, _no_symbols
 
@@ -45,13 +45,15 @@ class GeneMatch:
         return out
     def __repr__(self): return ', '.join(f'{k} {v:,}' for k, v in self.report().items() if v or k == 'matched')
 
-# %% ../nbs/02a_matching.ipynb #616911b9
+# %% ../nbs/02a_matching.ipynb #0c403a9b
 def match_genes(
     names, # names of the genes of the data: ids, symbols, aliases, any case
     vocabulary:Vocabulary, # the words
     orthologs=None, # for another species: table, csv file or dict of its gene and the human gene; only one-to-one pairs are used
 )->GeneMatch:
     "Find each gene of the data in the vocabulary; raises `GeneMatchError` for a table of orthologs that is none"
+    if not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"vocabulary is a Vocabulary, not {type(vocabulary).__name__}.")
+    if names is None or isinstance(names, str): raise GeneMatchError(f"names is a list of gene names, not {type(names).__name__}.")
     look = lambda n: _lookup(n, vocabulary._index, vocabulary.aliases)
     if orthologs is None: found = [look(n) for n in names]
     else:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['executors', 'whole', 'as_part', 'cores', 'run_shards', 'ahead']
 
-# %% ../nbs/00a_scale.ipynb #53b50a0e
+# %% ../nbs/00a_scale.ipynb #9f9169c4
 import os, time
 from collections import deque
 from pathlib import Path
 import numpy as np
-from .core import GeneformerError, Manifest, atomic, check_folder, in_words, progress
+from .core import GeneformerError, Manifest, as_folder, atomic, check_folder, in_words, progress
 
-# %% ../nbs/00a_scale.ipynb #8e15c5cd
+# %% ../nbs/00a_scale.ipynb #79f8527a
 def _serial(fn, items, workers):
     for i in items: yield fn(i)
 
@@ -35,7 +35,8 @@ def _processes(fn, items, workers):
         try:
             for f in as_completed([pool.submit(_run, i) for i in items]): yield f.result()
         except BrokenProcessPool as e: raise GeneformerError("A worker process died, perhaps for want of memory: what was finished is kept. Run the same "
-                                                             "command again to go on, with fewer workers if it was memory.") from e
+            "command again to go on, with fewer workers if it was memory. (A script needs the guard if __name__ == '__main__': around the call.)") from e
+        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise  # one shard failed: the others need not begin
 
 def _dask(fn, items, workers):
     try: from distributed import Client, as_completed, get_client
@@ -72,7 +73,7 @@ def cores()->int:
     "Processor cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/00a_scale.ipynb #26e6c0b7
+# %% ../nbs/00a_scale.ipynb #af46900e
 class _Job:
     "Make one shard at a temporary name, then rename it; an object, so that processes can receive it"
     def __init__(self, fn, folder, ext): self.fn, self.folder, self.ext = fn, Path(folder), ext
@@ -98,9 +99,10 @@ def run_shards(
     whole(workers=workers)
     if part is not None: part = as_part(part)
     if executor not in executors: raise GeneformerError(f"executor {executor!r} is not one of {', '.join(executors)}.")
-    folder = check_folder(folder, need)
+    job = _Job(fn, as_folder(folder), ext)
+    missing = sum(not job.path(i).exists() for i in range(n))
+    folder = check_folder(folder, need * missing // max(1, n))
     Manifest(folder, facts | dict(shards=n)).open()
-    job = _Job(fn, folder, ext)
     todo = [i for i in range(n) if not job.path(i).exists() and (part is None or i % part[1] == part[0])]
     start = time.time()
     for k, _ in enumerate(progress(executors[executor](job, todo, workers), desc, len(todo), 'shards')):

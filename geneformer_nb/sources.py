@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['read_any', 'Source', 'sources', 'shards', 'pieces', 'blocks']
 
-# %% ../nbs/01a_sources.ipynb #87bbed65
+# %% ../nbs/01a_sources.ipynb #08ea7dc2
 import re, zlib
+from glob import glob
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
@@ -62,11 +63,14 @@ def _matrix(e):
     if kind == 'csr_matrix': return _Csr(e['data'], e['indices'], e['indptr'], e.attrs['shape'][1])
     return _Turned(e, tuple(e.attrs['shape'])) if kind == 'csc_matrix' else e
 
-# %% ../nbs/01a_sources.ipynb #82fe8cbf
+# %% ../nbs/01a_sources.ipynb #9f898a22
 def _column(e, rows=slice(None)):
     "Some rows of one column of a table in an .h5ad"
     kind = e.attrs.get('encoding-type', 'array')
-    if kind == 'string-array': return e.asstr()[rows]
+    if 'categories' in e.attrs:   # as anndata 0.7 wrote them
+        names = e.file[e.attrs['categories']]
+        return pd.Categorical.from_codes(e[rows], _column(names), bool(names.attrs.get('ordered', False)))
+    if kind == 'string-array' or kind == 'array' and e.dtype.kind in 'OS': return e.asstr()[rows]
     if kind == 'array' and e.dtype.kind in 'biuf': return e[rows]
     if kind == 'categorical': return pd.Categorical.from_codes(e['codes'][rows], _column(e['categories']), bool(e.attrs['ordered']))
     from anndata.io import read_elem
@@ -95,12 +99,12 @@ def _store(g, table):
     X = _matrix(g['X']) if 'X' in g and g['X'].attrs.get('encoding-type') != 'null' else None
     return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']), table(g['var']))
 
-# %% ../nbs/01a_sources.ipynb #019dbdaf
+# %% ../nbs/01a_sources.ipynb #56ccf2a2
 def _h5ad(path):
     import h5py
-    f = h5py.File(path)
-    if all(f[k].attrs.get('encoding-type') == 'dataframe' and f[k].attrs.get('encoding-version') == '0.2.0' for k in ('obs', 'var')): return _store(f, _table)
-    from anndata import read_h5ad   # as written before 2022
+    f = h5py.File(path, rdcc_nbytes=1 << 20)  # every piece is read once: a large cache is memory for nothing
+    if all(f[k].attrs.get('encoding-type') == 'dataframe' for k in ('obs', 'var')): return _store(f, _table)
+    from anndata import read_h5ad   # as written before 2020
     return _adata(read_h5ad(path))
 
 def _zarr(path):
@@ -267,7 +271,7 @@ def fingerprint(self:Source)->str: # 16 hexadecimal characters
     files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
 
-# %% ../nbs/01a_sources.ipynb #1692e2d3
+# %% ../nbs/01a_sources.ipynb #dada875b
 def _natural(path): return [int(w) if w.isdigit() else w for w in re.split(r'(\d+)', str(path))]
 
 def _found(files, what):
@@ -283,8 +287,8 @@ def _expand(data):
     elif not isinstance(data, (str, Path)): yield data
     elif (p := Path(data).expanduser()).is_dir() and _kind(p) is None:
         yield from _found(p.iterdir(), f"The folder '{p.name}' holds")
-    elif not p.exists() and set('*?[') & set(p.name):
-        yield from _found(p.parent.glob(p.name), f"The pattern '{p.name}' finds")
+    elif not p.exists() and set('*?[') & set(str(p)):
+        yield from _found(map(Path, glob(str(p))), f"The pattern '{p.name}' finds")
     else: yield p
 
 def sources(

@@ -45,11 +45,12 @@ def write_shard(i, path, source, a, b, encoder, layout, min_match, block, thread
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
-# %% ../nbs/04a_stream.ipynb #aa967430
+# %% ../nbs/04a_stream.ipynb #a22f53a7
 def _lines(folder):
     "{shard: what its line says} of a folder, finished or not"
     said = (folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists() else []
-    return {x['shard']: x for x in map(json.loads, said + [f.read_text() for f in folder.glob('shard-*.json')])}
+    try: return {x['shard']: x for x in map(json.loads, said + [f.read_text() for f in folder.glob('shard-*.json')])}
+    except (ValueError, KeyError, TypeError) as e: raise StorageError(f"shards.jsonl of '{folder.name}' is damaged: delete the folder and run again.") from e
 
 def _done(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
 
@@ -76,7 +77,7 @@ class Corpus:
         self.folder = as_folder(folder)
         if not (self.folder/'shards.jsonl').exists(): raise StorageError(f"'{self.folder.name}' is no finished corpus (there is no shards.jsonl in it): "
                                                                          "run tokenize_to to its end.")
-        self.shards = pd.DataFrame([json.loads(x) for x in (self.folder/'shards.jsonl').read_text().splitlines()])
+        self.shards = pd.DataFrame(list(_lines(self.folder).values()))
     def __len__(self): return int(self.shards['kept'].sum())
     @property
     def n_tokens(self): return int(self.shards['tokens'].sum())
@@ -99,7 +100,7 @@ class Corpus:
         "All cells, a few thousand at a time, mapped from disk"
         return Cells.parts(self.folder, self.vocabulary)
 
-# %% ../nbs/04a_stream.ipynb #564e3409
+# %% ../nbs/04a_stream.ipynb #1e876057
 def tokenize_to(
     data, # as `tokenize` takes it: file, folder, pattern, list of these; AnnData; iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -118,7 +119,7 @@ def tokenize_to(
     if part is not None: part = as_part(part)
     if executor not in executors: raise GeneformerError(f"executor {executor!r} is not one of {', '.join(executors)}.")
     folder = as_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder/'manifest.json').exists(): raise StorageError(
+    if folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir()) and not (folder/'manifest.json').exists(): raise StorageError(
         f"'{folder.name}' holds other things, which would be mixed with the cells: choose a new folder.")
     if hasattr(data, '__next__'): return _from_stream(data, vocabulary, folder, executor, part, layer, logged, fractional, obs, min_match, block, workers, options)
     inputs = sources(data, layer, logged, fractional)
