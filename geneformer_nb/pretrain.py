@@ -6,7 +6,7 @@
 __all__ = ['recipes', 'mask_cell', 'masked_loss', 'MaskedRanks', 'flat_forward', 'trainer_args', 'make_trainer', 'pretrain',
            'by_rank']
 
-# %% ../nbs/08_pretrain.ipynb #f60bea43
+# %% ../nbs/08_pretrain.ipynb #a6e542f6
 import json, os, shutil, tempfile, types
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from .cells import Cells, _need_cells
 from .core import GeneformerError, Manifest, VocabularyError, check_folder, digest, pick_device, pick_dtype, progress, write_json
 from .genes import Vocabulary
-from .many import Batches, Rows, sharded
+from .many import Batches, Rows, _Asked, flat_trainer, sharded
 from .model import Geneformer, no_bars, weights_digest
 
 # %% ../nbs/08_pretrain.ipynb #739ba50b
@@ -67,7 +67,7 @@ class MaskedRanks:
         tokens, labels = (torch.from_numpy(np.concatenate(x)) for x in zip(*both))
         return dict(tokens=tokens, offsets=np.cumsum([0] + [len(s) for s, _ in both]), labels=labels)
 
-# %% ../nbs/08_pretrain.ipynb #2754be4f
+# %% ../nbs/08_pretrain.ipynb #53341341
 @contextmanager
 def flat_forward(model, fn): # a Geneformer, and function(tokens, offsets, labels) → loss, or a dict with it
     "Let the stock module's forward be `fn` for a while, so that Trainer and its wrappers call it"
@@ -89,6 +89,7 @@ def trainer_args(folder, seed, **kw): # output folder, seed, and fields of Train
     if args.n_gpu > 1: args._n_gpu = 1  # one process, one GPU: DataParallel would cut flat batches anywhere
     return args
 
+# %% ../nbs/08_pretrain.ipynb #132b30c1
 def make_trainer(desc, batches=None, tests=None, **kw): # word before the bar, `Batches` to train on and to test on, arguments of Trainer
     "A Trainer with one bar (rate, time left, loss) and no printed log, that tells collator and batches the epoch"
     from transformers import TrainerCallback
@@ -98,61 +99,39 @@ def make_trainer(desc, batches=None, tests=None, **kw): # word before the bar, `
             self.bar = progress(None, desc, state.max_steps, 'steps', None if state.is_world_process_zero else False)
             self.bar.update(state.global_step)
         def on_epoch_begin(self, args, state, control, **_):
-            for x in (kw['data_collator'], batches): 
+            for x in (kw['data_collator'], batches):
                 if x is not None: x.epoch = int(state.epoch or 0)
         def on_step_end(self, *_, **__): self.bar.update()
         def on_log(self, args, state, control, logs=None, **_): self.bar.set_postfix({k: v for k, v in logs.items() if k.endswith('loss')})
         def on_train_end(self, *_, **__): self.bar.close()
-    t = _flat_trainer(batches, tests)(**kw, callbacks=[Watch()])
+    t = flat_trainer(batches, tests)(**kw, callbacks=[Watch()])
     t.remove_callback(PrinterCallback)
     return t
 
-# %% ../nbs/08_pretrain.ipynb #22058757
-class _Asked:
-    "A data set that returns what it is asked for, so that `Batches` reaches the collator"
-    def __init__(self, n): self.n = n
-    def __len__(self): return self.n
-    def __getitem__(self, i): return i
-
-def _flat_trainer(batches, tests):
-    "A Trainer class that takes its batches as they come, weighs by hidden genes, and sums up over processes"
-    from transformers import Trainer
-    from transformers.trainer_utils import EvalLoopOutput
-    class Flat(Trainer):
-        def __init__(self, **kw):
-            super().__init__(**kw)
-            self.model_accepts_loss_kwargs = batches is not None  # then the hidden genes of a whole step are counted for us
-        def _load(self, b):
-            a = self.args
-            return torch.utils.data.DataLoader(_Asked(len(b.rows)), batch_sampler=b, collate_fn=self.data_collator, num_workers=a.dataloader_num_workers,
-                pin_memory=a.dataloader_pin_memory, prefetch_factor=a.dataloader_prefetch_factor, persistent_workers=a.dataloader_persistent_workers)
-        def get_train_dataloader(self): return super().get_train_dataloader() if batches is None else self._load(batches)
-        def get_eval_dataloader(self, eval_dataset=None): return super().get_eval_dataloader(eval_dataset) if tests is None else self._load(tests)
-        def evaluation_loop(self, loader, description, *args, metric_key_prefix='eval', **kw):
-            if tests is None: return super().evaluation_loop(loader, description, *args, metric_key_prefix=metric_key_prefix, **kw)
-            self.model.eval()
-            with torch.no_grad(): sums = sum(self.model(**self._prepare_inputs(b))['sums'].double().cpu() for b in loader)
-            loss, right, n = self.accelerator.reduce(sums.to(self.args.device)).tolist() if self.args.world_size > 1 else sums.tolist()
-            return EvalLoopOutput(None, None, {f'{metric_key_prefix}_loss': loss / n, f'{metric_key_prefix}_accuracy': right / n}, len(tests.rows))
-    return Flat
-
-# %% ../nbs/08_pretrain.ipynb #84df415a
+# %% ../nbs/08_pretrain.ipynb #0321fa5e
 recipes = { # how to train; a step of the paper was 12 GPUs × 12 cells
-    'house': dict(model='nano', epochs=3, batch=32, lr=1e-3, schedule='linear', warmup=.1, weight_decay=.001, mask=.15, attention_dropout=0.),
-    'V1': dict(model='V1-10M', epochs=3, batch=144, lr=1e-3, schedule='linear', warmup=10_000, weight_decay=.001, mask=.15, attention_dropout=.02),
-    'V2': dict(model='V2-104M', epochs=3, batch=144, lr=2e-4, schedule='cosine', warmup=.007, weight_decay=.001, mask=.15, attention_dropout=.1)}
+    'house': dict(model='nano', epochs=3, batch=32, lr=1e-3, schedule='linear', warmup=.1,
+                  weight_decay=.001, mask=.15, attention_dropout=0.),
+    'V1': dict(model='V1-10M', epochs=3, batch=144, lr=1e-3, schedule='linear', warmup=10_000,
+               weight_decay=.001, mask=.15, attention_dropout=.02),
+    'V2': dict(model='V2-104M', epochs=3, batch=144, lr=2e-4, schedule='cosine', warmup=.007,
+               weight_decay=.001, mask=.15, attention_dropout=.1)}
 
+# %% ../nbs/08_pretrain.ipynb #b1c26745
 def _settle(recipe, said):
     "What was said, over the recipe; raises `GeneformerError`"
     if recipe not in recipes: raise GeneformerError(f"recipe {recipe!r} is not one of {', '.join(recipes)}.")
     r = said | {k: x for k, x in recipes[recipe].items() if said[k] is (... if k == 'attention_dropout' else None)}
-    if not isinstance(r['model'], (str, Geneformer)): raise GeneformerError(f"model is a preset or a Geneformer, not {type(r['model']).__name__}.")
-    if not 0 < r['mask'] < 1 or not 0 <= r['holdout'] < 1 or r['batch'] < 1 or (r['steps'] is not None and r['steps'] < 1) or r['save_every'] < 1:
+    if not isinstance(r['model'], (str, Geneformer)):
+        raise GeneformerError(f"model is a preset or a Geneformer, not {type(r['model']).__name__}.")
+    counts = [r[k] for k in ('batch', 'steps', 'save_every', 'budget') if r[k] is not None]
+    if not 0 < r['mask'] < 1 or not 0 <= r['holdout'] < 1 or min(counts) < 1:
         raise GeneformerError("mask lies between 0 and 1, holdout from 0 to below 1, batch, steps and save_every from 1 up.")
     if pick_dtype(r['dtype']) not in (torch.float32, torch.bfloat16): raise GeneformerError(
         f"dtype {r['dtype']!r} cannot be trained in: use 'bfloat16', whose range needs no scaled loss, or leave it out.")
     return r
 
+# %% ../nbs/08_pretrain.ipynb #e38c6cd2
 def pretrain(
     cells, # `Cells` to learn from, a `Corpus`, or the folder of either
     model=None, # a preset to start from random weights, or a `Geneformer` to go on with; None, here and below: as the recipe says
@@ -178,44 +157,53 @@ def pretrain(
     **changes, # fields of `BertConfig` for a preset, and `args=dict(…)` for any TrainingArguments
 )->Geneformer: # the trained model; `.history` is a table of steps, losses and held-out accuracy
     "Masked pretraining (paper, Methods); the same call goes on after an interruption. Raises `GeneformerError`, `StorageError`"
-    r = _settle(recipe, dict(model=model, epochs=epochs, steps=steps, batch=batch, budget=budget, lr=lr, schedule=schedule, warmup=warmup, mask=mask,
-        weight_decay=weight_decay, attention_dropout=attention_dropout, holdout=holdout, save_every=save_every, dtype=dtype))
+    r = _settle(recipe, dict(model=model, epochs=epochs, steps=steps, batch=batch, budget=budget, lr=lr, schedule=schedule,
+        warmup=warmup, mask=mask, weight_decay=weight_decay, attention_dropout=attention_dropout, holdout=holdout,
+        save_every=save_every, dtype=dtype))
     rows = Rows(cells, vocabulary or getattr(cells, 'vocabulary', None) or getattr(r['model'], 'vocabulary', None))
     return _pretrain(rows, r, folder, seed, device, changes)
 
-# %% ../nbs/08_pretrain.ipynb #f178d83e
+# %% ../nbs/08_pretrain.ipynb #72253b98
 def _pretrain(rows, r, folder, seed, device, changes):
     "Everything but the signature: order of cells, model, arguments, manifest"
     args, n_out, v = dict(changes.pop('args', {})), int(len(rows) * r['holdout']), rows.vocabulary
     if len(rows) - n_out < 1 or (rows.lengths == 0).any(): raise GeneformerError("Pretraining needs cells, and none of them empty.")
-    facts = {k: x for k, x in r.items() if k != 'save_every'} | dict(cells=rows.mark, vocabulary=v.hash, seed=seed, changes=changes, args=args)
+    facts = {k: x for k, x in r.items() if k != 'save_every'}
+    facts |= dict(cells=rows.mark, vocabulary=v.hash, seed=seed, changes=changes, args=args)
     facts['model'] = r['model'] if isinstance(r['model'], str) else weights_digest(r['model'])
     gf = Geneformer.new(r['model'], v, seed, **changes) if isinstance(r['model'], str) else r['model']
-    if gf.vocabulary.hash != v.hash: raise VocabularyError(f"These cells were tokenised with another vocabulary ({v.name!r}, {v.hash}) than the "
-        f"model's ({gf.vocabulary.name!r}, {gf.vocabulary.hash}): tokenise them again with model.vocabulary, or see `extend`.")
-    if rows.lengths.max() > gf.vocabulary.max_len: raise VocabularyError(f"A cell has {rows.lengths.max():,} tokens and the model takes "
-        f"{gf.vocabulary.max_len:,}: tokenise again with model.vocabulary, which cuts to that length.")
+    own = gf.vocabulary
+    if own.hash != v.hash: raise VocabularyError(f"These cells were tokenised with another vocabulary ({v.name!r}, {v.hash}) "
+        f"than the model's ({own.name!r}, {own.hash}): tokenise them again with model.vocabulary, or see `extend`.")
+    if rows.lengths.max() > own.max_len: raise VocabularyError(f"A cell has {rows.lengths.max():,} tokens and the model takes "
+        f"{own.max_len:,}: tokenise again with model.vocabulary, which cuts to that length.")
     if r['attention_dropout'] is not None: _set_dropout(gf, r['attention_dropout'])
     if device is None and torch.cuda.is_available() and 'LOCAL_RANK' in os.environ: device = f"cuda:{os.environ['LOCAL_RANK']}"
+    gf.to(device)
     order = np.random.default_rng(seed).permutation(len(rows))
     test, train, passes = order[:n_out], order[n_out:], args.get('gradient_accumulation_steps', 1)
     deal = dict(batch=r['batch'] * passes, budget=r['budget'] and r['budget'] * passes, seed=seed)
     total = r['steps'] or max(1, int(np.ceil(Batches(rows.lengths, train, **deal).steps * r['epochs'])))
-    gf.to(device)
-    args = dict(per_device_train_batch_size=r['batch'], per_device_eval_batch_size=r['batch'], learning_rate=r['lr'], lr_scheduler_type=r['schedule'],
-        max_steps=total, warmup_steps=r['warmup'], weight_decay=r['weight_decay'], save_steps=r['save_every'], logging_steps=max(1, total // 50),
-        save_strategy='no' if folder is None else 'steps', eval_strategy='steps' if n_out else 'no', eval_steps=max(1, total // 5),
-        use_cpu=gf.device.type == 'cpu', ddp_find_unused_parameters=False, optim='adamw_torch_fused' if gf.device.type == 'cuda' else 'adamw_torch') | args
+    args = _arguments(r, total, folder, bool(n_out), gf.device.type) | args
     with tempfile.TemporaryDirectory() as scratch:
         args = trainer_args(folder or scratch, seed, **args)
         if folder is not None:
             with args.main_process_first(local=False): Manifest(check_folder(folder, 20 * gf.n_parameters), facts).open()
             if (Path(folder)/'history.json').exists(): return _finished(folder, device)
         me = dict(processes=args.world_size, process=args.process_index)
-        return _train(gf, MaskedRanks(rows, v, seed, r['mask']), Batches(rows.lengths, train, **deal, passes=passes, **me),
-                      Batches(rows.lengths, test, r['batch'], r['budget'], shuffle=False, **me) if n_out else None, folder, args, pick_dtype(r['dtype']))
+        batches = Batches(rows.lengths, train, **deal, passes=passes, **me)
+        tests = Batches(rows.lengths, test, r['batch'], r['budget'], shuffle=False, **me) if n_out else None
+        return _train(gf, MaskedRanks(rows, v, seed, r['mask']), batches, tests, folder, args, pick_dtype(r['dtype']))
 
-# %% ../nbs/08_pretrain.ipynb #8fc22141
+# %% ../nbs/08_pretrain.ipynb #184525a3
+def _arguments(r, total, folder, tested, kind):
+    "Fields of TrainingArguments"
+    return dict(per_device_train_batch_size=r['batch'], per_device_eval_batch_size=r['batch'], max_steps=total,
+        learning_rate=r['lr'], lr_scheduler_type=r['schedule'], warmup_steps=r['warmup'], weight_decay=r['weight_decay'],
+        save_strategy='no' if folder is None else 'steps', save_steps=r['save_every'], logging_steps=max(1, total // 50),
+        eval_strategy='steps' if tested else 'no', eval_steps=max(1, total // 5), use_cpu=kind == 'cpu',
+        optim='adamw_torch_fused' if kind == 'cuda' else 'adamw_torch', ddp_find_unused_parameters=False)
+
 def _set_dropout(gf, p):
     "Attention dropout of every layer"
     gf.config.attention_probs_dropout_prob = p
@@ -234,27 +222,29 @@ def _last_checkpoint(folder, clean):
             if clean: shutil.rmtree(d, ignore_errors=True)
     return None, {}
 
+# %% ../nbs/08_pretrain.ipynb #4508ecc3
 def _train(gf, collate, batches, tests, folder, args, dtype):
     "Hand everything to the Trainer, then save and read back its log"
     def loss(tokens, offsets, labels, n=None):
         with torch.autocast(gf.device.type, dtype, enabled=dtype != torch.float32): scores, truth = _guess(gf, tokens, offsets, labels)
         total = F.cross_entropy(scores, truth, reduction='sum')
         if n is not None: return total / n.clamp_min(1)  # hidden genes of all processes and passes
-        return dict(loss=total, sums=torch.stack([total, (scores.argmax(-1) == truth).sum(), torch.tensor(len(truth), device=total.device)]))
+        return dict(loss=total, sums=torch.stack([total, (scores.argmax(-1) == truth).sum(), torch.ones_like(truth).sum()]))
     with args.main_process_first(local=False): last, state = _last_checkpoint(folder, args.process_index == 0) if folder else (None, {})
     with no_bars(), sharded(gf, args), flat_forward(gf, loss):
         t = make_trainer('pretraining', batches, tests, model=gf.hf, args=args, train_dataset=_Asked(len(batches.rows)),
                          eval_dataset=tests and _Asked(len(tests.rows)), data_collator=collate)
         if state.get('global_step', 0) < args.max_steps: t.train(resume_from_checkpoint=last); state = dict(log_history=t.state.log_history)
     if 'global_step' in state: gf.hf.load_state_dict(load_file(Path(last)/'model.safetensors'), strict=False)  # it had only to be saved
-    log = [{k: h.get(k) for k in ('step', 'epoch', 'loss', 'eval_loss', 'eval_accuracy')} for h in state['log_history'] if 'loss' in h or 'eval_loss' in h]
+    said, names = [h for h in state['log_history'] if 'loss' in h or 'eval_loss' in h], ('step', 'epoch', 'loss', 'eval_loss', 'eval_accuracy')
+    log = [{k: h.get(k) for k in names} for h in said]
     gf.history = pd.DataFrame(log)
     if folder is not None:
         with args.main_process_first(local=False):
             if args.process_index == 0: gf.save_pretrained(folder); write_json(Path(folder)/'history.json', log)
     return gf
 
-# %% ../nbs/08_pretrain.ipynb #14698a99
+# %% ../nbs/08_pretrain.ipynb #17f7e51e
 def by_rank(
     model:Geneformer, # with a masked-gene head
     cells:Cells, # held-out cells
@@ -271,16 +261,21 @@ def by_rank(
         b = collate(rows)
         with torch.inference_mode(): scores, truth = _guess(model, **b)
         rank = np.arange(len(b['tokens'])) - np.repeat(b['offsets'][:-1], np.diff(b['offsets'])) - v.cls
-        found.append(np.stack([rank[b['labels'].numpy() >= 0], truth.cpu(), F.cross_entropy(scores, truth, reduction='none').cpu(), (scores.argmax(-1) == truth).cpu()]))
+        loss = F.cross_entropy(scores, truth, reduction='none')
+        found.append([rank[b['labels'].numpy() >= 0], *(x.cpu().numpy() for x in (truth, loss, scores.argmax(-1) == truth))])
     rank, truth, loss, right = np.concatenate(found, 1)
     edges = [e for e in edges if e <= rank.max()]
     at = np.searchsorted(edges, rank, 'right') - 1
-    table = pd.DataFrame(dict(loss=loss, accuracy=right)) if known is None else pd.DataFrame(dict(loss=loss, accuracy=right) | _by_frequency(known, v, edges, at, truth.astype(int)))
-    names = np.array([f'{a}–{b - 1}' for a, b in zip(edges, [*edges[1:], int(rank.max()) + 1])])[at]
-    out = pd.concat([table.groupby(names, sort=False).mean().loc[list(dict.fromkeys(names[np.argsort(at, kind='stable')]))], table.mean().to_frame('all').T])
-    out.insert(0, 'n', [*np.bincount(at)[np.bincount(at) > 0], len(at)])
+    table = dict(loss=loss, accuracy=right)
+    if known is not None: table |= _by_frequency(known, v, edges, at, truth.astype(int))
+    table = pd.DataFrame(table)
+    names = [f'{a}–{b - 1}' for a, b in zip(edges, [*edges[1:], int(rank.max()) + 1])]
+    means = table.groupby(at).mean()
+    out = pd.concat([means.set_axis([names[i] for i in means.index]), table.mean().to_frame('all').T])
+    out.insert(0, 'n', [*np.bincount(at)[means.index], len(at)])
     return out.assign(perplexity=np.exp(out['loss']))
 
+# %% ../nbs/08_pretrain.ipynb #d3cd8361
 def _by_frequency(known, v, edges, at, truth):
     "Loss and hits of guessing each hidden gene from how often each gene stands in that bin of ranks"
     rank = np.arange(len(known.tokens)) - np.repeat(known.offsets[:-1], known.lengths) - v.cls

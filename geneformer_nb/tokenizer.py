@@ -181,7 +181,7 @@ def _levels(X, gene, totals, tokens, offsets, vocabulary):
         wide[at] = 0
     return out
 
-# %% ../nbs/04_tokenizer.ipynb #f9799eff
+# %% ../nbs/04_tokenizer.ipynb #0c936590
 def carried(
     inputs, # `Source`s
     obs=None, # columns wanted: None, a name, names, or {name: new name}
@@ -200,6 +200,7 @@ def carried(
             f"obs columns {', '.join(lost[:9])} are not in every file and are left out: pass obs=[…] to choose columns.", stacklevel=3)
         return {c: c for c in common if c != 'n_counts'}
     obs = {obs: obs} if isinstance(obs, str) else obs if isinstance(obs, dict) else {c: c for c in obs}
+    obs = {c: n for c, n in obs.items() if (c, n) != ('n_counts', 'n_counts')}  # it is computed in any case
     for s in inputs:
         if lost := [c for c in obs if c not in s.columns]: raise GeneformerError(
             f"obs has no column {lost[0]!r} (it has {', '.join(map(str, s.columns)) or 'none'})" + (f" in '{s.path.name}'." if s.path else '.'))
