@@ -95,7 +95,7 @@ def _by_ortholog(name, pairs, several, look):
     if n in several: return -1, 'not one-to-one'
     return (look(pairs[n])[0], 'ortholog') if n in pairs else (-1, 'unknown')
 
-# %% ../nbs/02a_matching.ipynb #d238449c
+# %% ../nbs/02a_matching.ipynb #9bdb8842
 @patch
 def gate(self:GeneMatch,
     vocabulary:Vocabulary, # what was matched against
@@ -105,7 +105,7 @@ def gate(self:GeneMatch,
     share = self.counts_matched if self.counts_matched is not None else float((self.index >= 0).mean())
     if share >= least and (self.index >= 0).any(): return
     lost = [str(n) for n, i in zip(self.names, self.index) if i < 0][:5]
-    raise GeneMatchError(f"Only {share:.1%} of the counts fall on genes of the vocabulary {vocabulary.name!r}. The data names "
+    raise GeneMatchError(f"Only {share:.1%} of the {'genes' if self.counts_matched is None else 'counts'} fall on genes of the vocabulary {vocabulary.name!r}. The data names "
         f"genes like {', '.join(lost)}; the vocabulary knows ids like {', '.join(vocabulary.genes[:5])}"
         + (f" and symbols like {', '.join(list(vocabulary.symbols.values())[:5])}." if vocabulary.symbols else f".{_no_symbols(vocabulary)}")
         + " Another species (orthologs=…) or another column (genes=…) is the usual reason.")

@@ -45,7 +45,7 @@ def write_shard(i, path, source, a, b, encoder, layout, min_match, block, thread
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
-# %% ../nbs/04a_stream.ipynb #a22f53a7
+# %% ../nbs/04a_stream.ipynb #54af98e8
 def _lines(folder):
     "{shard: what its line says} of a folder, finished or not"
     said = (folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists() else []
@@ -83,8 +83,8 @@ class Corpus:
     def n_tokens(self): return int(self.shards['tokens'].sum())
     @property
     def vocabulary(self): return Vocabulary.load(self.folder)
-    def __repr__(self): return (f"{len(self):,} cells, {self.n_tokens:,} tokens, {self.shards['file'].nunique():,} files in {len(self.shards):,} "
-                                f"shards of '{self.folder.name}'")
+    def __repr__(self): return (f"{len(self):,} cells, {self.n_tokens:,} tokens, {self.shards['file'].nunique():,} file(s) in {len(self.shards):,} "
+                                f"shard(s) of '{self.folder.name}'")
 
     def report(self)->pd.DataFrame: # by file
         "What became of the cells of each file, and how its genes matched"

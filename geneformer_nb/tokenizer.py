@@ -181,7 +181,7 @@ def _levels(X, gene, totals, tokens, offsets, vocabulary):
         wide[at] = 0
     return out
 
-# %% ../nbs/04_tokenizer.ipynb #0c936590
+# %% ../nbs/04_tokenizer.ipynb #139eb768
 def carried(
     inputs, # `Source`s
     obs=None, # columns wanted: None, a name, names, or {name: new name}
@@ -190,6 +190,8 @@ def carried(
     "The obs columns that every input has; raises `GeneformerError` for one asked for that is missing"
     if not (obs is None or isinstance(obs, (str, dict, list, tuple, pd.Index))): raise GeneformerError(
         f"obs names columns: a name, a list of names, or {{name: new name}}, not {type(obs).__name__}.")
+    if not (keep is None or isinstance(keep, str)): raise GeneformerError(f"keep is the name of an obs column, not {type(keep).__name__}: write the marks "
+        "into obs first (for quality control, q.apply(adata)).")
     if keep not in (None, 'filter_pass') and not any(keep in s.columns for s in inputs): raise GeneformerError(
         f"obs has no column {keep!r} to say which cells to keep (it has {', '.join(map(str, inputs[0].columns)) or 'none'}).")
     if len(inputs) > 1 and any('file' in s.columns for s in inputs) and (obs is None or 'file' in (obs if isinstance(obs, (list, tuple)) else [])): warnings.warn(
