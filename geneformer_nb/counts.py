@@ -44,7 +44,7 @@ def check_counts(
         raise CountsError(f"The counts are not whole numbers, first at {_where(X, bad, obs_names, var_names)}: {hint}. Pass "
                           "raw counts (layer=…), or logged=True for log1p values, or fractional=True for estimated counts.")
 
-# %% ../nbs/01_counts.ipynb #eaab9178
+# %% ../nbs/01_counts.ipynb #7f7dfdec
 @dataclass
 class Counts:
     "Counts of some cells, with where they came from"
@@ -54,6 +54,12 @@ class Counts:
     source: str            # "X", "raw.X", "layers['counts']" …
     name: str = None       # the file they are from
 
+def _sane(indices, indptr, n, n_values):
+    "Refuse a sparse matrix that points outside of itself, before compiled code follows it there"
+    ends = len(indptr) and indptr[0] == 0 and indptr[-1] <= n_values and (np.diff(indptr) >= 0).all()
+    if not ends or len(indices) and indices.view(f'u{indices.itemsize}').max() >= n:  # a negative number, too, is large without its sign
+        raise CountsError(f"The matrix is damaged: it names cells or genes beyond the {n:,} there are. Write or copy the file again.")
+
 def _csr(X):
     "Any matrix of one block as CSR with sorted, summed, non-zero entries"
     for whole in ('to_memory', 'compute'): X = getattr(X, whole)() if hasattr(X, whole) else X
@@ -61,8 +67,7 @@ def _csr(X):
     if X.dtype.kind not in 'biuf': raise CountsError(f"The matrix holds values of type {X.dtype}, which are no counts: turn them into "
                                                      "numbers first, for instance with astype('float32').")
     if X.dtype.kind == 'f' and X.dtype.itemsize not in (4, 8): X = X.astype(np.float64)
-    if sparse.issparse(X) and X.format in ('csr', 'csc') and X.nnz and not 0 <= X.indices.min() <= X.indices.max() < X.shape[X.format == 'csr']:
-        raise CountsError("The matrix is damaged: it names cells or genes that are not there.")
+    if sparse.issparse(X) and X.format in ('csr', 'csc'): _sane(X.indices, X.indptr, X.shape[X.format == 'csr'], len(X.data))
     X = X.tocsr() if sparse.issparse(X) else sparse.csr_matrix(X)
     if not X.has_canonical_format:
         X = X.astype(np.int64 if X.dtype.kind in 'biu' else X.dtype, copy=True)  # a byte does not hold the sum of two
@@ -118,7 +123,9 @@ def counts_of(
         if source != 'X' or logged or adata.raw is None: raise
         raise CountsError(f"{e} There is a raw.X too: if it holds log1p values, logged=True takes those.") from e
 
-# %% ../nbs/01_counts.ipynb #2d105311
+# %% ../nbs/01_counts.ipynb #01cd4f43
+_no_id = ('', 'NAN', 'NONE', '<NA>') # what stands in place of an id
+
 def plain_id(
     name, # id or symbol as it stands in the data
 )->str: # without blanks around it, and without the version of an Ensembl id

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Vocabulary', 'safe_unpickle']
 
-# %% ../nbs/02_genes.ipynb #6b45772d
+# %% ../nbs/02_genes.ipynb #21ec987d
 import difflib, io, json, pickle, re
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import sparse
 from .core import MissingDataError, VocabularyError, atomic, digest
-from .counts import counts_of, gene_names, plain_id
+from .counts import _no_id, counts_of, gene_names, plain_id
 from .medians import Medians, corpus_medians, nonzero_medians
 from .sources import sources
 
@@ -97,9 +97,7 @@ def symbol(self:Vocabulary,
     if np.ndim(genes) == 0: return self.symbol(self.gene(genes))
     return [self.symbol(g) for g in genes]
 
-# %% ../nbs/02_genes.ipynb #429f957a
-_no_id = ('', 'NAN', 'NONE', '<NA>')
-
+# %% ../nbs/02_genes.ipynb #d15698b2
 def _no_symbols(v):
     "What to bring when a vocabulary knows no symbols"
     if v.symbols or v.aliases: return ''

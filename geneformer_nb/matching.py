@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GeneMatch', 'match_genes', 'one_to_one']
 
-# %% ../nbs/02a_matching.ipynb #ec30710a
+# %% ../nbs/02a_matching.ipynb #27c4f1ea
 import re, warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import GeneMatchError, VocabularyError
-from .counts import plain_id
-from .genes import Vocabulary, _lookup, _no_id, _no_symbols
+from .counts import _no_id, plain_id
+from .genes import Vocabulary, _lookup, _no_symbols
 
 # %% ../nbs/02a_matching.ipynb #8a23356c
 @dataclass

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['n_bins', 'nonzero_medians', 'bin_of', 'bin_middle', 'Medians', 'corpus_medians']
 
-# %% ../nbs/01c_medians.ipynb #b3ff83fe
+# %% ../nbs/01c_medians.ipynb #a0939535
 import json
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import sparse
 from .core import CountsError, GeneformerError, StorageError, atomic, digest, progress
-from .counts import as_flags, gene_names, plain_id
+from .counts import _no_id, as_flags, gene_names, plain_id
 from .scale import run_shards
 from .sources import shards, sources
 
@@ -45,9 +45,7 @@ def bin_middle(
     edge = ((np.arange(n_bins + 1, dtype=np.int32) + _lowest) << (23 - _bits)).view(np.float32).astype(np.float64)
     return (edge[:-1] + edge[1:])/2
 
-# %% ../nbs/01c_medians.ipynb #1a88bb58
-_no_id = ('', 'NAN', 'NONE', '<NA>')
-
+# %% ../nbs/01c_medians.ipynb #fef96f5d
 class Medians:
     "How often each gene was seen at each level: one histogram a gene, in whole numbers"
     def __init__(self,

@@ -73,7 +73,7 @@ def cores()->int:
     "Processor cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/00a_scale.ipynb #af46900e
+# %% ../nbs/00a_scale.ipynb #7c5b8744
 class _Job:
     "Make one shard at a temporary name, then rename it; an object, so that processes can receive it"
     def __init__(self, fn, folder, ext): self.fn, self.folder, self.ext = fn, Path(folder), ext
@@ -100,10 +100,10 @@ def run_shards(
     if part is not None: part = as_part(part)
     if executor not in executors: raise GeneformerError(f"executor {executor!r} is not one of {', '.join(executors)}.")
     job = _Job(fn, as_folder(folder), ext)
-    missing = sum(not job.path(i).exists() for i in range(n))
-    folder = check_folder(folder, need * missing // max(1, n))
+    missing = [i for i in range(n) if not job.path(i).exists()]
+    folder = check_folder(folder, need * len(missing) // max(1, n))
     Manifest(folder, facts | dict(shards=n)).open()
-    todo = [i for i in range(n) if not job.path(i).exists() and (part is None or i % part[1] == part[0])]
+    todo = [i for i in missing if part is None or i % part[1] == part[0]]
     start = time.time()
     for k, _ in enumerate(progress(executors[executor](job, todo, workers), desc, len(todo), 'shards')):
         if k == 0 and len(todo) > 1:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_any', 'Source', 'sources', 'shards', 'pieces', 'blocks']
 
-# %% ../nbs/01a_sources.ipynb #08ea7dc2
+# %% ../nbs/01a_sources.ipynb #3d10eb13
 import re, zlib
 from glob import glob
 from collections import OrderedDict
@@ -17,21 +17,15 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import sparse
 from .core import CountsError, digest
-from .counts import Counts, _checked, _choose, _csr
+from .counts import Counts, _checked, _choose, _csr, _sane
 
-# %% ../nbs/01a_sources.ipynb #cff5ebeb
+# %% ../nbs/01a_sources.ipynb #637eb84f
 def _read(d, a, b):
     "Entries a to b of an array on disk; HDF5 writes into our memory, which saves a copy"
     if not hasattr(d, 'read_direct') or a == b: return d[a:b]
     out = np.empty(b - a, d.dtype)
     d.read_direct(out, np.s_[a:b])
     return out
-
-def _sane(indices, indptr, n, n_values):
-    "Refuse a sparse matrix that points outside of itself, before compiled code follows it there"
-    ends = len(indptr) and indptr[0] == 0 and indptr[-1] <= n_values and (np.diff(indptr) >= 0).all()
-    if not ends or len(indices) and indices.view(f'u{indices.itemsize}').max() >= n:  # a negative number, too, is large without its sign
-        raise CountsError(f"The matrix is damaged: it names cells or genes beyond the {n:,} there are. Write or copy the file again.")
 
 class _Csr:
     "Rows of a CSR matrix on disk, without the rest; `columns` keeps some of its columns"
@@ -43,18 +37,19 @@ class _Csr:
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
         cols, starts = _read(self.indices, a, b), self.indptr[lo:hi+1] - a
-        _sane(cols, starts, self.n_vars, b - a)
         X = sparse.csr_matrix((_read(self.data, a, b), cols, starts.astype(cols.dtype)), (hi - lo, self.n_vars))
-        return X if self.columns is None else X[:, self.columns]
+        if self.columns is None: return X  # looked at as every block is, in `_checked`
+        _sane(cols, starts, self.n_vars, b - a)
+        return X[:, self.columns]
 
 class _Turned:
     "A matrix on disk that lies by genes: dense ones are cut by columns, sparse ones (CSC) read whole when first asked for"
     def __init__(self, group, shape): self.group, self.shape = group, shape
     @cached_property
     def csr(self):
-        g = self.group
-        _sane(g['indices'][()], g['indptr'][()], self.shape[0], g['data'].shape[0])
-        return sparse.csc_matrix((g['data'][()], g['indices'][()], g['indptr'][()]), self.shape).tocsr()
+        data, indices, indptr = (self.group[k][()] for k in ('data', 'indices', 'indptr'))
+        _sane(indices, indptr, self.shape[0], len(data))
+        return sparse.csc_matrix((data, indices, indptr), self.shape).tocsr()
     def __getitem__(self, rows): return self.group[:, rows].T if hasattr(self.group, 'dtype') else self.csr[rows]
 
 def _matrix(e):

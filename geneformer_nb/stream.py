@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['write_shard', 'Corpus', 'tokenize_to']
 
-# %% ../nbs/04a_stream.ipynb #2a7dc1b4
+# %% ../nbs/04a_stream.ipynb #21e1a8f1
 import json
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cells import Cells, _kinds, _Layout
 from .core import CountsError, GeneformerError, Manifest, StorageError, as_folder, atomic, check_folder, digest, progress, write_json
 from .genes import Vocabulary
-from .scale import ahead, as_part, cores, executors, run_shards
+from .scale import ahead, cores, run_shards
 from .sources import Source, shards, sources
-from .tokenizer import Encoder, add_books, carried, check_options, gate_file, settle, tokenize
+from .tokenizer import Encoder, add_books, carried, check_options, gate_file, settle
 
-# %% ../nbs/04a_stream.ipynb #a8978022
+# %% ../nbs/04a_stream.ipynb #27ecc1a2
 class _Shard:
     "Tokenise one shard; an object, so that processes and machines can receive it"
     def __init__(self, inputs, plan, encoder, layout, min_match, block, threads):
@@ -39,13 +39,11 @@ def write_shard(i, path, source, a, b, encoder, layout, min_match, block, thread
             out.write_batch(batch)
             books = add_books(books, seen)
             tokens, kept = tokens + len(cells.tokens), kept + len(cells)
-    if books['total']:
-        match.counts_matched = books['known'] / books['total']
-        gate_file(match, encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}')
+    gate_file(match, encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}', books)
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
-# %% ../nbs/04a_stream.ipynb #54af98e8
+# %% ../nbs/04a_stream.ipynb #43108897
 def _lines(folder):
     "{shard: what its line says} of a folder, finished or not"
     said = (folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists() else []
@@ -55,7 +53,8 @@ def _lines(folder):
 def _done(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
 
 def _finish(folder, n, layout, encoder):
-    "Make a folder of n shards a data set, and settle the accounts; returns its `Corpus`"
+    "Make a folder of n shards a data set, and settle the accounts, unless that was done; returns its `Corpus`"
+    if _done(folder): return Corpus(folder)
     files = [f'shard-{i:05d}.arrow' for i in range(n)]
     lines = _lines(folder)
     if lost := [i for i in range(n) if i not in lines]: raise StorageError(f"Shard {lost[0]} of '{folder.name}' has lost its line: delete {files[lost[0]]} and run again.")
@@ -100,7 +99,7 @@ class Corpus:
         "All cells, a few thousand at a time, mapped from disk"
         return Cells.parts(self.folder, self.vocabulary)
 
-# %% ../nbs/04a_stream.ipynb #1e876057
+# %% ../nbs/04a_stream.ipynb #49fbcac8
 def tokenize_to(
     data, # as `tokenize` takes it: file, folder, pattern, list of these; AnnData; iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -116,8 +115,6 @@ def tokenize_to(
 ): # `Corpus`; None while shards of other tasks are missing
     "Tokenise a corpus to an Arrow folder, shard by shard; raises `CountsError`, `GeneMatchError`, `StorageError`"
     check_options(min_match, rows=rows, block=block, workers=workers)
-    if part is not None: part = as_part(part)
-    if executor not in executors: raise GeneformerError(f"executor {executor!r} is not one of {', '.join(executors)}.")
     folder = as_folder(folder)
     if folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir()) and not (folder/'manifest.json').exists(): raise StorageError(
         f"'{folder.name}' holds other things, which would be mixed with the cells: choose a new folder.")
@@ -132,9 +129,9 @@ def tokenize_to(
     done = run_shards(_Shard(inputs, plan, encoder, layout, min_match, block, threads), len(plan), folder, facts, '.arrow', executor, workers, part,
                       'tokenising', _bytes(inputs))
     if len(done) < len(plan): return None
-    return Corpus(folder) if _done(folder) else _finish(folder, len(plan), layout, encoder)
+    return _finish(folder, len(plan), layout, encoder)
 
-# %% ../nbs/04a_stream.ipynb #93981e0a
+# %% ../nbs/04a_stream.ipynb #756cb283
 def _encoder(vocabulary, inputs, obs, options):
     "The encoder of all inputs; what would fail in a shard fails here"
     if lost := set(options) - {'genes', 'orthologs', 'keep', 'special', 'max_len', 'counts', 'uncropped', 'collapse'}: raise GeneformerError(
@@ -183,5 +180,4 @@ def _from_stream(data, vocabulary, folder, executor, part, layer, logged, fracti
     if encoder is None: raise CountsError("The iterator gave no AnnData: nothing to tokenise.")
     if max(there, default=0) >= n: raise StorageError(f"The iterator gave {n} blocks and '{folder.name}' holds {max(there) + 1} of another: choose another folder, "
                                                       "or delete this one to start again.")
-    if _done(folder): return Corpus(folder)
     return _finish(folder, n, layout, encoder)

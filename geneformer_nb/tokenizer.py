@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['rank_genes', 'frame', 'Encoder', 'carried', 'check_options', 'gate_file', 'add_books', 'settle', 'tokenize']
 
-# %% ../nbs/04_tokenizer.ipynb #7822fedf
-import warnings, zlib
+# %% ../nbs/04_tokenizer.ipynb #ec1cbb4a
+import warnings
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from fastcore.basics import patch
@@ -181,7 +181,7 @@ def _levels(X, gene, totals, tokens, offsets, vocabulary):
         wide[at] = 0
     return out
 
-# %% ../nbs/04_tokenizer.ipynb #139eb768
+# %% ../nbs/04_tokenizer.ipynb #20ef3ded
 def carried(
     inputs, # `Source`s
     obs=None, # columns wanted: None, a name, names, or {name: new name}
@@ -216,8 +216,11 @@ def check_options(min_match, **numbers):
     if isinstance(min_match, (str, bool)) or not isinstance(min_match, (int, float)) or not 0 <= min_match <= 1: raise GeneformerError(
         f"min_match={min_match!r} is a share of the counts, from 0 to 1.")
 
-def gate_file(match, vocabulary, least, name=None):
-    "`GeneMatch.gate`, with the file in the sentence"
+def gate_file(match, vocabulary, least, name=None, books=None):
+    "`GeneMatch.gate`, by the counts of `books` where they are given, with the file in the sentence"
+    if books is not None:
+        match.counts_matched = books['known'] / (books['total'] or 1)
+        if not books['total']: return
     try: match.gate(vocabulary, least)
     except GeneMatchError as e:
         if name is None: raise
@@ -248,7 +251,7 @@ def settle(
     if t['n_empty'] and not keep_empty: say(f"{t['n_empty']} of {t['cells']} cells hold no gene of the vocabulary and were dropped: "
                                             f"{', '.join([c for b in books.values() for c in b['empty']][:5])}.")
 
-# %% ../nbs/04_tokenizer.ipynb #31c369aa
+# %% ../nbs/04_tokenizer.ipynb #730f0d30
 def tokenize(
     data, # AnnData with raw counts; a file (.h5ad, .zarr, .loom, 10x), folder or pattern; a list of these; an iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -287,8 +290,7 @@ def tokenize(
     if not parts: raise CountsError("The iterator gave no AnnData: nothing to tokenise.")
     settle(books, keep, keep_empty)
     for name, m in matches.items():
-        m.counts_matched = books[name]['known'] / (books[name]['total'] or 1)
-        if books[name]['total']: gate_file(m, vocabulary, min_match, name if len(matches) > 1 else None)
+        gate_file(m, vocabulary, min_match, name if len(matches) > 1 else None, books[name])
     out = Cells.concat(parts)
     out.match = matches if len(matches) > 1 else m
     return out

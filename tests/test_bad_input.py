@@ -1,6 +1,5 @@
 "Bad input: each kind is refused, or mended and reported, in a sentence that names what is wrong and what to do"
 import os, pickle, shutil, tempfile, warnings
-from contextlib import contextmanager
 import anndata as ad, numpy as np, pandas as pd, pytest
 from scipy import sparse
 from geneformer_nb.cells import Cells
@@ -15,6 +14,7 @@ from geneformer_nb.perturb import KO, OE, each, perturb, perturb_to
 from geneformer_nb.pretrain import pretrain
 from geneformer_nb.tokenizer import tokenize
 from geneformer_nb.toy import simulate
+from sentences import says
 
 small = dict(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2)
 
@@ -26,14 +26,6 @@ def vocab(cohort): return Vocabulary.from_counts(cohort, symbols='symbol', name=
 def cells(cohort, vocab): return tokenize(cohort, vocab)
 @pytest.fixture(scope='module')
 def model(vocab): return Geneformer.new('nano', vocab, **small)
-
-@contextmanager
-def says(error, *words):
-    "The block raises `error` with one sentence that holds all the words"
-    with pytest.raises(error) as info: yield
-    text = str(info.value)
-    assert '\n' not in text and text[-1] in '.…)?', text
-    for w in words: assert w in text, f'{w!r} is not in: {text}'
 
 def with_X(adata, X):
     out = adata.copy()

@@ -10,7 +10,7 @@ from geneformer_nb.genes import Vocabulary
 from geneformer_nb.sources import blocks, read_any, sources
 from geneformer_nb.stream import tokenize_to
 from geneformer_nb.tokenizer import tokenize
-from test_tokenizer_bugs import quiet, says
+from sentences import quiet, says, tokens
 
 n, g = 13, 10
 ids = [f'ENSG{i:011d}' for i in range(g)]
@@ -38,8 +38,6 @@ def made(seed=0, n=n, **obs):
 def cohort(): return made()
 @pytest.fixture(scope='module')
 def want(cohort): return tokenize(cohort, voc)
-
-def tokens(cells): return [cells[i].tokens.tolist() for i in range(len(cells))]
 
 def same(got, want, obs=True):
     assert tokens(got) == tokens(want) and len(want) and list(got.obs.index) == list(want.obs.index)

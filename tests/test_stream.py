@@ -11,7 +11,8 @@ from geneformer_nb.genes import Vocabulary
 from geneformer_nb.stream import Corpus, tokenize_to
 from geneformer_nb.tokenizer import tokenize
 from test_sources import made, voc
-from test_tokenizer_bugs import by_hand, framed, held, quiet, says, six, three, tokens
+from sentences import quiet, says, tokens
+from test_tokenizer_bugs import by_hand, framed, held, six, three
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):

@@ -1,6 +1,5 @@
 "What the official tokenizer gets wrong, one test a bug, and what each of its options is called here"
-import ast, os, pickle, tracemalloc, warnings
-from contextlib import contextmanager
+import ast, os, pickle, tracemalloc
 from pathlib import Path
 import anndata as ad, h5py, numpy as np, pandas as pd, pyarrow as pa, pytest
 from scipy import sparse
@@ -12,6 +11,7 @@ from geneformer_nb.matching import match_genes
 from geneformer_nb.sources import Source
 from geneformer_nb.stream import tokenize_to
 from geneformer_nb.tokenizer import tokenize
+from sentences import quiet, says, tokens
 
 # Six genes and three cells that can be ranked in the head: counts over medians are
 #   a: 4, 2, 1, -, .5, -  so tokens 2 3 4 6;  b: -, 1, 1, 1, 1, -  so a tie of four;  c: 1, -, -, -, -, 2  so tokens 7 2
@@ -26,22 +26,6 @@ def three(X=X3, names=ids, **obs):
     cells = [*'abc'] if len(X) == 3 else [f'c{i}' for i in range(len(X))]
     var = pd.DataFrame(dict(ensembl_id=list(names)), index=[f'row{i}' for i in range(len(names))])
     return ad.AnnData(sparse.csr_matrix(X), pd.DataFrame(obs, index=cells), var)
-
-def tokens(cells): return [cells[i].tokens.tolist() for i in range(len(cells))]
-
-@contextmanager
-def says(error, *words):
-    "The block raises `error` with one sentence that holds all the words"
-    with pytest.raises(error) as info: yield
-    text = str(info.value)
-    assert '\n' not in text and text[-1] in '.…)?', text
-    for w in words: assert w in text, f'{w!r} is not in: {text}'
-
-@contextmanager
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)
-        yield
 
 # --- the bugs, by their numbers in the comparison with the official code
 
