@@ -166,8 +166,8 @@ class Rank:
     def ours(self, folder, out):
         from geneformer_nb.tokenizer import rank_genes
         X, gene, medians = self.load(folder)
-        seconds, (ranked, _) = timed(lambda: rank_genes(X, gene, medians))
-        return seconds, ranked
+        seconds, ranked = timed(lambda: rank_genes(X, gene, medians))
+        return seconds, np.concatenate(ranked)
 
     def reference(self, folder, out):
         X, gene, medians = self.load(folder)

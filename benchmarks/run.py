@@ -61,6 +61,7 @@ def child(name, role, folder, out):
 def run_child(name, role, folder, out, threads):
     "Figures of one fresh process, its whole time among them"
     env = os.environ | dict(GENEFORMER_NB_QUIET='1', HF_HUB_OFFLINE='1')
+    env.pop('PYTHONDONTWRITEBYTECODE', None)  # modules are compiled once, as they are where a package is installed
     if issubclass(BENCHMARKS[name][1], cases.Embed):
         env |= {k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
     for old in Path(out).glob(f'{role}*'):  # or a second run would find its work done

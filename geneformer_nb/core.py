@@ -7,10 +7,9 @@ __all__ = ['GeneformerError', 'CountsError', 'GeneMatchError', 'VocabularyError'
            'pick_device', 'pick_dtype', 'seed_everything', 'progress', 'in_words', 'digest', 'versions', 'atomic',
            'write_json', 'as_folder', 'check_folder', 'Manifest']
 
-# %% ../nbs/00_core.ipynb #348ceb84
+# %% ../nbs/00_core.ipynb #391ee1cb
 import hashlib, json, os, shutil, tempfile, time
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np
 
@@ -105,11 +104,12 @@ def digest(
     for x in things: _feed(h, x)
     return h.hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #d28c1a65
+# %% ../nbs/00_core.ipynb #55d59d35
 def versions(
     *names:str, # packages; none means the ones that decide results
 )->dict: # {package: version, or None where it is not installed}
     "Versions of the packages that a result depends on"
+    from importlib.metadata import PackageNotFoundError, version
     def one(n):
         try: return version(n)
         except PackageNotFoundError: return None

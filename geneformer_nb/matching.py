@@ -45,7 +45,7 @@ class GeneMatch:
         return out
     def __repr__(self): return ', '.join(f'{k} {v:,}' for k, v in self.report().items() if v or k == 'matched')
 
-# %% ../nbs/02a_matching.ipynb #0c403a9b
+# %% ../nbs/02a_matching.ipynb #81009227
 def match_genes(
     names, # names of the genes of the data: ids, symbols, aliases, any case
     vocabulary:Vocabulary, # the words
@@ -54,7 +54,8 @@ def match_genes(
     "Find each gene of the data in the vocabulary; raises `GeneMatchError` for a table of orthologs that is none"
     if not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"vocabulary is a Vocabulary, not {type(vocabulary).__name__}.")
     if names is None or isinstance(names, str): raise GeneMatchError(f"names is a list of gene names, not {type(names).__name__}.")
-    look = lambda n: _lookup(n, vocabulary._index, vocabulary.aliases)
+    index = vocabulary._index
+    def look(n): return (index[n], 'id') if n in index else _lookup(n, index, vocabulary.aliases)
     if orthologs is None: found = [look(n) for n in names]
     else:
         pairs, several = one_to_one(orthologs)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['to_ranks', 'from_ranks', 'tokenize', 'ranked_cells']
 
-# %% ../nbs/50_pp.ipynb #fec0f625
+# %% ../nbs/50_pp.ipynb #b6988781
 import warnings
 import numpy as np, pandas as pd
 from scipy import sparse
 from .cells import Cells
 from .core import GeneformerError, VocabularyError
 from .genes import Vocabulary
-from .tokenizer import frame, tokenize as rank_counts
+from .tokenizer import Sequences, tokenize as rank_counts
 
 # %% ../nbs/50_pp.ipynb #c273fc80
 def to_ranks(
@@ -27,7 +27,7 @@ def to_ranks(
     row = np.repeat(np.arange(len(cells)), n)[gene]
     return sparse.csr_matrix((place[gene].astype(np.int32), (row, cells.tokens[gene] - k)), (len(cells), len(vocabulary)))
 
-# %% ../nbs/50_pp.ipynb #f8980ae8
+# %% ../nbs/50_pp.ipynb #88adecd1
 def from_ranks(
     R, # matrix of ranks, as `to_ranks` makes
     vocabulary:Vocabulary, # what the cells were tokenised with
@@ -42,10 +42,12 @@ def from_ranks(
     R.eliminate_zeros()
     row = np.repeat(np.arange(R.shape[0]), np.diff(R.indptr))
     genes = R.indices[np.lexsort((R.data, row))]
-    tokens, offsets = frame(genes, R.indptr[:-1], np.diff(R.indptr), vocabulary)
+    seq = Sequences(n := np.diff(R.indptr), vocabulary)
+    seq.add(genes, R.indptr[:-1].tolist(), n)
+    tokens, offsets = seq
     return Cells(tokens, offsets, obs, vocabulary.hash, vocabulary.cls, vocabulary)
 
-# %% ../nbs/50_pp.ipynb #22cf13d0
+# %% ../nbs/50_pp.ipynb #c545c6e7
 def _need_adata(
     adata, # what a verb was given
     obs=None, # columns it must have

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['read_any', 'Source', 'sources', 'shards', 'pieces', 'blocks']
 
-# %% ../nbs/01a_sources.ipynb #3d10eb13
+# %% ../nbs/01a_sources.ipynb #a9b79dac
 import re, zlib
 from glob import glob
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from weakref import ref
 import numpy as np, pandas as pd
@@ -19,11 +20,13 @@ from scipy import sparse
 from .core import CountsError, digest
 from .counts import Counts, _checked, _choose, _csr, _sane
 
-# %% ../nbs/01a_sources.ipynb #637eb84f
-def _read(d, a, b):
-    "Entries a to b of an array on disk; HDF5 writes into our memory, which saves a copy"
+# %% ../nbs/01a_sources.ipynb #aeb29c66
+def _read(d, a, b, room=None):
+    "Entries a to b of an array on disk; HDF5 writes into our memory, which saves a copy, and into that of `room`, which saves getting it"
     if not hasattr(d, 'read_direct') or a == b: return d[a:b]
-    out = np.empty(b - a, d.dtype)
+    key, room = (d.name, d.dtype), {} if room is None else room
+    if len(room.get(key, ())) < b - a: room[key] = np.empty(b - a, d.dtype)
+    out = room[key][:b - a]
     d.read_direct(out, np.s_[a:b])
     return out
 
@@ -33,11 +36,12 @@ class _Csr:
         self.data, self.indices, self.indptr, self.n_vars, self.columns = data, indices, indptr[()], int(n_vars), columns
         self.shape = len(self.indptr) - 1, self.n_vars if columns is None else len(columns)
         _sane(np.zeros(0, np.int32), self.indptr, self.n_vars, min(data.shape[0], indices.shape[0]))
-    def __getitem__(self, rows):
+    def __getitem__(self, rows): return self.rows(rows)
+    def rows(self, rows, room=None):
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
-        cols, starts = _read(self.indices, a, b), self.indptr[lo:hi+1] - a
-        X = sparse.csr_matrix((_read(self.data, a, b), cols, starts.astype(cols.dtype)), (hi - lo, self.n_vars))
+        cols, starts = _read(self.indices, a, b, room), self.indptr[lo:hi+1] - a
+        X = sparse.csr_matrix((_read(self.data, a, b, room), cols, starts.astype(cols.dtype)), (hi - lo, self.n_vars))
         if self.columns is None: return X  # looked at as every block is, in `_checked`
         _sane(cols, starts, self.n_vars, b - a)
         return X[:, self.columns]
@@ -58,7 +62,7 @@ def _matrix(e):
     if kind == 'csr_matrix': return _Csr(e['data'], e['indices'], e['indptr'], e.attrs['shape'][1])
     return _Turned(e, tuple(e.attrs['shape'])) if kind == 'csc_matrix' else e
 
-# %% ../nbs/01a_sources.ipynb #9f898a22
+# %% ../nbs/01a_sources.ipynb #af76cb59
 def _column(e, rows=slice(None)):
     "Some rows of one column of a table in an .h5ad"
     kind = e.attrs.get('encoding-type', 'array')
@@ -77,6 +81,17 @@ def _table(g, rows=slice(None), columns=None):
     index = pd.Index(_column(g[key], rows), name=None if key in ('_index', 'index') else key)
     return pd.DataFrame({c: _column(g[c], rows) for c in g.attrs['column-order'] if columns is None or c in columns}, index)
 
+class _Window:
+    "Rows of a table on disk, and some that come after them: blocks are asked for in order"
+    def __init__(self, g, n): self.g, self.n, self.held, self.lock = g, n, (0, 0, None), Lock()
+    def __call__(self, rows, columns=None):
+        a, b, _ = rows.indices(self.n)
+        with self.lock:
+            first, last, which = self.held
+            if not (first <= a and b <= last and which == columns):
+                self.table, self.held = _table(self.g, slice(a, a + 4 * (b - a)), columns), (a, min(self.n, a + 4 * (b - a)), columns)
+            return self.table.iloc[a - self.held[0]:b - self.held[0]]
+
 def _opened(X, layers, raw, obs, var):
     "What every kind of input becomes; `obs` is a table, or a group of an .h5ad to read one from"
     if hasattr(obs, 'iloc'):
@@ -84,7 +99,7 @@ def _opened(X, layers, raw, obs, var):
         def rows(s, c=None): return (obs if c is None else obs[[x for x in obs if x in c]]).iloc[s]
     else:
         n, columns = obs[obs.attrs['_index']].shape[0], list(obs.attrs['column-order'])
-        def rows(s, c=None): return _table(obs, s, c)
+        rows = _Window(obs, n)
     return SimpleNamespace(X=X, layers=layers, raw=raw, rows=rows, columns=columns, var=var, n_obs=n, n_vars=len(var))
 
 def _store(g, table):
@@ -240,16 +255,17 @@ class Source:
     @property
     def where(self): return self._chosen[2]
 
-# %% ../nbs/01a_sources.ipynb #862dc1bc
+# %% ../nbs/01a_sources.ipynb #23fb4122
 @patch
 def block(self:Source,
     a:int, # first cell
     b:int, # last cell, not included
     columns=None, # obs columns wanted; None means all
+    room:dict=None, # {} of the caller, who is done with one block before asking for the next: its memory is used again
 )->Counts:
     "Checked counts of some cells; raises `CountsError`"
     (X, var, where), (_, logged, fractional) = self._chosen, self.how
-    try: rows, obs = X[a:b], self._got.rows(slice(a, b), columns)
+    try: rows, obs = X.rows(slice(a, b), room) if isinstance(X, _Csr) else X[a:b], self._got.rows(slice(a, b), columns)
     except CountsError as e: raise _in_file(e, self.path) from e
     except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
     try: return _checked(rows, obs, var, where, logged, fractional, self.name)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['write_shard', 'Corpus', 'tokenize_to']
 
-# %% ../nbs/04a_stream.ipynb #21e1a8f1
+# %% ../nbs/04a_stream.ipynb #a8544a1d
 import json
 from pathlib import Path
+from threading import local
 import numpy as np, pandas as pd
 from .cells import Cells, _kinds, _Layout
 from .core import CountsError, GeneformerError, Manifest, StorageError, as_folder, atomic, check_folder, digest, progress, write_json
@@ -16,7 +17,7 @@ from .scale import ahead, cores, run_shards
 from .sources import Source, shards, sources
 from .tokenizer import Encoder, add_books, carried, check_options, gate_file, settle
 
-# %% ../nbs/04a_stream.ipynb #27ecc1a2
+# %% ../nbs/04a_stream.ipynb #24b1c20d
 class _Shard:
     "Tokenise one shard; an object, so that processes and machines can receive it"
     def __init__(self, inputs, plan, encoder, layout, min_match, block, threads):
@@ -29,9 +30,9 @@ class _Shard:
 def write_shard(i, path, source, a, b, encoder, layout, min_match, block, threads, **more):
     "Cells a to b of a source as an Arrow file, and the line about it"
     import pyarrow as pa
-    books, tokens, kept = {}, 0, 0
+    books, tokens, kept, own = {}, 0, 0, local()  # a thread reads into the same memory again
     def one(start):
-        cells, seen = encoder(source.block(start, min(start + block, b), encoder.columns))
+        cells, seen = encoder(source.block(start, min(start + block, b), encoder.columns, own.__dict__))
         return cells, layout.batch(cells), seen
     match = encoder.match(source.var)
     with pa.ipc.new_stream(str(path), layout.schema) as out:
