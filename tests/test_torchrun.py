@@ -85,7 +85,7 @@ def test_command_line(tmp_path):
     "One process, from a folder of cells, a folder of a model, and options"
     cells = cohort(); cells.save(tmp_path/'cells')
     Geneformer.new('nano', cells.vocabulary, **SMALL).save_pretrained(tmp_path/'start')
-    words = [sys.executable, '-m', 'geneformer_nb.many', tmp_path/'cells', '--out', tmp_path/'m', '--model', tmp_path/'start', '--steps', '2',
+    words = [sys.executable, '-m', 'geneformer_nb.cli', 'pretrain', tmp_path/'cells', '--out', tmp_path/'m', '--model', tmp_path/'start', '--steps', '2',
              '--batch', '8', '--device', 'cpu', '--vocabulary', tmp_path/'start', '--arg', 'max_grad_norm=0.5']
     env = os.environ | dict(OMP_NUM_THREADS='1', GENEFORMER_NB_QUIET='1')
     out = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=env)
@@ -94,6 +94,6 @@ def test_command_line(tmp_path):
     got = Geneformer.from_pretrained(tmp_path/'m')
     assert all(torch.equal(a, b) for a, b in zip(same.hf.state_dict().values(), got.hf.state_dict().values()))
     out = subprocess.run([*map(str, words), '--mask', '2'], capture_output=True, text=True, env=env)
-    assert out.returncode and out.stderr.strip().startswith('pretrain: mask lies between'), out.stderr
+    assert out.returncode and out.stderr.strip().startswith('geneformer-nb: mask lies between'), out.stderr
 
 if __name__ == '__main__': job(sys.argv[1])
