@@ -275,6 +275,65 @@ class Perturb(Embed):
     def equal(self, folder, out, a, b): return matched(a, b, 1e-4)
 
 
+# ---- pretraining: V1-10M shape, random weights, a step on a few cells
+
+class Clock:
+    "Seconds between the ends of a Trainer's steps, of every Trainer made while it is there"
+    def __enter__(self):
+        from transformers import TrainerCallback, trainer
+        ends = self.ends = []
+        class Tick(TrainerCallback):
+            def on_step_end(self, *_, **__): ends.append(time.perf_counter())
+        self.tick, self.all = Tick, trainer.DEFAULT_CALLBACKS
+        self.all.append(Tick)
+        return self
+    def __exit__(self, *_): self.all.remove(self.tick)
+    @property
+    def step(self): return self.ends[-1] - self.ends[-2]  # the first one sets things up
+
+
+class Pretrain(Embed):
+    "Seconds of a training step; the loss of both on the same masked cells, without dropout, is compared"
+    threads = 2
+
+    def prepare(self, folder, cells, tokens, preset='V1-10M', genes=25_424):
+        return data.prepare_model(folder, cells, tokens, preset, genes, cells)
+
+    def ours(self, folder, out, prepared=lambda model: model, steps=2, **options):
+        from geneformer_nb.cells import Cells
+        from geneformer_nb.model import Geneformer
+        from geneformer_nb.pretrain import masked_loss, pretrain
+        import torch
+        model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
+        rows = naive.masked(cells_of(folder), model.vocabulary.n_tokens)
+        shown, labels = (np.concatenate([r[i] for r in rows]) for i in (0, 1))
+        with torch.inference_mode(): loss = masked_loss(model, shown, cells.offsets, labels)[0].item()
+        with Clock() as clock: pretrain(cells, prepared(model), steps=steps, batch=len(cells), holdout=0., device='cpu', **options)
+        return clock.step, np.array([loss])
+
+    def reference(self, folder, out, change=lambda hf: None, steps=2):
+        from transformers import BertForMaskedLM
+        import torch
+        hf, cells = BertForMaskedLM.from_pretrained(folder).eval(), cells_of(folder)
+        with torch.inference_mode(): loss = hf(**naive.padded(naive.masked(cells, hf.config.vocab_size))).loss.item()
+        change(hf)
+        with Clock() as clock: naive.pretrain(hf, cells, len(cells), steps, out)
+        return clock.step, np.array([loss])
+
+    def flops(self, folder):
+        c = json.load(open(folder/'config.json'))
+        head = sum(.15 * len(x) * 2 * c['hidden_size'] * (c['hidden_size'] + c['vocab_size']) for x in cells_of(folder))
+        return 3 * (head + sum(encoder_flops(folder, len(x), back=0) for x in cells_of(folder)))
+
+    def bound(self, folder, out):
+        import torch
+        total, rate = self.flops(folder), matmul_rate()
+        return total / rate, (f'{total / 1e9:,.0f} GFLOP forward and backward, head on hidden genes only, at {rate / 1e9:.0f} GFLOP/s '
+                              f'(matrix product on {torch.get_num_threads()} thread(s))')
+
+    def equal(self, folder, out, a, b): return 'loss before training: ' + matched(a, b, 1e-3)
+
+
 # ---- statistics
 
 class Shift:

@@ -71,6 +71,52 @@ def embed(hf, cells, batch):
     return torch.cat(out).numpy()
 
 
+# ---- pretraining: the stock Trainer on padded batches
+
+def padded(rows):
+    "(tokens as shown, what was hidden or -100) of some cells, as a padded batch"
+    import torch
+    longest = max(len(s) for s, _ in rows)
+    def pad(part, fill): return torch.tensor(np.array([np.r_[r[part], np.full(longest - len(r[part]), fill)] for r in rows]))
+    return dict(input_ids=pad(0, 0), labels=pad(1, -100),
+                attention_mask=torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s, _ in rows]))
+
+
+def masked(cells, n_tokens, seed=0, share=.15):
+    "Hide some genes of each cell: 80 % behind <mask>, 10 % behind another gene, 10 % as they were"
+    rng, out = np.random.default_rng(seed), []
+    for c in cells:
+        shown, labels, fate = np.array(c), np.full(len(c), -100), rng.random(len(c))
+        at = rng.random(len(c)) < share
+        labels[at] = shown[at]
+        shown[at & (fate < .8)] = 1
+        wild = at & (fate >= .9)
+        shown[wild] = rng.integers(2, n_tokens, wild.sum())
+        out.append((shown, labels))
+    return out
+
+
+def hidden_only(hf):
+    "Let a model score the hidden places only; the first thing to mend in the plain loop"
+    import types, torch
+    def forward(self, input_ids, attention_mask, labels, num_items_in_batch=None):
+        at = labels >= 0
+        h = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[at]
+        return dict(loss=torch.nn.functional.cross_entropy(self.cls(h), labels[at]))
+    hf.forward = types.MethodType(forward, hf)
+
+
+def pretrain(hf, cells, batch, steps, folder):
+    "Train with the stock Trainer: padding, cells of similar length together, library defaults for the rest"
+    from transformers import Trainer, TrainingArguments
+    rows = masked(cells, hf.config.vocab_size)
+    data = [dict(input_ids=s, labels=l) for s, l in rows]
+    args = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-3, seed=0,
+                             train_sampling_strategy='group_by_length', report_to='none', save_strategy='no', disable_tqdm=True, use_cpu=True)
+    def collate(items): return padded([(i['input_ids'], i['labels']) for i in items])
+    Trainer(model=hf, args=args, train_dataset=data, data_collator=collate).train()
+
+
 # ---- deletion: a cell without each of its genes in turn
 
 def delete_each(hf, cell, variants, batch):

@@ -37,6 +37,9 @@ BENCHMARKS = {  # name: (title, case, size, tiny size)
                    dict(tokens=256, variants=64, batch=32, **V1), dict(tokens=70, variants=9, **small)),
     'delete_2048': ('deletion, first 16 genes of a cell, V1-10M shape', cases.Perturb,
                     dict(tokens=2048, variants=16, **V1), None),
+    'pretrain_2048': ('pretraining, seconds a step, V1-10M shape, two threads', cases.Pretrain, dict(cells=4, tokens=1900, **V1), None),
+    'pretrain_256': ('pretraining, seconds a step, V1-10M shape, two threads', cases.Pretrain, dict(cells=32, tokens=256, **V1),
+                     dict(cells=3, tokens=70, **small)),
     'shift': ('goal-state statistics, as the official code defines them', cases.Shift, dict(cells=100, genes=400),
               dict(cells=10, genes=20))}
 GPU = [('cell embeddings on a GPU', 'any'), ('deletion of every gene on a GPU', 'any')]
@@ -63,7 +66,7 @@ def run_child(name, role, folder, out, threads):
     env = os.environ | dict(GENEFORMER_NB_QUIET='1', HF_HUB_OFFLINE='1')
     env.pop('PYTHONDONTWRITEBYTECODE', None)  # modules are compiled once, as they are where a package is installed
     if issubclass(BENCHMARKS[name][1], cases.Embed):
-        env |= {k: str(threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+        env |= {k: str(getattr(BENCHMARKS[name][1], 'threads', threads)) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
     for old in Path(out).glob(f'{role}*'):  # or a second run would find its work done
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     t = time.perf_counter()
@@ -150,8 +153,8 @@ pairs. Both ran in turn, each in a fresh process, on the same input, and gave th
 written down. **ratio** is reference divided by ours, pair by pair. **peak memory** is that of the whole process,
 ours / reference. **limit** is what the work cannot do without, measured in the same run, and how far ours is from
 it. Whole-process rows include starting Python and all imports; nothing is compiled when it first runs. The other
-rows leave out starting, importing and loading. Rows with a model use {threads} thread(s), float32 and random
-weights. Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
+rows leave out starting, importing and loading. Rows with a model use {threads} thread(s), those of pretraining two,
+float32 and random weights. Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
 loop, and one row has one thread on both sides.
 
 The reference, `benchmarks/naive.py`, is what a careful user would write: a numpy loop over cells that hands lists

@@ -20,7 +20,7 @@ from scipy import sparse
 from .core import CountsError, digest
 from .counts import Counts, _checked, _choose, _csr, _sane
 
-# %% ../nbs/01a_sources.ipynb #aeb29c66
+# %% ../nbs/01a_sources.ipynb #1af02953
 def _read(d, a, b, room=None):
     "Entries a to b of an array on disk; HDF5 writes into our memory, which saves a copy, and into that of `room`, which saves getting it"
     if not hasattr(d, 'read_direct') or a == b: return d[a:b]
@@ -46,6 +46,7 @@ class _Csr:
         _sane(cols, starts, self.n_vars, b - a)
         return X[:, self.columns]
 
+# %% ../nbs/01a_sources.ipynb #7938cabb
 class _Turned:
     "A matrix on disk that lies by genes: dense ones are cut by columns, sparse ones (CSC) read whole when first asked for"
     def __init__(self, group, shape): self.group, self.shape = group, shape
@@ -62,7 +63,7 @@ def _matrix(e):
     if kind == 'csr_matrix': return _Csr(e['data'], e['indices'], e['indptr'], e.attrs['shape'][1])
     return _Turned(e, tuple(e.attrs['shape'])) if kind == 'csc_matrix' else e
 
-# %% ../nbs/01a_sources.ipynb #af76cb59
+# %% ../nbs/01a_sources.ipynb #eb05a1b4
 def _column(e, rows=slice(None)):
     "Some rows of one column of a table in an .h5ad"
     kind = e.attrs.get('encoding-type', 'array')
@@ -81,6 +82,7 @@ def _table(g, rows=slice(None), columns=None):
     index = pd.Index(_column(g[key], rows), name=None if key in ('_index', 'index') else key)
     return pd.DataFrame({c: _column(g[c], rows) for c in g.attrs['column-order'] if columns is None or c in columns}, index)
 
+# %% ../nbs/01a_sources.ipynb #0418c7d2
 class _Window:
     "Rows of a table on disk, and some that come after them: blocks are asked for in order"
     def __init__(self, g, n): self.g, self.n, self.held, self.lock = g, n, (0, 0, None), Lock()
@@ -109,7 +111,7 @@ def _store(g, table):
     X = _matrix(g['X']) if 'X' in g and g['X'].attrs.get('encoding-type') != 'null' else None
     return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']), table(g['var']))
 
-# %% ../nbs/01a_sources.ipynb #56ccf2a2
+# %% ../nbs/01a_sources.ipynb #a5106ba8
 def _h5ad(path):
     import h5py
     f = h5py.File(path, rdcc_nbytes=1 << 20)  # every piece is read once: a large cache is memory for nothing
@@ -122,7 +124,7 @@ def _zarr(path):
     from anndata.io import read_elem
     return _store(zarr.open_group(path, mode='r'), read_elem)
 
-# %% ../nbs/01a_sources.ipynb #5304df93
+# %% ../nbs/01a_sources.ipynb #2adc0904
 def _loom(path):
     import h5py
     f = h5py.File(path)
@@ -159,7 +161,7 @@ def _adata(a):
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
     return _opened(turn(a.X), Layers.fromkeys(a.layers), raw, a.obs, a.var)
 
-# %% ../nbs/01a_sources.ipynb #ee0cae9e
+# %% ../nbs/01a_sources.ipynb #ff4ff966
 _readers = {'.h5ad': _h5ad, '.zarr': _zarr, '.loom': _loom, '.h5': _10x_h5, '10x': _10x_mtx}
 
 def _kind(path):
@@ -197,7 +199,7 @@ def read_any(
     except CountsError: raise
     except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
 
-# %% ../nbs/01a_sources.ipynb #17d84b14
+# %% ../nbs/01a_sources.ipynb #39b5354b
 _held = OrderedDict() # sources whose file is open, the longest unused first; not kept alive by this
 
 def _let_go(source, most=16):
@@ -255,7 +257,7 @@ class Source:
     @property
     def where(self): return self._chosen[2]
 
-# %% ../nbs/01a_sources.ipynb #23fb4122
+# %% ../nbs/01a_sources.ipynb #2098df4e
 @patch
 def block(self:Source,
     a:int, # first cell
@@ -282,7 +284,7 @@ def fingerprint(self:Source)->str: # 16 hexadecimal characters
     files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
 
-# %% ../nbs/01a_sources.ipynb #dada875b
+# %% ../nbs/01a_sources.ipynb #1a752b26
 def _natural(path): return [int(w) if w.isdigit() else w for w in re.split(r'(\d+)', str(path))]
 
 def _found(files, what):
@@ -326,7 +328,7 @@ def _named(inputs):
             if names.count(names[i]) > 1: s.name = how(s, i)
     return inputs
 
-# %% ../nbs/01a_sources.ipynb #1eeaa02a
+# %% ../nbs/01a_sources.ipynb #eec85821
 def shards(
     inputs:list, # of `Source`
     rows:int, # cells in a shard

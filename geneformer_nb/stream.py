@@ -17,7 +17,7 @@ from .scale import ahead, cores, run_shards
 from .sources import Source, shards, sources
 from .tokenizer import Encoder, add_books, carried, check_options, gate_file, settle
 
-# %% ../nbs/04a_stream.ipynb #24b1c20d
+# %% ../nbs/04a_stream.ipynb #15be8119
 class _Shard:
     "Tokenise one shard; an object, so that processes and machines can receive it"
     def __init__(self, inputs, plan, encoder, layout, min_match, block, threads):
@@ -27,7 +27,13 @@ class _Shard:
         k, a, b = self.plan[i]
         write_shard(i, path, self.inputs[k], a, b, self.encoder, self.layout, self.min_match, self.block, self.threads)
 
-def write_shard(i, path, source, a, b, encoder, layout, min_match, block, threads, **more):
+def write_shard(
+    i:int, path, # number of the shard, and the file it becomes
+    source:Source, a:int, b:int, # an input, and which of its cells
+    encoder:Encoder, layout, # from counts to cells, from cells to columns
+    min_match:float, block:int, threads:int, # as in `tokenize_to`
+    **more, # for its line
+):
     "Cells a to b of a source as an Arrow file, and the line about it"
     import pyarrow as pa
     books, tokens, kept, own = {}, 0, 0, local()  # a thread reads into the same memory again
@@ -44,13 +50,14 @@ def write_shard(i, path, source, a, b, encoder, layout, min_match, block, thread
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
-# %% ../nbs/04a_stream.ipynb #43108897
+# %% ../nbs/04a_stream.ipynb #de9b4ae8
 def _lines(folder):
     "{shard: what its line says} of a folder, finished or not"
     said = (folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists() else []
     try: return {x['shard']: x for x in map(json.loads, said + [f.read_text() for f in folder.glob('shard-*.json')])}
     except (ValueError, KeyError, TypeError) as e: raise StorageError(f"shards.jsonl of '{folder.name}' is damaged: delete the folder and run again.") from e
 
+# %% ../nbs/04a_stream.ipynb #5f49283c
 def _done(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
 
 def _finish(folder, n, layout, encoder):
@@ -69,6 +76,7 @@ def _finish(folder, n, layout, encoder):
     for i in range(n): (folder/f'shard-{i:05d}.json').unlink(missing_ok=True)
     return Corpus(folder)
 
+# %% ../nbs/04a_stream.ipynb #47353cc7
 class Corpus:
     "A finished folder of tokenised shards"
     def __init__(self,
@@ -100,7 +108,7 @@ class Corpus:
         "All cells, a few thousand at a time, mapped from disk"
         return Cells.parts(self.folder, self.vocabulary)
 
-# %% ../nbs/04a_stream.ipynb #49fbcac8
+# %% ../nbs/04a_stream.ipynb #0e10e4a7
 def tokenize_to(
     data, # as `tokenize` takes it: file, folder, pattern, list of these; AnnData; iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
@@ -132,7 +140,7 @@ def tokenize_to(
     if len(done) < len(plan): return None
     return _finish(folder, len(plan), layout, encoder)
 
-# %% ../nbs/04a_stream.ipynb #756cb283
+# %% ../nbs/04a_stream.ipynb #40d2c6e0
 def _encoder(vocabulary, inputs, obs, options):
     "The encoder of all inputs; what would fail in a shard fails here"
     if lost := set(options) - {'genes', 'orthologs', 'keep', 'special', 'max_len', 'counts', 'uncropped', 'collapse'}: raise GeneformerError(
@@ -150,6 +158,7 @@ def _facts(encoder, layer, logged, fractional, **more):
 
 def _lists(encoder): return ['counts'] * encoder.counts + ['input_ids_uncropped'] * encoder.uncropped
 
+# %% ../nbs/04a_stream.ipynb #6045f561
 def _obs_kinds(inputs, encoder):
     "One type a column over all files: whole and broken numbers make broken ones, other mixtures make words"
     kinds = {}
@@ -162,6 +171,7 @@ def _bytes(inputs):
     "Bytes the tokens will take, where the inputs say how many counts they hold"
     return sum(4 * int(X.indptr[-1]) for s in inputs if hasattr(X := s._chosen[0], 'indptr') and isinstance(X.indptr, np.ndarray))
 
+# %% ../nbs/04a_stream.ipynb #e67c68ae
 def _from_stream(data, vocabulary, folder, executor, part, layer, logged, fractional, obs, min_match, block, workers, options):
     "One shard for each AnnData that an iterator gives; a shard that is there is passed over when its cells are the same"
     if executor != 'serial' or part: raise GeneformerError("An iterator is gone through once, by one process: use executor='serial' and no part, or write files first.")

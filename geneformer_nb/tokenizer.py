@@ -110,22 +110,22 @@ class Sequences:
             np.add(genes[s:s + m], self.k, out=self.tokens[a:a + m], casting='unsafe')
     def __iter__(self): yield from (self.tokens[:self.offsets[-1]], self.offsets)  # tokens, offsets
 
-# %% ../nbs/04_tokenizer.ipynb #5000af22
+# %% ../nbs/04_tokenizer.ipynb #b036311e
 @dataclass
 class Encoder:
     "From a block of counts to cells; made by `tokenize` and `tokenize_to`, whose options these are"
     vocabulary: Vocabulary
     carry: dict # {obs column: name among the cells}
-    genes: str = None
-    keep: str = 'filter_pass'
-    special: bool = None
-    max_len: int = None
-    counts: bool = False
-    uncropped: bool = False
-    collapse: bool = True
-    orthologs: object = None
-    keep_empty: bool = False
-    file: bool = False
+    genes: str = None # column of var that names the genes
+    keep: str = 'filter_pass' # obs column that says which cells to keep
+    special: bool = None # <cls> and <eos> around each cell? None as the vocabulary says
+    max_len: int = None # longest cell in tokens; None as the vocabulary says
+    counts: bool = False # also counts per 10,000
+    uncropped: bool = False # also all tokens, uncut
+    collapse: bool = True # sum rows of one gene
+    orthologs: object = None # table of genes and human genes
+    keep_empty: bool = False # keep cells without a known gene
+    file: bool = False # say in obs which input a cell is from
 
     def __post_init__(self):
         v = self.vocabulary
@@ -196,7 +196,7 @@ def _levels(X, gene, totals, tokens, offsets, vocabulary):
         wide[at] = 0
     return out
 
-# %% ../nbs/04_tokenizer.ipynb #20ef3ded
+# %% ../nbs/04_tokenizer.ipynb #db9c05a7
 def carried(
     inputs, # `Source`s
     obs=None, # columns wanted: None, a name, names, or {name: new name}
@@ -225,13 +225,23 @@ def carried(
         f"Two columns would be called {twice[0]!r} (n_counts is computed): give one another name.")
     return obs
 
-def check_options(min_match, **numbers):
+# %% ../nbs/04_tokenizer.ipynb #e003c6ce
+def check_options(
+    min_match, # smallest share of the counts on known genes
+    **numbers, # whole numbers from 1 up, by name
+):
     "Raise `GeneformerError` for numbers that are none, before the work"
     whole(**numbers)
     if isinstance(min_match, (str, bool)) or not isinstance(min_match, (int, float)) or not 0 <= min_match <= 1: raise GeneformerError(
         f"min_match={min_match!r} is a share of the counts, from 0 to 1.")
 
-def gate_file(match, vocabulary, least, name=None, books=None):
+def gate_file(
+    match, # `GeneMatch` of a file
+    vocabulary:Vocabulary, # for the sentence
+    least:float, # smallest share of the counts on known genes
+    name:str=None, # of the file, where there are several
+    books:dict=None, # what was counted; None judges by the genes
+):
     "`GeneMatch.gate`, by the counts of `books` where they are given, with the file in the sentence"
     if books is not None:
         match.counts_matched = books['known'] / (books['total'] or 1)
@@ -249,7 +259,7 @@ def add_books(
     out = {k: sums.get(k, 0) + books[k] for k in ('cells', 'failed', 'known', 'total', 'off', 'n_empty')}
     return out | dict(empty=(sums.get('empty', []) + books['empty'])[:5], source=books['source'])
 
-# %% ../nbs/04_tokenizer.ipynb #df8ad28c
+# %% ../nbs/04_tokenizer.ipynb #60e51342
 def settle(
     books:dict, # {file: sums of what `Encoder` saw}
     keep:str, # obs column that says which cells to keep
@@ -266,7 +276,7 @@ def settle(
     if t['n_empty'] and not keep_empty: say(f"{t['n_empty']} of {t['cells']} cells hold no gene of the vocabulary and were dropped: "
                                             f"{', '.join([c for b in books.values() for c in b['empty']][:5])}.")
 
-# %% ../nbs/04_tokenizer.ipynb #bcd1c933
+# %% ../nbs/04_tokenizer.ipynb #203ec7db
 def tokenize(
     data, # AnnData with raw counts; a file (.h5ad, .zarr, .loom, 10x), folder or pattern; a list of these; an iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
