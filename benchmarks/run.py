@@ -42,7 +42,8 @@ BENCHMARKS = {  # name: (title, case, size, tiny size)
                      dict(cells=3, tokens=70, **small)),
     'shift': ('goal-state statistics, as the official code defines them', cases.Shift, dict(cells=100, genes=400),
               dict(cells=10, genes=20))}
-GPU = [('cell embeddings on a GPU', 'any'), ('deletion of every gene on a GPU', 'any')]
+GPU = [('cell embeddings on a GPU', 'any'), ('deletion of every gene on a GPU', 'any'), ('ranking on a GPU', 'any')] + [
+    (f'pretraining on a GPU, share of the bfloat16 peak (model FLOP utilisation), {m}', 'any') for m in ('V1-10M', 'V2-104M', 'V2-316M')]
 
 
 def peak_memory():
