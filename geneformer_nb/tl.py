@@ -93,7 +93,7 @@ def finetune(
     adata.obs[key_added] = pd.Categorical(clf.split)
     return clf
 
-# %% ../nbs/51_tl.ipynb #4f19b0e8
+# %% ../nbs/51_tl.ipynb #d547aa31
 def predict(
     adata, # AnnData with ranks, or with raw counts
     *,
@@ -113,7 +113,7 @@ def predict(
     p = clf.predict(cells)
     out = adata.copy() if copy else adata
     out.obs[f'{key_added}_pred'] = pd.Categorical(p['predicted'], categories=clf.classes)
-    out.obsm[f'{key_added}_proba'] = p[clf.classes].to_numpy(np.float32)
+    out.obsm[f'{key_added}_proba'] = p[clf.columns].to_numpy(np.float32)
     out.uns[f'{key_added}_classes'] = np.array(clf.classes, dtype=object)
     return out if copy else None
 
