@@ -92,7 +92,8 @@ def test_command_line(tmp_path):
     assert not out.returncode and 'BertForMaskedLM' in out.stdout, out.stdout + out.stderr
     same = pretrain(cells, Geneformer.from_pretrained(tmp_path/'start'), steps=2, batch=8, device='cpu', args=dict(max_grad_norm=.5))
     got = Geneformer.from_pretrained(tmp_path/'m')
-    assert all(torch.equal(a, b) for a, b in zip(same.hf.state_dict().values(), got.hf.state_dict().values()))
+    apart = max(float((a - b).abs().max()) for a, b in zip(same.hf.state_dict().values(), got.hf.state_dict().values()))
+    assert apart < 1e-5, apart  # another process: libraries loaded by other tests may round otherwise
     out = subprocess.run([*map(str, words), '--mask', '2'], capture_output=True, text=True, env=env)
     assert out.returncode and out.stderr.strip().startswith('geneformer-nb: mask lies between'), out.stderr
 
