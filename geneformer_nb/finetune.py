@@ -256,19 +256,13 @@ def _finetune(model, cells, label, donor, task, split, adata, most, drop_rare, p
     clf.scores = pd.DataFrame({'Geneformer, fine-tuned': own} | base).T
     return clf
 
-# %% ../nbs/11_finetune.ipynb #4988dbc3
+# %% ../nbs/11_finetune.ipynb #9bb238a0
 @patch
 def save(self:CellModel,
     folder, # gets encoder (or only its adapters), head.safetensors, classes.json
 )->Path: # the folder
     "Write encoder, head and what it answers; with adapters they stand for the encoder"
-    lora = getattr(self.encoder, 'lora', None)
-    if getattr(self.encoder, 'quantised', None) and not lora:
-        raise GeneformerError("A quantised encoder cannot be saved: save the full-precision one.")
-    folder = save_lora(self.encoder, folder) if lora else self.encoder.save_pretrained(folder)
-    state = {f'{k}.{n}': v.detach().cpu().contiguous() for k, m in self.parts.items() for n,
-        v in m.state_dict().items()}
-    save_file(state, folder/'head.safetensors')
+    folder = _save_parts(self.encoder, self.parts, folder)
     write_json(folder/'classes.json', dict(head=self.task.kind, pool=self.pool, label=self.label, **self.task.state()))
     return folder
 
@@ -279,18 +273,30 @@ def load(cls:CellModel,
     encoder:Geneformer=None, # only for adapters: the encoder they were trained on
 )->CellModel:
     "Read what `save` wrote; raises `MissingDataError`, `VocabularyError`, `GeneformerError`"
-    folder = Path(folder)
-    if not (folder/'classes.json').exists():
-        raise MissingDataError(f"There is no classifier in '{folder.name}' (no classes.json): it is what "
-                               "CellClassifier.save writes.")
-    said = json.loads((folder/'classes.json').read_text())
+    folder, said = _said(folder, 'classes.json', 'classifier', ': it is what CellClassifier.save writes')
     enc, label, pool = _saved_encoder(folder, device, encoder), said.pop('label', None), said.pop('pool')
     out = _cell_model(enc, type(make_head(said.pop('head', 'classes'), None))(**said), pool)
     _load_parts(out.parts, folder)
     out.label = label
     return out
 
-# %% ../nbs/11_finetune.ipynb #9839ac24
+# %% ../nbs/11_finetune.ipynb #0a0739f8
+def _save_parts(encoder, parts, folder):
+    "Write an encoder, or only its adapters, and what stands on it (parts by name); the folder"
+    lora = getattr(encoder, 'lora', None)
+    if getattr(encoder, 'quantised', None) and not lora:
+        raise GeneformerError("A quantised encoder cannot be saved: save the full-precision one.")
+    folder = save_lora(encoder, folder) if lora else encoder.save_pretrained(folder)
+    state = {f'{k}.{n}': v.detach().cpu().contiguous() for k, m in parts.items() for n, v in m.state_dict().items()}
+    save_file(state, folder/'head.safetensors')
+    return folder
+
+def _said(folder, name, what, hint=''):
+    "(the folder of something saved, what its own file says)"
+    folder = Path(folder)
+    if not (folder/name).exists(): raise MissingDataError(f"There is no {what} in '{folder.name}' (no {name}){hint}.")
+    return folder, json.loads((folder/name).read_text())
+
 def _saved_encoder(folder, device, encoder):
     "The encoder of a saved classifier, with its adapters where it has some"
     if not (folder/'adapter.json').exists(): return Geneformer.from_pretrained(folder, device=device)
@@ -318,7 +324,7 @@ def merge(self:CellModel)->CellModel: # a copy without adapters
     out.encoder = merge_lora(self.encoder)
     return out
 
-# %% ../nbs/11_finetune.ipynb #80b776ac
+# %% ../nbs/11_finetune.ipynb #a293a3a4
 @patch
 def predict_adata(self:CellModel,
     adata, # AnnData with counts; gets the columns
@@ -331,8 +337,11 @@ def predict_adata(self:CellModel,
         warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: they get no prediction.",
             stacklevel=2)
     table, key = self.predict(cells), key or f"geneformer_{self.label or 'predicted'}"
-    if not isinstance(self.task, Classes): adata.obs[key] = table['predicted'].to_numpy()
-    else:
-        adata.obs[key] = pd.Categorical(table['predicted'], categories=self.task.classes)
-        adata.obs[f'{key}_probability'] = table[self.task.columns].to_numpy().max(1)
+    _tell(adata, key, self.task, table)
     return table
+
+def _tell(adata, key, task, table):
+    "Put an answer into obs, with its probability where there are classes"
+    if not isinstance(task, Classes): adata.obs[key] = table['predicted'].to_numpy(); return
+    adata.obs[key] = pd.Categorical(table['predicted'], categories=task.classes)
+    adata.obs[f'{key}_probability'] = table[task.columns].to_numpy().max(1)

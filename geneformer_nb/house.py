@@ -6,8 +6,8 @@
 __all__ = ['sets', 'house_recipe', 'house_cells', 'hold_out', 'cut', 'RankFrequency', 'judge', 'summary', 'gene_vectors', 'begin',
            'house_folder', 'house_model', 'house_scores', 'main']
 
-# %% ../nbs/08b_house.ipynb #080d0899
-import argparse, json, os, shutil, sys
+# %% ../nbs/08b_house.ipynb #a5f5a16a
+import argparse, shutil, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -17,7 +17,7 @@ from .cells import Cells, ragged, spans
 from .core import GeneformerError, MissingDataError, atomic, check_folder, digest, write_json
 from .genes import Vocabulary
 from .model import Geneformer
-from .pretrain import MaskedRanks, _guess, pretrain
+from .pretrain import MaskedRanks, _finished, _guess, pretrain
 from .tokenizer import tokenize
 
 # %% ../nbs/08b_house.ipynb #c6b232b9
@@ -212,21 +212,14 @@ house_recipe = dict(
     stages=[dict(ranks=512, steps=2400, batch=4, lr=3e-3, warmup=50),
             dict(ranks=2048, steps=300, batch=4, lr=1e-3, warmup=20)])
 
-# %% ../nbs/08b_house.ipynb #7095a8da
+# %% ../nbs/08b_house.ipynb #5dc18721
 def house_folder(
     recipe:dict=None, # changes of `house_recipe`
     seed:int=0, # of split, weights, order and masks
 )->Path: # in the user's cache
     "Where the house model of a recipe lies, or will lie"
     files = {n: realdata.registry[n].files for n in [*sets, 'genecorpus500', 'official']}
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-    return cache/'geneformer_nb'/'models'/f'house-{digest(house_recipe | (recipe or {}), seed, files)}'
-
-def _load(folder, device):
-    "A finished model, with its history"
-    model = Geneformer.from_pretrained(folder, device=device)
-    model.history = pd.DataFrame(json.loads((folder/'history.json').read_text()))
-    return model
+    return realdata._cache_folder()/'models'/f'house-{digest(house_recipe | (recipe or {}), seed, files)}'
 
 def _cells(cells, seed):
     "Cells with a split, those given or all; raises `MissingDataError`"
@@ -238,7 +231,7 @@ def _cells(cells, seed):
         raise GeneformerError("cells need an obs column split with 'train' and 'held out': see hold_out.")
     return tuple(cells[(cells.obs['split'] == s).to_numpy()] for s in ('train', 'held out'))
 
-# %% ../nbs/08b_house.ipynb #f446f994
+# %% ../nbs/08b_house.ipynb #79067b5b
 def house_model(
     folder=None, # where it lies or is to be made; None: in the user's cache, see `house_folder`
     *,
@@ -252,7 +245,7 @@ def house_model(
     if folder is None and cells is not None:
         raise GeneformerError("With cells of your own, name a folder for the model.")
     r, folder = house_recipe | (recipe or {}), Path(folder).expanduser() if folder else house_folder(recipe, seed)
-    if (folder/'history.json').exists(): return _load(folder, device)
+    if (folder/'history.json').exists(): return _finished(folder, device)
     train, _ = _cells(cells, seed)
     check_folder(folder, 20 * 30_000 * r['shape']['hidden_size'])
     if not (folder/'start').exists():  # kept, since the last bits of the start depend on the number of threads
@@ -269,7 +262,7 @@ def house_model(
     model.save_pretrained(folder)
     write_json(folder/'history.json', log)  # last: what makes the folder a finished model
     for name in ['start', *(f'stage{i + 1}' for i in range(len(r['stages'])))]: shutil.rmtree(folder/name)
-    return _load(folder, device)
+    return _finished(folder, device)
 
 # %% ../nbs/08b_house.ipynb #59a074f8
 def house_scores(

@@ -5,19 +5,16 @@
 # %% auto #0
 __all__ = ['MultiTask', 'finetune_tasks']
 
-# %% ../nbs/11c_multitask.ipynb #43d2e388
-import json, warnings
+# %% ../nbs/11c_multitask.ipynb #c11e6bb1
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from safetensors.torch import save_file
-from .adapters import save_lora
 from .cells import Cells, _need_cells
-from .core import GeneformerError, LeakError, MissingDataError, write_json
+from .core import GeneformerError, LeakError, write_json
 from .evaluate import audit_split, split_donors
-from .finetune import CellModel, _Labelled, _fit, _learner, _load_parts, _plan, _saved_encoder, _sides
-from .heads import AttentionPool, Classes, Head, make_head
-from .model import Geneformer, pool_cells
+from .finetune import CellModel, _Labelled, _fit, _learner, _load_parts, _plan, _said, _save_parts, _saved_encoder, _sides, _tell
+from .heads import AttentionPool, Classes, make_head
+from .model import Geneformer
 from .tokenizer import tokenize
 
 # %% ../nbs/11c_multitask.ipynb #399163a4
@@ -52,7 +49,7 @@ class MultiTask:
         return total
     def __repr__(self): return f"MultiTask of {', '.join(self.tasks)} ({self.pool}) over {self.encoder}"
 
-# %% ../nbs/11c_multitask.ipynb #c79cadb1
+# %% ../nbs/11c_multitask.ipynb #b1f8fb84
 @patch
 def predict(self:MultiTask,
     cells:Cells, # tokenised with the encoder's vocabulary
@@ -75,11 +72,7 @@ def predict_adata(self:MultiTask,
     "Predict every task for every cell of an AnnData, in its order"
     tables = self.predict(tokenize(adata, self.encoder.vocabulary, **(dict(obs=[], keep=None, keep_empty=True)
         | kwargs)))
-    for label, t in tables.items():
-        named = isinstance(task := self.tasks[label], Classes)
-        adata.obs[f'{prefix}{label}'] = pd.Categorical(t['predicted'],
-            categories=task.classes) if named else t['predicted'].to_numpy()
-        if named: adata.obs[f'{prefix}{label}_probability'] = t[task.columns].to_numpy().max(1)
+    for label, t in tables.items(): _tell(adata, f'{prefix}{label}', self.tasks[label], t)
     return tables
 
 # %% ../nbs/11c_multitask.ipynb #3c4426d3
@@ -170,16 +163,13 @@ def _task_scores(m, cells, donor):
         rows[label] = t.score(own[label], held[label][known], own[donor] if donor else None)
     return pd.DataFrame(rows).T
 
-# %% ../nbs/11c_multitask.ipynb #b8b0c342
+# %% ../nbs/11c_multitask.ipynb #3d19a4a3
 @patch
 def save(self:MultiTask,
     folder, # as of a `CellModel`, with tasks.json
 )->Path: # the folder
     "Write encoder, pooling and all heads"
-    folder = save_lora(self.encoder, folder) if getattr(self.encoder, 'lora',
-        None) else self.encoder.save_pretrained(folder)
-    save_file({f'{k}.{n}': v.detach().cpu().contiguous() for k, m in self.parts.items() for n,
-        v in m.state_dict().items()}, folder/'head.safetensors')
+    folder = _save_parts(self.encoder, self.parts, folder)
     write_json(folder/'tasks.json', dict(pool=self.pool, tasks=[dict(label=k, head=h.kind, state=h.state()) for k,
         h in self.tasks.items()]))
     return folder
@@ -191,10 +181,7 @@ def load(cls:MultiTask,
     encoder:Geneformer=None, # only for adapters: the encoder they were trained on
 )->MultiTask:
     "Read a model of several tasks; raises `MissingDataError`, `VocabularyError`"
-    folder = Path(folder)
-    if not (folder/'tasks.json').exists():
-        raise MissingDataError(f"There is no model of several tasks in '{folder.name}' (no tasks.json).")
-    said = json.loads((folder/'tasks.json').read_text())
+    folder, said = _said(folder, 'tasks.json', 'model of several tasks')
     out = cls(_saved_encoder(folder, device, encoder), {t['label']: type(make_head(t['head']))(**t['state'])
         for t in said['tasks']}, said['pool'])
     _load_parts(out.parts, folder)

@@ -101,20 +101,23 @@ _model = dict(
 
 registry = {**_counts, **_lists, **_model} # {name: DataSet}
 
-# %% ../nbs/06_realdata.ipynb #2958b123
+# %% ../nbs/06_realdata.ipynb #2e89fbef
+def _cache_folder()->Path:
+    "The cache of this library in the user's home, or in XDG_CACHE_HOME"
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'geneformer_nb'
+
 def data_folder()->Path: # `data/` of the folder GENEFORMER_NB_DATA names, else the user's cache
     "Where new data belong; raises `MissingDataError` when GENEFORMER_NB_DATA names a folder that is not there"
     if not (named := os.environ.get('GENEFORMER_NB_DATA')):
-        return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'geneformer_nb'/'data'
+        return _cache_folder()/'data'
     if not Path(named).is_dir():
         raise MissingDataError("GENEFORMER_NB_DATA names a folder that does not exist: mend or unset it.")
     return Path(named)/'data'
 
 def _folders():
     "The places to look in, and how to call them"
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'geneformer_nb'/'data'
     named = [('GENEFORMER_NB_DATA', data_folder())] if os.environ.get('GENEFORMER_NB_DATA') else []
-    return [*named, ('cache', cache)]
+    return [*named, ('cache', _cache_folder()/'data')]
 
 # %% ../nbs/06_realdata.ipynb #1de7afe7
 def _known(name):

@@ -150,7 +150,7 @@ class Encoder:
             self._last = last = var, m
         return last[1]
 
-# %% ../nbs/04_tokenizer.ipynb #681d53ff
+# %% ../nbs/04_tokenizer.ipynb #a485b8ba
 def _disagree(obs, totals, source):
     "Cells whose own `n_counts` is not the sum of their counts"
     if 'n_counts' not in obs or 'expm1' in source: return 0
@@ -168,14 +168,14 @@ def __call__(self:Encoder,
     if passed is not None and not passed.all(): X, obs = X[passed], obs[passed]
     totals = np.asarray(X.sum(1, dtype=np.float64)).ravel()
     known = totals.sum() if (m.index >= 0).all() else (X @ (m.index >= 0).astype(np.float32)).sum(dtype=np.float64)
-    cut, uncut = Sequences(n := np.diff(X.indptr), v, self.special, self.max_len), Sequences(n if self.uncropped else [], v, False, 2**31)
+    n = np.diff(X.indptr)
+    written = [Sequences(n, v, self.special, self.max_len)] + ([Sequences(n, v, False, 2**31)] if self.uncropped else [])
     for some in _ranked(X, m.index, v.medians):
-        cut.add(*some)
-        if self.uncropped: uncut.add(*some)
-    tokens, offsets = cut
+        for w in written: w.add(*some)
+    tokens, offsets = written[0]
     lists = {}
     if self.counts: lists['counts'] = _levels(X, m.index, totals, tokens, offsets, v), offsets
-    if self.uncropped: lists['input_ids_uncropped'] = tuple(uncut)
+    if self.uncropped: lists['input_ids_uncropped'] = tuple(written[1])
     out = obs[list(self.carry)].rename(columns=self.carry).assign(n_counts=totals)
     if self.file: out['file'] = b.name
     cells, empty = Cells(tokens, offsets, out, v.hash, self.special, v, lists=lists), np.diff(offsets) == 0
