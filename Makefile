@@ -45,7 +45,7 @@ test: $(STAMP) data
 	@$(BIN)/python .ci/nb.py skips
 	@$(BIN)/nbdev_test --n_workers 2 --timing $(FLAGS)
 	@echo "--- pytest"
-	@$(BIN)/python -m pytest -rs tests
+	@$(BIN)/python -m pytest -rs -n 2 --dist loadfile tests
 
 data:
 	@if [ -d "$$GENEFORMER_NB_DATA" ]; then echo "real data: here, realdata cells and golden tests run $(FLAGS)"; \

@@ -294,7 +294,7 @@ class Clock:
 
 class Pretrain(Embed):
     "Seconds of a training step; the loss of both on the same masked cells, without dropout, is compared"
-    threads = 2
+    threads, what = 2, 'head on hidden genes only'
 
     def prepare(self, folder, cells, tokens, preset='V1-10M', genes=25_424):
         return data.prepare_model(folder, cells, tokens, preset, genes, cells)
@@ -328,10 +328,43 @@ class Pretrain(Embed):
     def bound(self, folder, out):
         import torch
         total, rate = self.flops(folder), matmul_rate()
-        return total / rate, (f'{total / 1e9:,.0f} GFLOP forward and backward, head on hidden genes only, at {rate / 1e9:.0f} GFLOP/s '
+        return total / rate, (f'{total / 1e9:,.0f} GFLOP forward and backward, {self.what}, at {rate / 1e9:.0f} GFLOP/s '
                               f'(matrix product on {torch.get_num_threads()} thread(s))')
 
     def equal(self, folder, out, a, b): return 'loss before training: ' + matched(a, b, 1e-3)
+
+
+class FinetuneGenes(Pretrain):
+    "Seconds of a step of the classifier of genes, 4 of 6 layers frozen; the loss of both before training is compared"
+    threads, frozen, what = 1, 4, 'backward through the layers that learn'
+
+    def ours(self, folder, out, steps=3):
+        from geneformer_nb.cells import Cells
+        from geneformer_nb.gene_labels import GeneClassifier, finetune_genes
+        from geneformer_nb.model import Geneformer
+        import torch
+        model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
+        v, word = model.vocabulary, naive.token_labels([range(model.vocabulary.n_tokens)], model.vocabulary.n_tokens)[0]
+        classes = {c: v.gene(np.flatnonzero(word == i)) for i, c in enumerate('ab')}
+        with torch.inference_mode():
+            loss = GeneClassifier(model, classes).loss(torch.from_numpy(cells.tokens), cells.offsets, torch.from_numpy(word[cells.tokens])).item()
+        side = {g: 'test' if i % 50 == 0 else 'train' for c in classes.values() for i, g in enumerate(c)}
+        with Clock() as clock: finetune_genes(model, cells, classes, split=side, freeze_layers=min(self.frozen, model.config.num_hidden_layers - 1),
+                                              steps=steps, batch=len(cells), balance=False)
+        return clock.step, np.array([loss])
+
+    def reference(self, folder, out, steps=3):
+        import torch
+        hf, cells = naive.token_classifier(folder), cells_of(folder)
+        rows = list(zip(map(np.array, cells), naive.token_labels(cells, hf.config.vocab_size)))
+        with torch.inference_mode(): loss = hf.eval()(**naive.padded(rows)).loss.item()
+        with Clock() as clock: naive.train_tokens(hf, rows, len(cells), steps, min(self.frozen, hf.config.num_hidden_layers - 1), out)
+        return clock.step, np.array([loss])
+
+    def flops(self, folder):
+        layers = json.load(open(folder/'config.json'))['num_hidden_layers']
+        top = layers - min(self.frozen, layers - 1)  # learnt: there and back; the others only there
+        return sum(encoder_flops(folder, len(x), back=0) + 2 * encoder_flops(folder, len(x), back=layers - top) for x in cells_of(folder))
 
 
 # ---- statistics

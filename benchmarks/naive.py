@@ -117,6 +117,38 @@ def pretrain(hf, cells, batch, steps, folder):
     Trainer(model=hf, args=args, train_dataset=data, data_collator=collate).train()
 
 
+# ---- classes of genes: the stock token classifier, lowest layers frozen
+
+def token_labels(cells, n_words):
+    "One of two classes for every tenth word, by its number; -100 elsewhere"
+    word = np.full(n_words, -100)
+    word[10::20], word[20::20] = 0, 1
+    return [word[np.array(c)] for c in cells]
+
+
+def token_classifier(folder, classes=2, seed=0):
+    "The stock model with a linear head on every token"
+    import torch
+    from transformers import BertForTokenClassification
+    hf = BertForTokenClassification.from_pretrained(folder, num_labels=classes)
+    torch.manual_seed(seed)
+    hf.classifier = torch.nn.Linear(hf.config.hidden_size, classes)
+    torch.nn.init.zeros_(hf.classifier.bias)
+    return hf
+
+
+def train_tokens(hf, rows, batch, steps, frozen, folder):
+    "Train with the stock Trainer, the parameters of the lowest layers frozen, the rest as it comes"
+    from transformers import Trainer, TrainingArguments
+    for layer in hf.bert.encoder.layer[:frozen]:
+        for p in layer.parameters(): p.requires_grad = False
+    data = [dict(input_ids=s, labels=l) for s, l in rows]
+    args = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=batch, max_steps=steps, learning_rate=5e-5, seed=0,
+                             weight_decay=.001, report_to='none', save_strategy='no', disable_tqdm=True, use_cpu=True)
+    def collate(items): return padded([(i['input_ids'], i['labels']) for i in items])
+    Trainer(model=hf, args=args, train_dataset=data, data_collator=collate).train()
+
+
 # ---- deletion: a cell without each of its genes in turn
 
 def delete_each(hf, cell, variants, batch):

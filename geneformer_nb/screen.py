@@ -127,7 +127,7 @@ def _fold(k, cells, split, model, run, counts):
     p = clf.predict(cells[held])
     pred = pd.DataFrame(dict(truth=cells.obs[a['disease']].astype(str).to_numpy()[held], predicted=p['predicted'].to_numpy(),
                              donor=cells.obs[a['donor']].astype(str).to_numpy()[held]), index=p.index)
-    base = {n: pd.Series(x, p.index) for n, x in baselines(counts, a['disease'], split, a['donor'], **run['counts'])[1].items()}
+    base = {n: x['predicted'] for n, x in baselines(counts, a['disease'], split, a['donor'], **run['counts'])[1].items()}
     rows = held[np.isin(held, run['screened'])]
     if not len(rows): return pred, None, base
     raw = perturb_to(out/'perturb', clf.encoder, cells[rows], run['what'], states=states, layer='last', pool=clf.pool)
