@@ -2,7 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from geneformer_nb.core import GeneformerError, LeakError, MissingDataError
 from geneformer_nb.crossval import Comparison, cross_validate_cells, cross_validate_genes, fold_genes, untrained
-from geneformer_nb.evaluate import audit_split, baselines, calibration, chances, fold_donors, learners, split_donors
+from geneformer_nb.evaluate import audit_split, baselines, calibration, chances, fold_donors, learners, split_balanced, split_donors
 from geneformer_nb.gene_baselines import auc_draws, gene_auc, gene_baselines, gene_learners, gene_matrix
 from geneformer_nb.gene_labels import finetune_genes, gene_labels
 from geneformer_nb.genes import Vocabulary
@@ -66,6 +66,16 @@ def test_calibration_by_hand():
     assert abs(t.attrs['error'] - (.7 + 3 * (2.75 / 3 - 2 / 3)) / 4) < 1e-12
     for bad in ([.5, np.nan, .2, .1], [-.1] * 4):
         with says(GeneformerError, 'between 0 and 1'): calibration(list('aaaa'), list('aaaa'), bad)
+
+def test_the_best_split_is_kept(cohort):
+    "The official code takes the last trial when none passes"
+    obs = cohort.obs.assign(age=cohort.obs['donor'].cat.codes.astype(float) ** 3)
+    best = [float(split_balanced(obs, 'donor', ['age', 'batch'], 'disease', trials=n, least=0.)[1]['p'].min()) for n in (1, 5, 40)]
+    assert best == sorted(best) and best[0] < best[2]
+    a, b = (split_balanced(obs, 'donor', 'age', 'disease')[0] for _ in range(2))
+    assert (a == b).all() and audit_split(obs, a, 'donor', 'disease')['donors'].sum() == 12
+    with pytest.warns(UserWarning, match='age'): split_balanced(obs, 'donor', 'age', trials=1, least=1.1)
+    assert split_balanced(obs.assign(age=1.), 'donor', 'age')[1]['p'].iloc[0] == 1.
 
 # --- genes: features, baselines, areas
 
