@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from .core import GeneformerError, LeakError
 from .counts import counts_of
 
-# %% ../nbs/10_evaluate.ipynb #cc65060b
+# %% ../nbs/10_evaluate.ipynb #021af008
 def _need(obs, *columns):
     for c in columns:
         if c not in obs: raise GeneformerError(f"obs has no column {c!r} (it has {', '.join(map(str, obs.columns)) or 'none'}).")
@@ -41,9 +41,11 @@ def split_donors(
     for cls, names in per_class.items():
         if len(names) < 2: raise LeakError(f"Class {cls!r} of {label!r} has one donor only ({names[0]}): nothing can be held out for "
             "it. Bring more donors, or split by folds='cells' and call the result what it is.")
-        own = [n for n in names if of[n] == cls] or names
+        own = [n for n in names if of[n] == cls]
         k = min(max(1, round(test * len(own))), len(own) - 1) if len(own) > 1 else 0
         held += list(rng.permutation(own)[:k])
+    for names in per_class:  # a class that is no donor's commonest, such as a rare cell type: one who has it is enough
+        if not set(names) & set(held): held.append(rng.permutation(names)[0])
     return np.where(obs[donor].astype(str).isin(held), 'test', 'train')
 
 # %% ../nbs/10_evaluate.ipynb #5578f713

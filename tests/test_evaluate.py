@@ -77,6 +77,16 @@ def test_the_best_split_is_kept(cohort):
     with pytest.warns(UserWarning, match='age'): split_balanced(obs, 'donor', 'age', trials=1, least=1.1)
     assert split_balanced(obs.assign(age=1.), 'donor', 'age')[1]['p'].iloc[0] == 1.
 
+def test_a_third_of_the_donors_whatever_the_label():
+    "Cell types vary inside a donor: rare ones must be met in the test, and not fill it with donors"
+    rng = np.random.default_rng(0)
+    types = np.where(rng.random(900) < .7, 'T', rng.choice([f'rare{i}' for i in range(8)], 900))
+    obs = pd.DataFrame(dict(donor=np.arange(900) % 12, cell_type=types))
+    for seed in range(5):
+        split = split_donors(obs, 'donor', 'cell_type', seed=seed)
+        assert obs['donor'][split == 'test'].nunique() in (4, 5)
+        assert set(obs['cell_type'][split == 'test']) == set(types) == set(obs['cell_type'][split == 'train'])
+
 # --- genes: features, baselines, areas
 
 def test_gene_matrix_by_hand(cells, vocab):
