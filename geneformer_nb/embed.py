@@ -97,17 +97,21 @@ def embed(
     if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}: Geneformer.from_pretrained(…).")
     if vocabulary is not None and vocabulary.hash != model.vocabulary.hash:
         raise VocabularyError(f"The vocabulary given ({vocabulary.name!r}) is not the model's ({model.vocabulary.name!r}): leave it out.")
-    several = isinstance(layer, (list, tuple))
     cells = tokenize(adata, model.vocabulary, layer=counts_layer, logged=logged, genes=genes, obs=[], keep=None, keep_empty=True)
-    if n := int((cells.lengths == 0).sum()): warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: their "
-        "embedding is nan.", stacklevel=2)
     out = adata.copy() if copy else adata
+    _place(out, cells, model, layer, pool, key_added, dict(genes=str(cells.match)), kwargs)
+    return out if copy else None
+
+def _place(adata, cells, model, layer, pool, key_added, more, kwargs):
+    "Vectors of cells into obsm, and what they are into uns; a list of layers side by side"
+    if n := int((cells.lengths == 0).sum()): warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: their "
+        "embedding is nan.", stacklevel=3)
+    several = isinstance(layer, (list, tuple))
     for l, x in encode_layers(cells, model, layer if several else [layer], pool, **kwargs).items():
         key = f'{key_added}_{l}' if several else key_added
-        out.obsm[key] = x
-        out.uns[key] = dict(layer=str(l), pool=model.pooling(pool), vocabulary=model.vocabulary.name,
-            vocabulary_hash=model.vocabulary.hash, genes=str(cells.match), versions={k: str(v) for k, v in versions().items()})
-    return out if copy else None
+        adata.obsm[key] = x
+        adata.uns[key] = dict(layer=str(l), pool=model.pooling(pool), vocabulary=model.vocabulary.name, vocabulary_hash=model.vocabulary.hash,
+            versions={k: str(v) for k, v in versions().items()}) | more
 
 # %% ../nbs/09_embed.ipynb #9f2a5de4
 def cell_embeddings(

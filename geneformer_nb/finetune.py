@@ -332,13 +332,17 @@ def predict_adata(self:CellModel,
     **kwargs, # layer, logged, genes … as in `tokenize`
 )->pd.DataFrame: # the table of `predict`; adds obs[key], and obs[key + "_probability"] where there are classes
     "Predict for every cell of an AnnData, in its order; raises `CountsError`, `GeneMatchError`"
-    cells = tokenize(adata, self.encoder.vocabulary, **(dict(obs=[], keep=None, keep_empty=True) | kwargs))
-    if n := int((cells.lengths == 0).sum()):
-        warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: they get no prediction.",
-            stacklevel=2)
-    table, key = self.predict(cells), key or f"geneformer_{self.label or 'predicted'}"
+    table, key = self.predict(_cells_of(adata, self.encoder, kwargs)), key or f"geneformer_{self.label or 'predicted'}"
     _tell(adata, key, self.task, table)
     return table
+
+def _cells_of(adata, encoder, how):
+    "Every cell of an AnnData, in its order, tokenised for an encoder"
+    cells = tokenize(adata, encoder.vocabulary, **(dict(obs=[], keep=None, keep_empty=True) | how))
+    if n := int((cells.lengths == 0).sum()):
+        warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: they get no prediction.",
+            stacklevel=3)
+    return cells
 
 def _tell(adata, key, task, table):
     "Put an answer into obs, with its probability where there are classes"

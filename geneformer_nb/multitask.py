@@ -12,10 +12,9 @@ from fastcore.basics import patch
 from .cells import Cells, _need_cells
 from .core import GeneformerError, LeakError, write_json
 from .evaluate import audit_split, split_donors
-from .finetune import CellModel, _Labelled, _fit, _learner, _load_parts, _plan, _said, _save_parts, _saved_encoder, _sides, _tell
+from .finetune import CellModel, _Labelled, _cells_of, _fit, _learner, _load_parts, _plan, _said, _save_parts, _saved_encoder, _sides, _tell
 from .heads import AttentionPool, Classes, make_head
 from .model import Geneformer
-from .tokenizer import tokenize
 
 # %% ../nbs/11c_multitask.ipynb #399163a4
 class MultiTask:
@@ -70,8 +69,7 @@ def predict_adata(self:MultiTask,
     **kwargs, # layer, logged, genes … as in `tokenize`
 )->dict: # the tables of `predict`; adds obs[prefix + label], and the same + "_probability" where there are classes
     "Predict every task for every cell of an AnnData, in its order"
-    tables = self.predict(tokenize(adata, self.encoder.vocabulary, **(dict(obs=[], keep=None, keep_empty=True)
-        | kwargs)))
+    tables = self.predict(_cells_of(adata, self.encoder, kwargs))
     for label, t in tables.items(): _tell(adata, f'{prefix}{label}', self.tasks[label], t)
     return tables
 

@@ -6,12 +6,11 @@
 __all__ = ['embed', 'finetune', 'predict', 'perturb', 'screen']
 
 # %% ../nbs/51_tl.ipynb #ac814a52
-import warnings
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import GeneformerError
 from .counts import counts_of
-from .embed import embed as embed_counts, state_embeddings
+from .embed import _place, embed as embed_counts, state_embeddings
 from .evaluate import baselines as plain_baselines
 from .finetune import CellClassifier, finetune as finetune_cells
 from .model import Geneformer
@@ -42,9 +41,9 @@ def embed(
     adata, # AnnData with ranks, or with raw counts
     *,
     model, # Geneformer, or a checkpoint folder
-    layer='second_to_last', # layer of the model: "last", "second_to_last", or the official 0 and -1
+    layer='second_to_last', # layer of the model: "last", "second_to_last", or the official 0 and -1; a list of these
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
-    key_added:str='X_geneformer', # name in obsm and uns
+    key_added:str='X_geneformer', # name in obsm and uns; for a list of layers followed by each of them
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
     ranks:str='X_ranks', # where `pp.tokenize` put the ranks; used when they are of the model's vocabulary
     counts_layer:str=None, # layer of the AnnData with the counts, where they are ranked anew
@@ -58,12 +57,8 @@ def embed(
         return embed_counts(adata, model, layer=layer, pool=pool, key_added=key_added, copy=copy, counts_layer=counts_layer,
                             logged=logged, genes=genes, **kwargs)
     cells = ranked_cells(adata, model.vocabulary, key=ranks, obs=[])
-    if n := int((cells.lengths == 0).sum()): warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: their "
-        "embedding is nan.", stacklevel=2)
     out = adata.copy() if copy else adata
-    out.obsm[key_added] = model.encode(cells, layer=layer, pool=pool, **kwargs)
-    out.uns[key_added] = dict(layer=str(layer), pool=model.pooling(pool), vocabulary=model.vocabulary.name,
-                              vocabulary_hash=model.vocabulary.hash, ranks=ranks)
+    _place(out, cells, model, layer, pool, key_added, dict(ranks=ranks), kwargs)
     return out if copy else None
 
 # %% ../nbs/51_tl.ipynb #2797b099

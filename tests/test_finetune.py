@@ -325,6 +325,12 @@ def test_a_cell_counts_for_the_tasks_it_has(model, cells):
     loss([[nan, nan]] * 4).backward()
     assert all(p.grad.abs().sum() == 0 for p in b.heads.parameters())
 
+def test_several_tasks_say_which_cells_get_no_answer(model, cells, cohort):
+    m = finetune_tasks(model, cells, ['cell_type', 'disease'], 'donor', steps=1)
+    new = cohort[:10].copy(); new.X = new.X.toarray(); new.X[3] = 0
+    with pytest.warns(UserWarning, match='1 of 10 cells'): m.predict_adata(new)
+    assert new.obs['geneformer_disease'].isna().sum() == 1
+
 def test_scores_of_tasks_count_known_cells(model, cells):
     cells.obs['disease'] = cells.obs['disease'].astype(object).where(np.arange(120) % 2 == 0)
     m = finetune_tasks(model, cells, {'cell_type': 'classes', 'disease': 'classes', 'n_counts': 'regression'},

@@ -111,6 +111,15 @@ def test_a_whole_day(ranked, model, tmp_path):
     ranked.write_h5ad(tmp_path/'day.h5ad')
     assert {'X_ranks', 'X_geneformer', 'geneformer_proba'} <= set(ad.read_h5ad(tmp_path/'day.h5ad').obsm)
 
+def test_several_layers_from_ranks_and_from_counts(ranked, adata, model):
+    gf.tl.embed(ranked, model=model, layer=['last', -1], key_added='X_g')
+    counted = ranked.copy(); del counted.obsm['X_ranks']
+    gf.tl.embed(counted, model=model, layer=['last', -1], key_added='X_g')
+    for l in ('last', -1):
+        np.testing.assert_array_equal(ranked.obsm[f'X_g_{l}'], counted.obsm[f'X_g_{l}'])
+        assert ranked.uns[f'X_g_{l}']['layer'] == str(l) and ranked.uns[f'X_g_{l}']['ranks'] == 'X_ranks'
+    assert not np.allclose(ranked.obsm['X_g_last'], ranked.obsm['X_g_-1'])
+
 def test_an_empty_cell_keeps_its_row(adata, vocab, model):
     X = adata.X.toarray(); X[7] = 0
     adata.X = X
