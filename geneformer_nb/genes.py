@@ -6,7 +6,7 @@
 __all__ = ['Vocabulary', 'safe_unpickle']
 
 # %% ../nbs/02_genes.ipynb #21ec987d
-import difflib, io, json, pickle, re
+import difflib, json, pickle, re
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path

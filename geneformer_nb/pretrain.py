@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from safetensors.torch import load_file
-from .cells import Cells, _need_cells
-from .core import GeneformerError, Manifest, VocabularyError, check_folder, digest, pick_device, pick_dtype, progress, write_json
+from .cells import Cells
+from .core import GeneformerError, Manifest, VocabularyError, check_folder, pick_dtype, progress, write_json
 from .genes import Vocabulary
 from .many import Batches, Rows, _Asked, flat_trainer, sharded
 from .model import Geneformer, no_bars, weights_digest

@@ -7,7 +7,6 @@ __all__ = ['official_space', 'house_space', 'Search', 'search']
 
 # %% ../nbs/11e_search.ipynb #72e1961c
 from dataclasses import dataclass
-from pathlib import Path
 import numpy as np, pandas as pd
 from .adapters import _hushed, need_package
 from .cells import Cells, _need_cells
