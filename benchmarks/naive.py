@@ -106,15 +106,19 @@ def hidden_only(hf):
     hf.forward = types.MethodType(forward, hf)
 
 
-def pretrain(hf, cells, batch, steps, folder):
-    "Train with the stock Trainer: padding, cells of similar length together, library defaults for the rest"
+def train(hf, rows, batch, steps, folder, **args):
+    "Train with the stock Trainer on padded batches of (tokens, labels); library defaults for what is not said"
     from transformers import Trainer, TrainingArguments
-    rows = masked(cells, hf.config.vocab_size)
     data = [dict(input_ids=s, labels=l) for s, l in rows]
-    args = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-3, seed=0,
-                             train_sampling_strategy='group_by_length', report_to='none', save_strategy='no', disable_tqdm=True, use_cpu=True)
+    args = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=batch, max_steps=steps, seed=0, report_to='none',
+                             save_strategy='no', disable_tqdm=True, use_cpu=True, **args)
     def collate(items): return padded([(i['input_ids'], i['labels']) for i in items])
     Trainer(model=hf, args=args, train_dataset=data, data_collator=collate).train()
+
+
+def pretrain(hf, cells, batch, steps, folder):
+    "Masked genes, cells of similar length together"
+    train(hf, masked(cells, hf.config.vocab_size), batch, steps, folder, learning_rate=1e-3, train_sampling_strategy='group_by_length')
 
 
 # ---- classes of genes: the stock token classifier, lowest layers frozen
@@ -139,14 +143,9 @@ def token_classifier(folder, classes=2, seed=0):
 
 def train_tokens(hf, rows, batch, steps, frozen, folder):
     "Train with the stock Trainer, the parameters of the lowest layers frozen, the rest as it comes"
-    from transformers import Trainer, TrainingArguments
     for layer in hf.bert.encoder.layer[:frozen]:
         for p in layer.parameters(): p.requires_grad = False
-    data = [dict(input_ids=s, labels=l) for s, l in rows]
-    args = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=batch, max_steps=steps, learning_rate=5e-5, seed=0,
-                             weight_decay=.001, report_to='none', save_strategy='no', disable_tqdm=True, use_cpu=True)
-    def collate(items): return padded([(i['input_ids'], i['labels']) for i in items])
-    Trainer(model=hf, args=args, train_dataset=data, data_collator=collate).train()
+    train(hf, rows, batch, steps, folder, learning_rate=5e-5, weight_decay=.001)
 
 
 # ---- deletion: a cell without each of its genes in turn

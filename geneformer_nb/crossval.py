@@ -41,7 +41,7 @@ def _fold_cells(cells, by, folds, seed):
     _need(cells.obs, by)
     return fold_donors(cells.obs.assign(_all='all'), by, '_all', folds, seed)
 
-# %% ../nbs/11f_crossval.ipynb #efa719da
+# %% ../nbs/11f_crossval.ipynb #b6bf4315
 @dataclass
 class Comparison:
     "The answers of several models to one question, over the same folds"
@@ -52,6 +52,10 @@ class Comparison:
     about: dict = field(default_factory=dict) # how it was made: what was split, seed, cells
     @property
     def models(self): return list(self.predictions['model'].unique())
+    @property
+    def witness(self): # "gene", "donor", or "cell" where there are no donors
+        "What an interval draws again"
+        return 'donor' if self.unit == 'cell' and self.predictions['donor'].notna().all() else self.unit
     def of(self, model, fold=None): # answers of one model, perhaps of one fold
         "The rows of a model; raises `GeneformerError` for an unknown one"
         if model not in self.models: raise GeneformerError(f"No model is called {model!r}: choose from {', '.join(self.models)}.")
@@ -63,7 +67,7 @@ class Comparison:
         return (f"Comparison of {len(self.models)} models on {self.predictions['id'].nunique():,} {self.unit}s in "
                 f"{self.predictions['fold'].nunique()} folds: {', '.join(self.models)}")
 
-# %% ../nbs/11f_crossval.ipynb #28a851f5
+# %% ../nbs/11f_crossval.ipynb #a7d4f6ae
 def _gene_draws(c, model, n, seed):
     "Mean area of a model over the folds, and of the genes drawn again: the same draws for every model"
     rows = c.of(model).sort_values(['fold', 'id'])
@@ -77,16 +81,22 @@ def _donor_draws(c, model, n, seed):
     draws = np.random.default_rng(seed).choice(right, (n, len(right))).mean(1) if len(right) > 1 else np.full(n, np.nan)
     return right.mean(), draws
 
+def _draws(c, model, *how): # n, seed
+    "Score of a model, and scores of genes or donors drawn again; kept, since a model is held against many"
+    kept = c.__dict__.setdefault('_drawn', {})
+    if (model, *how) not in kept: kept[model, *how] = (_gene_draws if c.unit == 'gene' else _donor_draws)(c, model, *how)
+    return kept[model, *how]
+
 def _score(c, model, seed=0):
     "One row of the table of scores"
     rows, per = c.of(model), c.folds[c.folds['model'] == model]
     if c.unit == 'gene':
-        w, (auc, draws) = per['n_tokens'], _gene_draws(c, model, 2000, seed)
+        w, (auc, draws) = per['n_tokens'], _draws(c, model, 2000, seed)
         mean = np.average(per['auc_tokens'], weights=w)
         return dict(auc_genes=auc, ci_low=np.percentile(draws, 2.5), ci_high=np.percentile(draws, 97.5), auc_tokens=mean,
                     sd_tokens=np.average((per['auc_tokens'] - mean)**2, weights=w)**.5, n_genes=len(rows), n_folds=len(per))
-    known, p = rows['donor'].notna().all(), c.chances(rows)
-    out = scores(rows['truth'], rows['predicted'], rows['donor'] if known else None, seed)
+    p = c.chances(rows)
+    out = scores(rows['truth'], rows['predicted'], rows['donor'] if c.witness == 'donor' else None, seed)
     sure = calibration(rows['truth'], rows['predicted'], p.max(1)).attrs['error']
     return {k: x for k, x in out.items() if k[0] != 'n'} | dict(calibration_error=sure, n_cells=len(rows), n_donors=out['n_donors'],
                                                                 n_folds=len(per))
@@ -97,7 +107,7 @@ def scores(self:Comparison)->pd.DataFrame: # one row a model
     if '_scores' not in self.__dict__: self._scores = pd.DataFrame({m: _score(self, m) for m in self.models}).T
     return self._scores
 
-# %% ../nbs/11f_crossval.ipynb #5a85a82d
+# %% ../nbs/11f_crossval.ipynb #ab12fa0e
 @patch
 def difference(self:Comparison,
     a:str, # name of a model
@@ -106,13 +116,11 @@ def difference(self:Comparison,
     seed:int=0, # of the draws
 )->dict: # difference (a less b, in area under the curve over genes or in accuracy a donor), its 95 % interval, and n of which unit
     "Is `a` better than `b`? Drawn in pairs, by gene or by donor (by cell without donors); raises `GeneformerError`"
-    draw = _gene_draws if self.unit == 'gene' else _donor_draws
-    (x, dx), (y, dy) = (draw(self, m, n, seed) for m in (a, b))
+    (x, dx), (y, dy) = (_draws(self, m, n, seed) for m in (a, b))
     lo, hi = np.percentile(dx - dy, [2.5, 97.5]) if np.isfinite(dx).all() else (np.nan, np.nan)
-    unit = 'donor' if self.unit == 'cell' and self.of(a)['donor'].notna().all() else self.unit
-    return dict(difference=x - y, ci_low=lo, ci_high=hi, n=self.of(a)['donor' if unit == 'donor' else 'id'].nunique(), unit=unit)
+    return dict(difference=x - y, ci_low=lo, ci_high=hi, n=self.of(a)['donor' if self.witness == 'donor' else 'id'].nunique(), unit=self.witness)
 
-# %% ../nbs/11f_crossval.ipynb #a23cd9ad
+# %% ../nbs/11f_crossval.ipynb #e6b95362
 @patch
 def table(self:Comparison,
     paper:dict=None, # {model: figure of the paper}
@@ -121,8 +129,7 @@ def table(self:Comparison,
 )->pd.DataFrame: # by model: score and interval; `better_by`: `of` less this one, and its interval; paper; n; score_of
     "All rivals beside each other; raises `GeneformerError` for unknown models"
     if odd := set(paper or {}) - set(self.models): raise GeneformerError(f"No model is called {sorted(odd)[0]!r}: choose from {', '.join(self.models)}.")
-    known = self.unit == 'cell' and self.predictions['donor'].notna().all()
-    what, rows = 'auc_genes' if self.unit == 'gene' else 'donor_accuracy' if known else 'accuracy', {}
+    what, rows = dict(gene='auc_genes', donor='donor_accuracy', cell='accuracy')[self.witness], {}
     for m, s in self.scores.iterrows():
         d = self.difference(of, m, seed=seed)
         rows[m] = dict(score=s[what], ci_low=s['ci_low'], ci_high=s['ci_high'], **({} if m == of else dict(better_by=d['difference'],
@@ -256,12 +263,12 @@ def _cell_rows(model, fold, obs, table, label, donor, classes):
     return _rows(model, fold, table.index, obs[label], table.reindex(columns=classes, fill_value=0.).to_numpy(float), classes,
                  donor=obs[donor].astype(str).to_numpy() if donor else None)
 
-# %% ../nbs/11f_crossval.ipynb #c8cdf3bb
+# %% ../nbs/11f_crossval.ipynb #ad3cd982
 @patch
 def by_donor(self:Comparison)->pd.DataFrame: # donors × models: accuracy; the class that most of the donor's cells have; n_cells
     "Accuracy in each donor; raises `GeneformerError` where there are none"
     t = self.predictions
-    if self.unit != 'cell' or t['donor'].isna().any(): raise GeneformerError("This comparison has no donors: it is about genes, or donor was None.")
+    if self.witness != 'donor': raise GeneformerError("This comparison has no donors: it is about genes, or donor was None.")
     out = (t['predicted'] == t['truth']).groupby([t['donor'], t['model']]).mean().unstack()[self.models]
     one = t[t['model'] == self.models[0]].groupby('donor')['truth']
     return out.assign(truth=one.agg(lambda s: s.mode().iloc[0]), n_cells=one.size())
