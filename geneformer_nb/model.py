@@ -115,6 +115,7 @@ class Geneformer:
                                   f"longest cell ({vocabulary.max_len:,} tokens): use a vocabulary with that max_len.")
         _register(); hf.set_attn_implementation('within_cells')
         self.hf, self.vocabulary = hf.eval(), vocabulary
+    def __setstate__(self, state): _register(); self.__dict__ |= state  # in a worker process
 
     @property
     def config(self): return self.hf.config
@@ -180,6 +181,7 @@ def hidden(self:Geneformer,
     positions=None, # rank of each token (t,); None counts from 0 in each cell
     gate=None, # presence of each token, 0 to 1 (t,); None means all present
     layer='second_to_last', # as in `n_run`
+    below=None, # (layers done, their output (t, d)) to go on from; None begins with the embeddings
     observe=None, # function (layer number, first token, attention weights b h n n), called as they are made
 )->torch.Tensor: # (t, d) on the model's device, differentiable
     "Contextual embedding of every token, each cell by itself; raises `GeneformerError`"
@@ -190,11 +192,11 @@ def hidden(self:Geneformer,
     if positions is None: positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
     ids, ranks = (torch.as_tensor(x, device=dev).long()[None] for x in (tokens, positions))  # 1 t
     if gate is not None: gate = torch.as_tensor(gate, device=dev)
-    bert = self.hf.base_model
-    x = bert.embeddings(input_ids=ids, position_ids=ranks)  # 1 t d
+    bert, done = self.hf.base_model, below[0] if below else 0
+    x = below[1][None] if below else bert.embeddings(input_ids=ids, position_ids=ranks)  # 1 t d
     cuts = np.unique(offsets)  # without empty cells
     cells = dict(runs=runs(offsets), ends=(torch.from_numpy(cuts.astype(np.int32)).to(dev), int(np.diff(cuts).max())))
-    for block in bert.encoder.layer[:depth]: x = block(x, None, gate=gate, observe=observe, **cells)
+    for block in bert.encoder.layer[done:depth]: x = block(x, None, gate=gate, observe=observe, **cells)
     return x[0]
 
 # %% ../nbs/07_model.ipynb #6b65dc1c

@@ -20,7 +20,8 @@ from .counts import gene_names
 from .genes import Vocabulary
 from .matching import match_genes
 from .model import Geneformer, weights_digest
-from .perturb import KO, OE, each, estimate, perturb_to
+from .perturb import KO, OE, each
+from .shards import estimate, perturb_to
 from .pretrain import MaskedRanks, masked_loss, pretrain
 from .report import save_figure, write_report
 from .stats import summarise

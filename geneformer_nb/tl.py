@@ -14,7 +14,8 @@ from .embed import _place, embed as embed_counts, state_embeddings
 from .evaluate import baselines as plain_baselines
 from .finetune import CellClassifier, finetune as finetune_cells
 from .model import Geneformer
-from .perturb import perturb as perturb_cells, perturb_to
+from .perturb import perturb as perturb_cells
+from .shards import perturb_to
 from .pp import _need_adata, ranked_cells, _said
 from .tokenizer import tokenize as rank_counts
 from .screen import screen
@@ -123,23 +124,26 @@ def _states(cells, model, column, states, kwargs):
 def perturb(
     adata, # AnnData with ranks, or with raw counts
     *,
-    model, # Geneformer, a checkpoint folder, or the encoder of a classifier
-    what, # `KO(…)`, `OE(…)`, sums of them, `each(…)`, or a list of those
+    model, # Geneformer, a checkpoint folder, or what `finetune` returned, whose answers are then read too
+    what, # `KO(…)`, `OE(…)`, `Dose(…)`, sums of them, `each(…)`, `pairs(…)`, `drug(…)`, or a list of those
     states=None, # {state: vector}, or names of states in `column`, to measure shifts towards; None measures none
     column:str=None, # obs column of states
     start:str=None, # only cells of this state of `column`; None perturbs all cells of adata
-    layer='second_to_last', # "last" for fine-tuned models
+    layer=None, # None: "second_to_last", and "last" for a fine-tuned model
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
     folder=None, # keep shards here, and go on from them
+    affected=False, # as `genes` of `perturb.perturb`: with True or a number, also the effects on other genes
     ranks:str='X_ranks', # as in `embed`
     counts_layer:str=None, # layer of the AnnData with the counts
     logged:bool=False, # as in `tokenizer.tokenize`
     genes:str=None, # as in `tokenizer.tokenize`
-    **kwargs, # budget, show as in `perturb.perturb`; shard, part with `folder`
-)->pd.DataFrame: # one row a cell and perturbation; `cell` counts the rows of adata, positive shifts are towards the state
+    **kwargs, # budget, dtype, show as in `perturb.perturb`; shard, part, executor, workers with `folder`
+): # table of `perturb.perturb`, `cell` counts the rows of adata, positive shifts are towards the state; with `affected` and no
+   # folder also the table of effects
     "Perturb cells and measure where they go; raises `VocabularyError`, `GeneformerError`, `StorageError`"
-    model = _model(model)
-    cells = _cells(adata, model.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
+    model = model if hasattr(model, 'cell_vectors') else _model(model)
+    encoder = getattr(model, 'encoder', model)
+    cells = _cells(adata, encoder.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
     rows = cells.lengths > 0
     if start is not None:
         if column is None: raise GeneformerError(f"start={start!r}: say in which obs column it stands (column=…).")
@@ -147,11 +151,14 @@ def perturb(
         rows = rows & (adata.obs[column].astype(str) == str(start)).to_numpy()
         if not rows.any(): raise GeneformerError(f"No cell has {column} = {start!r}; the column holds "
                                                  f"{', '.join(sorted(set(adata.obs[column].astype(str)))[:8])}.")
-    how = dict(layer=layer, pool=pool)
-    states, rows = _states(cells, model, column, states, how), np.flatnonzero(rows)
-    if folder is None: raw = perturb_cells(model, cells[rows], what, states=states, **how, **kwargs)
-    else: raw = perturb_to(folder, model, cells[rows], what, states=states, **how, **kwargs)
-    return raw.assign(cell=rows[raw['cell']])
+    tuned = model is not encoder
+    how = dict(layer=layer or ('last' if tuned else 'second_to_last'), pool=model.pool if tuned and pool is None else pool)
+    states, rows = _states(cells, encoder, column, states, how), np.flatnonzero(rows)
+    kwargs |= dict(states=states, genes=affected, **how)
+    if folder is not None: raw, effects = perturb_to(folder, model, cells[rows], what, **kwargs), ()
+    else: raw, *effects = got if isinstance(got := perturb_cells(model, cells[rows], what, **kwargs), tuple) else (got,)
+    raw = raw.assign(cell=rows[raw['cell']])
+    return (raw, *effects) if effects else raw
 
 # %% ../nbs/51_tl.ipynb #366b968c
 _all_ = ['screen']

@@ -10,7 +10,8 @@ from geneformer_nb.evaluate import audit_split, split_donors
 from geneformer_nb.finetune import finetune
 from geneformer_nb.genes import Vocabulary, safe_unpickle
 from geneformer_nb.model import Geneformer
-from geneformer_nb.perturb import KO, OE, each, perturb, perturb_to
+from geneformer_nb.perturb import KO, OE, each, perturb
+from geneformer_nb.shards import perturb_to
 from geneformer_nb.pretrain import pretrain
 from geneformer_nb.tokenizer import tokenize
 from geneformer_nb.toy import simulate

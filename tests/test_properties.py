@@ -5,9 +5,9 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import sparse
 from geneformer_nb.cells import Cells, ragged
+from geneformer_nb.engine import arrange, first_layer, singles
 from geneformer_nb.genes import Vocabulary
 from geneformer_nb.model import Geneformer
-from geneformer_nb.perturb import _group, _singles
 from geneformer_nb.tokenizer import tokenize
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
@@ -105,26 +105,68 @@ def test_batches_hold_every_cell_once(toks, budget):
     assert sorted(i for b in got for i in b) == list(range(len(c)))
     assert all(len(b) == 1 or c.lengths[b].sum() <= budget for b in got if c.lengths[b].any())
 
-@few
-@given(st.lists(st.integers(4, 30), min_size=2, max_size=10, unique=True), st.booleans(), st.data())
-def test_what_a_deletion_and_a_move_leave(own, cls, data):
-    v = Vocabulary([f'G{i}' for i in range(31 - 2*cls)], np.ones(31 - 2*cls), cls, max_len=16)
-    x = np.array([2, *own, 3] if cls else own, dtype=np.int32)
-    gone = data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=len(own) - 1, unique=True))
-    src, tok, cut = _group(x, [('KO', t) for t in gone], v)
-    assert len(tok) == len(x) - len(gone) and not set(gone) & set(tok) and cut == 0
-    assert tok.tolist() == [t for t in x if t not in gone] == x[src].tolist()
-    src, tok, cut = _group(x, [('OE', t) for t in gone], v)
-    front = int(cls)
-    assert sorted(tok) == sorted(x) and tok[front:front + len(gone)].tolist() == gone and cut == 0
-    assert [t for t in tok if t not in gone] == [t for t in x if t not in gone]
+own_genes = st.lists(st.integers(4, 30), min_size=2, max_size=10, unique=True)
+hows = st.one_of(st.sampled_from(['up', 'down']).flatmap(lambda w: st.integers(1, 10).map(lambda x: f'{w}={x/10}')),
+                 st.sampled_from([-3, -2, -1, 1, 2, 3]).map(lambda q: f'quartiles={q}'))
 
 @few
-@given(st.integers(2, 9), st.data())
-def test_all_single_deletions_at_once(n, data):
-    at = data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True))
-    for p, row in zip(at, _singles('KO', n, at, 0)): assert row.tolist() == [i for i in range(n) if i != p]
-    for p, row in zip(at, _singles('OE', n, at, 0)): assert row.tolist() == [p] + [i for i in range(n) if i != p]
+@given(own_genes, st.booleans(), st.data())
+def test_what_a_deletion_and_a_move_leave(own, cls, data):
+    x, front = np.array([2, *own, 3] if cls else own, dtype=np.int32), int(cls)
+    gone = data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=len(own) - 1, unique=True))
+    a = arrange(x, [('KO', t, '') for t in gone], cls)
+    assert a.tokens.tolist() == [t for t in x if t not in gone] == x[a.src].tolist() and a.cut == 0
+    assert a.positions.tolist() == list(range(len(x) - len(gone))) and not a.moved.any()
+    held = arrange(x, [('KO', t, 'hold') for t in gone], cls)
+    assert held.tokens.tolist() == a.tokens.tolist() and held.positions.tolist() == held.src.tolist() == a.src.tolist()
+    a = arrange(x, [('OE', t, '') for t in gone], cls)
+    assert sorted(a.tokens) == sorted(x) and a.tokens[front:front + len(gone)].tolist() == gone and a.cut == 0
+    assert [t for t in a.tokens if t not in gone] == [t for t in x if t not in gone]
+    assert set(a.tokens[a.moved]) == set(gone)
+
+@few
+@given(own_genes, st.booleans(), hows, st.data())
+def test_a_dose_moves_one_gene_the_right_way(own, cls, how, data):
+    x, t = np.array([2, *own, 3] if cls else own, dtype=np.int32), data.draw(st.sampled_from(own))
+    got = arrange(x, [('Dose', t, how)], cls).tokens.tolist()
+    was, now, n = own.index(t), got.index(t) - cls, len(own)
+    assert [g for g in got if g != t] == [g for g in x if g != t]
+    word, amount = how.split('='); up = word == 'up' or word == 'quartiles' and int(amount) > 0
+    assert now <= was if up else now >= was
+    if word in ('up', 'down'): assert abs(now - was) == min(round(float(amount)*n), was if up else n - 1 - was)
+    elif up and 4*was//n < int(amount): assert now == 0
+    elif not up and 4*was//n - int(amount) > 3: assert now == n - 1
+    elif n >= 8: assert 4*now//n == 4*was//n - int(amount)
+
+@few
+@given(own_genes, st.booleans(), st.data())
+def test_what_is_done_at_once_has_no_order(own, cls, data):
+    x = np.array([2, *own, 3] if cls else own, dtype=np.int32)
+    named = data.draw(st.lists(st.sampled_from(own), min_size=1, max_size=len(own) - 1, unique=True))
+    ops = [(a, t, how if a == 'Dose' else '') for t in named for a, how in [data.draw(st.tuples(st.sampled_from(['KO', 'Dose']), hows))]]
+    one, other = (arrange(x, o, cls).tokens.tolist() for o in (ops, ops[::-1]))
+    assert one == other and set(one) == set(x) - {t for a, t, _ in ops if a == 'KO'}
+
+@few
+@given(st.integers(2, 9), st.sampled_from(['KO', 'KO hold', 'OE']), st.booleans(), st.data())
+def test_one_gene_at_a_time_is_the_same_all_at_once(n, act, cls, data):
+    x = np.array([2, *range(10, 10 + n), 3] if cls else range(10, 10 + n), dtype=np.int32)
+    at = sorted(data.draw(st.sets(st.integers(cls, n - 1 + cls), min_size=1)))
+    many = singles(x, act, at, x[at], special=cls)
+    for i, p in enumerate(at):
+        one = arrange(x, [(act[:2], int(x[p]), act[3:])], cls)
+        for k in ('tokens', 'positions', 'moved', 'rank', 'lengths', 'cut'): assert getattr(many[i:i+1], k).tolist() == getattr(one, k).tolist(), k
+
+@few
+@given(st.lists(st.integers(2, 40), min_size=2, max_size=14, unique=True), st.booleans(), st.data())
+def test_the_shared_first_layer_is_the_first_layer(own, hold, data):
+    m, x, act = nano(), np.array(own), 'KO hold' if hold else 'KO'
+    at = sorted(data.draw(st.sets(st.integers(0, len(own) - 1), min_size=1)))
+    got = first_layer(m, x, act, at)
+    if at[-1] + 1 - at[0] > 2*len(at): assert got is None; return
+    v = singles(x, act, at, at)
+    want = m.hidden(v.tokens, np.concatenate([[0], np.cumsum(v.lengths)]), positions=v.positions, layer='last')
+    np.testing.assert_allclose(got.detach(), want.detach(), atol=1e-5)
 
 @few
 @given(st.lists(st.lists(st.integers(2, 40), min_size=1, max_size=9), min_size=1, max_size=5), st.integers(1, 60))
