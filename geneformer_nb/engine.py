@@ -114,7 +114,7 @@ def packed(
             batch.append(v[:k]); size += int(ends[k - 1]); v = v[k:]
     if batch: yield batch
 
-# %% ../nbs/30a_engine.ipynb #9995a5e4
+# %% ../nbs/30a_engine.ipynb #eb772261
 def _queries(block, x):
     "Queries, keys and values of some tokens (heads, t, e)"
     a = block.attention.self
@@ -123,8 +123,8 @@ def _queries(block, x):
 def _shared(q, k, v, lo, hi, n, at):
     "Attention of all forms that lack one place of `at`: (forms, n - 1, d), and the row of `q` each token stands for"
     span, dev = hi - lo, q.device
-    s = q @ k.transpose(1, 2) * q.shape[-1]**-.5  # h, n + span, n + span; rows and columns: before (0..hi), then after (lo..n)
-    w = (s - s.amax(-1, keepdim=True)).exp().to(v.dtype)
+    w = (q * q.shape[-1]**-.5) @ k.transpose(1, 2)  # h, n + span, n + span; rows and columns: before (0..hi), then after (lo..n)
+    w = w.sub_(w.amax(-1, keepdim=True)).exp_()
     v1 = F.pad(v, (0, 1), value=1.)  # the sum of weights comes as one more number
     rest = w[..., :lo] @ v1[:, :lo] + w[..., hi + span:] @ v1[:, hi + span:]
     mid, vm = w[..., lo:hi + span], v1[:, lo:hi + span]

@@ -69,6 +69,13 @@ def _varlen(device, dtype, e):
     return varlen_attn if _sound(varlen_attn, device, dtype, e) else None
 
 # %% ../nbs/07_model.ipynb #4f31b5a9
+def _biased(q, k, v, bias, dropout, scaling):
+    "Attention with a bias a key, told as one more dimension (of eight): fused kernels have no derivative of a bias"
+    if bias is None: return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+    q = torch.cat([q, torch.full_like(q[..., :1], 1/scaling), torch.zeros_like(q[..., :7])], -1)
+    k = torch.cat([k, bias.expand(*k.shape[:-1], 1), torch.zeros_like(k[..., :7])], -1)
+    return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), dropout_p=dropout, scale=scaling)[..., :-8]
+
 def _within_cells(module, query, key, value, attention_mask, scaling=None, dropout=0., runs=None, ends=None, gate=None,
                   observe=None, **kw):
     "Attention where token i sees only the tokens of its own cell; without `runs`, plain scaled dot product"
@@ -84,10 +91,10 @@ def _within_cells(module, query, key, value, attention_mask, scaling=None, dropo
     if gate is not None: gates = gate.split(sizes)
     for i, (s, b, n) in enumerate(runs):
         q, k, v = (x[i].unflatten(1, (b, n)).transpose(0, 1) for x in pieces)  # b h n e
-        bias = None if gate is None else gates[i].clamp_min(1e-30).log().view(b, 1, 1, n).to(q.dtype)
-        if observe is None: o = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scaling)
+        bias = None if gate is None else gates[i].clamp_min(1e-30).log().view(b, 1, n, 1).to(q.dtype)
+        if observe is None: o = _biased(q, k, v, bias, dropout, scaling)
         else:
-            w = (q @ k.transpose(-1, -2) * scaling + (0 if bias is None else bias)).softmax(-1)  # b h n n
+            w = (q @ k.transpose(-1, -2) * scaling + (0 if bias is None else bias.transpose(-1, -2))).softmax(-1)  # b h n n
             observe(module.layer_idx, s, w)
             o = w @ v
         parts.append(o.transpose(1, 2).flatten(0, 1))  # t h e
