@@ -275,6 +275,38 @@ class Perturb(Embed):
     def equal(self, folder, out, a, b): return matched(a, b, 1e-4)
 
 
+class FirstOrder(Perturb):
+    "All deletions of a cell by slopes, against the exact engine, whose time is that of the first genes times all of them"
+    def encoder(self, folder):
+        from geneformer_nb.cells import Cells
+        from geneformer_nb.model import Geneformer
+        model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
+        goal = np.random.default_rng(0).normal(size=model.config.hidden_size)
+        model.hidden(np.arange(2, 66), [0, 64])
+        return model, cells, dict(goal=goal)
+
+    def ours(self, folder, out):
+        from geneformer_nb.firstorder import first_order
+        model, cells, states = self.encoder(folder)
+        seconds, table = timed(lambda: first_order(model, cells, states=states, show=False))
+        return seconds, table['shift_goal'].to_numpy()[:self.variants(folder)]
+
+    def reference(self, folder, out):
+        from geneformer_nb.perturb import KO, each, perturb
+        model, cells, states = self.encoder(folder)
+        k, n = self.variants(folder), len(cells.tokens)
+        what = each(model.vocabulary.gene(cells[0].tokens[:k]), KO)
+        seconds, table = timed(lambda: perturb(model, cells, what, states=states, show=False))
+        return seconds * n / k, table['shift_goal'].to_numpy()
+
+    def flops(self, folder): return 9 * encoder_flops(folder, len(cells_of(folder)[0]))  # three passes, a backward pass is two
+    def equal(self, folder, out, a, b):
+        from scipy.stats import spearmanr
+        r = spearmanr(a, b)[0]
+        assert r > .5, f'rank correlation {r:.2f} of first order and exact'
+        return f'rank correlation with the exact shifts {r:.2f}'
+
+
 # ---- pretraining: V1-10M shape, random weights, a step on a few cells
 
 class Clock:
