@@ -275,6 +275,13 @@ class Perturb(Embed):
     def equal(self, folder, out, a, b): return matched(a, b, 1e-4)
 
 
+class PerturbByMap(Perturb):
+    "The same, where the reference makes the perturbed cells of every cell in processes of its own"
+    def reference(self, folder, out):
+        hf, cells, batch = self.stock(folder)
+        return timed(lambda: naive.delete_each_by_map(hf, cells[0], self.variants(folder), batch))
+
+
 class FirstOrder(Perturb):
     "All deletions of a cell by slopes, against the exact engine, whose time is that of the first genes times all of them"
     def encoder(self, folder):

@@ -37,6 +37,8 @@ BENCHMARKS = {  # name: (title, case, size, tiny size)
                    dict(tokens=256, variants=64, batch=32, **V1), dict(tokens=70, variants=9, **small)),
     'delete_2048': ('deletion, first 16 genes of a cell, V1-10M shape', cases.Perturb,
                     dict(tokens=2048, variants=16, **V1), None),
+    'delete_512_map': ('deletion, first 17 genes of a cell, V1-10M shape; reference starts four processes for each cell, as the official default does',
+                       cases.PerturbByMap, dict(tokens=512, variants=17, batch=17, **V1), dict(tokens=70, variants=9, **small)),
     'first_order': ('first-order shifts of every gene of a cell, V1-10M shape; reference: our exact engine, 32 genes extrapolated to all',
                     cases.FirstOrder, dict(tokens=2048, variants=32, **V1), dict(tokens=70, variants=9, **small)),
     'pretrain_2048': ('pretraining, seconds a step, V1-10M shape, two threads', cases.Pretrain, dict(cells=4, tokens=1900, **V1), None),
