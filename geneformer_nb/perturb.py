@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Op', 'Perturbation', 'KO', 'OE', 'Dose', 'drug', 'Each', 'each', 'pairs', 'Plan', 'perturb']
 
-# %% ../nbs/30_perturb.ipynb #93c67f2f
+# %% ../nbs/30_perturb.ipynb #68aac971
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -16,27 +16,28 @@ from .core import GeneformerError, progress
 from .embed import _match
 from .engine import Engine, arrange, fit_budget, packed, singles
 from .model import Geneformer
+from .scale import whole
 
-# %% ../nbs/30_perturb.ipynb #ee8ab7ac
+# %% ../nbs/30_perturb.ipynb #0b999f6d
 class Op(NamedTuple):
     "What is done to one gene"
     act: str      # "KO", "OE" or "Dose"
     gene: str     # id or symbol; "*" stands for each gene in turn
     how: str = '' # "hold" for KO; "up=0.5", "down=0.5" or "quartiles=1" for Dose
+    drug: str = '' # of whose targets it is one
     @property
-    def kind(self): return f'{self.act} {self.how}'.strip()
-    def __str__(self): return f'{self.act}({self.gene}{", " * bool(self.how)}{self.how})'
+    def kind(self): return 'drug' if self.drug else f'{self.act} {self.how}'.strip()
+    def __str__(self): return self.drug or f'{self.act}({self.gene}{", " * bool(self.how)}{self.how})'
 
 @dataclass(frozen=True)
 class Perturbation:
     "What is done to one cell, all at once; join with `+`"
-    ops: tuple       # of `Op`, in order
-    name: str = None # of a drug
+    ops: tuple # of `Op`, in order
     def __add__(self, other): return NotImplemented if hasattr(other, 'form') else Perturbation(self.ops + _as_perturbation(other).ops)
     def __radd__(self, other): return self if other == 0 else _as_perturbation(other) + self
-    def __repr__(self): return self.name or ' + '.join(map(str, self.ops))
+    def __repr__(self): return ' + '.join(dict.fromkeys(map(str, self.ops)))
     @property
-    def kind(self): return 'drug' if self.name else '+'.join(dict.fromkeys(o.kind for o in self.ops))
+    def kind(self): return '+'.join(dict.fromkeys(o.kind for o in self.ops))
 
 def _as_perturbation(x):
     if isinstance(x, Perturbation): return x
@@ -61,7 +62,7 @@ def OE(
     "Overexpress genes: to the front of the cell, after <cls> where there is one (official `overexpress`)"
     return _op('OE', genes)
 
-# %% ../nbs/30_perturb.ipynb #b4add7c1
+# %% ../nbs/30_perturb.ipynb #9e1e012f
 def Dose(
     *genes:str, # ids or symbols; all move by the same amount
     up:float=None, # share of the cell's genes to pass on the way to the front, above 0 to 1
@@ -75,7 +76,7 @@ def Dose(
     fits = x in (-3, -2, -1, 1, 2, 3) if word == 'quartiles' else isinstance(x, (int, float)) and 0 < x <= 1
     if not fits or isinstance(x, bool): raise GeneformerError(f"Dose(…, {word}={x!r}): " + (
         'quartiles are 1, 2, 3, or -1, -2, -3.' if word == 'quartiles' else f'{word} is a share of the genes of a cell, above 0 and up to 1.'))
-    return _op('Dose', genes, f'{word}={x if word == "quartiles" else float(x)}')
+    return _op('Dose', genes, f'{word}={int(x) if word == "quartiles" else float(x)}')
 
 def drug(
     name:str, # how it stands in tables
@@ -88,7 +89,8 @@ def drug(
     inhibits, activates = ([x] if isinstance(x, str) else list(x) for x in (inhibits, activates))
     if not isinstance(name, str) or not name: raise GeneformerError(f"A drug has a name, not {name!r}.")
     if not inhibits and not activates: raise GeneformerError(f"drug({name!r}) needs targets: inhibits=[…] or activates=[…].")
-    return Perturbation(sum((f(*g).ops for f, g in ((inhibit, inhibits), (activate, activates)) if g), ()), name)
+    ops = sum((f(*g).ops for f, g in ((inhibit, inhibits), (activate, activates)) if g), ())
+    return Perturbation(tuple(o._replace(drug=name) for o in ops))
 
 # %% ../nbs/30_perturb.ipynb #1e526562
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def pairs(
     genes = list(dict.fromkeys(genes))
     return [each(genes, op, **how), *(op(a, **how) + op(b, **how) for a, b in combinations(genes, 2))]
 
-# %% ../nbs/30_perturb.ipynb #a4546387
+# %% ../nbs/30_perturb.ipynb #67c1315b
 class Plan:
     "What to do, in tokens; raises `GeneformerError`, `VocabularyError`"
     def __init__(self,
@@ -146,13 +148,14 @@ class Plan:
     def resolve(self, w):
         "(ops in tokens, tokens of `each` or its word)"
         v, form = self.vocabulary, w.form if isinstance(w, Each) else _as_perturbation(w)
+        if form is w and any(o.gene == '*' for o in w.ops): raise GeneformerError(f"{w}: '*' stands for each gene in turn; write each(…).")
         names = [o.gene for o in form.ops if o.gene != '*']
         tokens = v.token(names).tolist() if names else []
         room = v.max_len - 2*v.cls - 1
         if len(set(tokens)) < len(tokens): raise GeneformerError(f"{w} names one gene twice.")
         if len(form.ops) > room: raise GeneformerError(f"{len(form.ops)} genes at once leave no room for others in a cell of {v.max_len} tokens.")
         it = iter(tokens)
-        ops = [(o.act, None if o.gene == '*' else next(it), o.how) for o in form.ops]
+        ops = [(o.act, None if o.gene == '*' else next(it), o.how, o.drug) for o in form.ops]
         genes = None if not isinstance(w, Each) else w.genes if w.genes == 'detected' else v.genes if w.genes == 'vocabulary' else w.genes
         return ops, genes if genes is None or isinstance(genes, str) else np.array(list(dict.fromkeys(v.token(list(genes)).tolist())))
 
@@ -160,11 +163,11 @@ class Plan:
         "Kind, perturbation and gene_id, as in the table"
         v, (i, token) = self.vocabulary, divmod(int(label), self.vocabulary.n_tokens)
         w, (ops, _) = self.what[i], self.parts[i]
-        form, of = w.form if isinstance(w, Each) else w, [token if t is None else t for _, t, _ in ops]
-        said = form.name or ' + '.join(str(o._replace(gene=v.symbol(t))) for o, t in zip(form.ops, of))
-        return form.kind, said, '+'.join(v.gene(t) for t in of)
+        form, of = w.form if isinstance(w, Each) else w, [token if t is None else t for _, t, *_ in ops]
+        said = Perturbation(tuple(o._replace(gene=v.symbol(t)) for o, t in zip(form.ops, of)))
+        return form.kind, repr(said), '+'.join(v.gene(t) for t in of)
 
-# %% ../nbs/30_perturb.ipynb #a013e068
+# %% ../nbs/30_perturb.ipynb #ba081a52
 from fastcore.basics import patch
 
 @patch
@@ -177,16 +180,17 @@ def forms(self:Plan,
     at = np.arange(front, len(x) - front)
     if len(at) < 2: return  # no other gene to tell anything
     for i, (w, (ops, genes)) in enumerate(zip(self.what, self.parts)):
-        (act, t, how), label = ops[0], i*v.n_tokens
-        if genes is not None and len(ops) == 1 and (act == 'KO' or act == 'OE' and isinstance(genes, str)):
+        (act, _, how, drug), label = ops[0], i*v.n_tokens
+        if genes is not None and len(ops) == 1 and not drug and (act == 'KO' or act == 'OE' and isinstance(genes, str)):
             mine = at if isinstance(genes, str) else at[np.isin(x[at], genes)]
             if act == 'OE': mine = mine[mine != front]
             if len(mine): yield singles(x, f'{act} {how}'.strip(), mine, label + x[mine].astype(np.int64), c, cells.special)
             continue
         for g in [None] if genes is None else x[at] if isinstance(genes, str) else genes:
-            these = [(a, t if t is not None else int(g), h) for a, t, h in ops]
-            if getattr(w, 'name', None): these = [o for o in these if o[0] == 'OE' or o[1] in x]
-            if not these or len({t for _, t, _ in these}) < len(these): continue
+            done = [(a, int(g) if t is None else t, h, d) for a, t, h, d in ops]
+            these = [o[:3] for o in done if not o[3] or o[0] == 'OE' or o[1] in x]
+            idle = {d for *_, d in done} - {d for a, t, _, d in done if not d or a == 'OE' or t in x}
+            if idle or len({t for _, t, _ in these}) < len(these): continue
             made = arrange(x, these, cells.special, v.max_len, cell=c, label=label + (0 if g is None else int(g)))
             if made is not None: yield made
 
@@ -210,7 +214,7 @@ def gene_table(self:Plan, parts, rows): # (cosine, form, token) of each batch, a
     got = [np.concatenate(x) for x in zip(*[(f + s, t, c) for (c, f, t), s in zip(parts, start)])] if parts else [np.zeros(0)]*3
     return pd.DataFrame(dict(zip(('row', 'affected', 'cosine'), got)))
 
-# %% ../nbs/30_perturb.ipynb #0daa23d6
+# %% ../nbs/30_perturb.ipynb #ff15f055
 def _engine(model, cells, states, layer, pool, genes, dtype):
     "What was asked of the model, checked"
     encoder = getattr(model, 'encoder', model)
@@ -248,6 +252,7 @@ def perturb(
    # towards it), shift_p(<class>) (change of its probability); with `genes` also a table (row, affected, cosine)
     "Perturb cells and measure where they go (official `InSilicoPerturber`); raises `VocabularyError`, `GeneformerError`"
     engine = _engine(model, cells, states, layer, pool, genes, dtype)
+    if budget is not None: whole(budget=budget)
     plan, parts, of_genes = Plan([what], engine.encoder.vocabulary), [], []
     rows = np.flatnonzero(_match(cells.obs, where)) if where else range(len(cells))
     forms = (f for c in progress(rows, 'perturbing', unit='cells', show=show) for f in plan.forms(cells, c))

@@ -17,7 +17,7 @@ from .model import weights_digest
 from .perturb import Plan, _engine, perturb
 from .scale import run_shards, whole
 
-# %% ../nbs/30c_shards.ipynb #3071f7e4
+# %% ../nbs/30c_shards.ipynb #4bd0d768
 def _forms(plan, cells, c):
     "(forms, tokens) of each part of what is done to a cell"
     return [(len(v), int(v.lengths.sum())) for v in plan.forms(cells, c)]
@@ -31,6 +31,7 @@ def estimate(
 )->dict: # variants, tokens to encode, seconds
     "How large a screen is, and how long this machine will need"
     v = _engine(model, cells, kwargs.get('states'), None, None, False, None).encoder.vocabulary
+    if not len(cells): return dict(variants=0, tokens=0, seconds=0.)
     middle = np.argsort(cells.lengths, kind='stable')[len(cells)//2:][:2]
     counted = np.array([np.sum(_forms(Plan([what], v), cells, c) or [(0, 0)], 0) for c in middle], float)
     if not counted[:, 0].sum(): return dict(variants=0, tokens=0, seconds=0.)
@@ -102,7 +103,7 @@ def _own_device(device):
     number = (multiprocessing.current_process()._identity or (1,))[0] - 1
     return f'cuda:{number % n}' if device.type == 'cuda' and n > 1 else device
 
-# %% ../nbs/30c_shards.ipynb #2ad8ef84
+# %% ../nbs/30c_shards.ipynb #cf475ca9
 def perturb_to(
     folder, # folder for Parquet shards and a manifest
     model, # as in `perturb`
@@ -119,7 +120,7 @@ def perturb_to(
     engine = _engine(model, cells, states, layer, pool, genes, dtype)
     v, rows = engine.encoder.vocabulary, pick_cells(cells.obs, where)
     plan = Plan([what], v)
-    whole(shard=shard, workers=workers)
+    whole(shard=shard, workers=workers, **({} if budget is None else dict(budget=budget)))
     budget = budget or _kept_budget(folder) or fit_budget(model)
     facts = dict(cells=digest(cells.tokens, cells.offsets), rows=digest(rows), vocabulary=v.hash, weights=_weights(model), what=[[ops, g if isinstance(g, str) or g is None else digest(g)] for ops, g in plan.parts],
                  layer=engine.depth, pool=engine.pool, states={k: digest(np.asarray(s)) for k, s in (states or {}).items()},

@@ -150,6 +150,22 @@ def test_drugs_pass_over_what_is_not_there(made):
     with pytest.raises(GeneformerError, match='Nothing to perturb'): perturb(model, cells[:1], drug('b', inhibits=absent))
     got = perturb(model, cells[:1], drug('c', inhibits=[here], activates=[absent]))
     np.testing.assert_allclose(got.cosine, perturb(model, cells[:1], KO(here) + OE(absent)).cosine)
+    both = perturb(model, cells[:1], drug('a', inhibits=[here, absent]) + OE('TF01'))  # still a drug beside something else
+    np.testing.assert_allclose(both.cosine, perturb(model, cells[:1], KO(here) + OE('TF01')).cosine)
+    assert both.perturbation[0] == 'a + OE(TF01)' and both.kind[0] == 'drug+OE'
+    with pytest.raises(GeneformerError, match='Nothing to perturb'): perturb(model, cells[:1], drug('b', inhibits=absent) + OE('TF01'))
+    each_too = perturb(model, cells[:1], each() + drug('a', inhibits=[here, absent]))
+    assert len(each_too) == len(cells[0]) - 1
+
+def test_words_that_make_no_sense_are_told(made):
+    cells, model = made
+    for what, says in ((KO('*'), 'each'), ([], 'nothing to do'), (None, 'no perturbation')):
+        with pytest.raises(GeneformerError, match=says): perturb(model, cells, what)
+    for budget in (0, -1, 'many', 1.5):
+        with pytest.raises(GeneformerError, match='whole number'): perturb(model, cells, each(), budget=budget)
+    for f in (lambda: Dose('A'), lambda: Dose('A', up=1.5), lambda: Dose('A', up=.5, down=.5), lambda: Dose('A', quartiles=4), lambda: KO('A', ranks='up'),
+              lambda: drug('', ['A']), lambda: drug('x'), lambda: each([]), lambda: pairs(['A'])):
+        with pytest.raises(GeneformerError): f()
 
 def test_pairs_that_do_more_than_their_parts(made):
     from geneformer_nb.stats import excess
