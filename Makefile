@@ -38,6 +38,7 @@ demo: $(STAMP)
 	@$(BIN)/geneformer-nb demo --out $(OUT)
 
 test: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
+test: export NUMBA_NUM_THREADS := $(OMP_NUM_THREADS)
 test: $(STAMP) data
 	@echo "--- notebooks clean, modules in sync, sidebar and README up to date"
 	@$(BIN)/python .ci/nb.py check

@@ -36,13 +36,14 @@ def umap(
     seed:int=0, # of the layout
 ): # None: adds obsm[key_added] (cells × 2; nan for a cell without a vector)
     "Two coordinates a cell (official `plot_embs`, 'umap'); raises `GeneformerError`"
-    import anndata as ad, scanpy as sc
+    import anndata as ad, scanpy as sc, torch
     X, whole = _vectors(adata, key)
     if whole.sum() < 4: raise GeneformerError(f"Only {whole.sum()} cells have vectors in obsm[{key!r}]: a map needs 4 or more.")
-    a = ad.AnnData(X[whole])
+    a, threads = ad.AnnData(X[whole]), torch.get_num_threads()
     sc.pp.pca(a, n_comps=min(pcs, *(n - 1 for n in a.shape)), random_state=seed)
     sc.pp.neighbors(a, n_neighbors=min(neighbors, len(a) - 1), use_rep='X_pca', random_state=seed)
     sc.tl.umap(a, random_state=seed)
+    torch.set_num_threads(threads)  # numba, which draws the map, sets them for the whole process
     out = np.full((len(X), 2), np.nan, np.float32)
     out[whole] = a.obsm['X_umap']
     adata.obsm[key_added or f'{key}_umap'] = out
