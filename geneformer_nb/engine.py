@@ -173,12 +173,8 @@ def first_tokens(
     y = block.attention.output(torch.cat(parts), first)
     return block.output(block.intermediate(y), y)
 
-# %% ../nbs/30a_engine.ipynb #81264782
+# %% ../nbs/30a_engine.ipynb #7b7fa00c
 def _unit(x): return F.normalize(x.float(), dim=-1)
-
-def _segment_mean(x, seg, n): # values, the segment of each, number of segments
-    z = torch.zeros(n, dtype=torch.float64, device=x.device)
-    return z.index_add(0, seg, x.double()) / torch.bincount(seg, minlength=n)
 
 @dataclass
 class Before:
@@ -187,7 +183,7 @@ class Before:
     vector: torch.Tensor  # (d,) unit, double
     answer: torch.Tensor = None # (classes,)
 
-# %% ../nbs/30a_engine.ipynb #e401ac59
+# %% ../nbs/30a_engine.ipynb #b11faac1
 class Engine:
     "An encoder or a fine-tuned model, ready to encode perturbed cells and to read what changed"
     def __init__(self,
@@ -202,7 +198,7 @@ class Engine:
         self.model, self.encoder = model, getattr(model, 'encoder', model)
         self.pool = model.pool if model is not self.encoder else self.encoder.pooling(pool)
         self.cells, self.layer, self.genes, self.dtype = cells, layer, genes, pick_dtype(dtype)
-        self.states = {k: F.normalize(torch.as_tensor(s, device=self.encoder.device, dtype=torch.float64), dim=0) for k, s in (states or {}).items()}
+        self.states = {k: F.normalize(torch.as_tensor(s, dtype=torch.float64).cpu(), dim=0) for k, s in (states or {}).items()}
         self.depth, self.seen = self.encoder.n_run(layer), {}
         task = getattr(model, 'task', None)
         self.answers = [] if task is None else [f'shift_p({c})' if task.kind == 'classes' else f'shift_{c}' for c in task.columns]
@@ -213,10 +209,10 @@ class Engine:
         return self.encoder.hidden(tokens, offsets, layer=self.layer, **kw)
 
     def read(self, x, offsets):
-        "Unit cell vectors in double precision, and answers of the head"
-        if self.model is self.encoder: return F.normalize(pool_cells(x, offsets, self.pool, self.cells.special).double(), dim=-1), None
+        "Unit cell vectors, and answers of the head, in double precision on the processor (not every device knows it)"
+        if self.model is self.encoder: return F.normalize(pool_cells(x, offsets, self.pool, self.cells.special).cpu().double(), dim=-1), None
         vec = self.model.cell_vectors(x, offsets)
-        return F.normalize(vec.double(), dim=-1), self.model.task.link(self.model.head(vec)).double()
+        return F.normalize(vec.cpu().double(), dim=-1), self.model.task.link(self.model.head(vec)).cpu().double()
 
 # %% ../nbs/30a_engine.ipynb #27e9cb45
 from fastcore.basics import patch
@@ -252,35 +248,31 @@ def after(self:Engine, batch, offsets): # `Variants`, and where each of their fo
     x = below[1] if below and self.depth == 1 else self.encoder.hidden(tokens, offsets, positions=positions, below=below, layer=depth)
     return first_tokens(self.encoder.hf.base_model.encoder.layer[self.depth - 1], x, offsets), np.arange(len(offsets))
 
-# %% ../nbs/30a_engine.ipynb #c2aacacc
+# %% ../nbs/30a_engine.ipynb #7bcf1472
 @patch
 def effects(self:Engine, batch): # `Variants`
     "Columns of one batch, and (cosine, form, token) of the genes that remain"
     keys, own = {}, []
     for v in batch: own += [keys.setdefault((v.cell, int(c)), len(keys)) for c in v.cut]
-    was, own, special, dev = self.before(list(keys)), torch.as_tensor(own), self.cells.special, self.encoder.device
+    was, own, special, dev = self.before(list(keys)), np.array(own), self.cells.special, self.encoder.device
     lengths = np.concatenate([v.lengths for v in batch])
     off, n = np.concatenate([[0], np.cumsum(lengths)]), len(lengths)
     x, ends = self.after(batch, off)
     u1, said = self.read(x, ends)
-    u0, out, per_gene = torch.stack([b.vector for b in was])[own.to(dev)], {}, None
+    u0, out, per_gene = torch.stack([b.vector for b in was])[own], {}, None
     if self.genes or self.pool == 'mean':
         start = np.concatenate([[0], np.cumsum([len(b.tokens) for b in was])])
         src, moved = (np.concatenate([getattr(v, k) for v in batch]) for k in ('src', 'moved'))
         inside = (src >= 0) & ~moved
         if special: inside[off[:-1]] = inside[off[1:] - 1] = False
         seg = np.repeat(np.arange(n), lengths)[inside]
-        here, ours = (torch.as_tensor(y, device=dev) for y in (src[inside] + start[own.numpy()[seg]], np.flatnonzero(inside)))
+        here, ours = (torch.as_tensor(y, device=dev) for y in (src[inside] + start[own[seg]], np.flatnonzero(inside)))
         far = torch.cat([b.tokens for b in was])[here] - (_unit(x) if inside.all() else _unit(x[ours]))
-        cos = 1 - far.square().sum(-1).double()/2  # of unit vectors; a sum of products would round near 1
-        if self.genes: per_gene = self.strongest(cos.cpu().numpy(), seg, np.concatenate([v.tokens for v in batch])[inside])
-    if self.pool == 'mean': out['cosine'] = _segment_mean(cos, torch.as_tensor(seg, device=dev), n)
-    else: out['cosine'] = (u0 * u1).sum(-1)
-    for k, s in self.states.items(): out[f'shift_{k}'] = u1 @ s - u0 @ s
-    if said is not None:
-        change = said - torch.stack([b.answer for b in was])[own.to(dev)]
-        out |= {k: change[:, i] for i, k in enumerate(self.answers)}
-    out = {k: c.cpu().numpy() for k, c in out.items()}
+        cos = 1 - far.square().sum(-1).cpu().numpy().astype(float)/2  # of unit vectors; a sum of products would round near 1
+        if self.genes: per_gene = self.strongest(cos, seg, np.concatenate([v.tokens for v in batch])[inside])
+    out['cosine'] = np.bincount(seg, cos, n)/np.bincount(seg, minlength=n) if self.pool == 'mean' else (u0 * u1).sum(-1).numpy()
+    for k, s in self.states.items(): out[f'shift_{k}'] = (u1 @ s - u0 @ s).numpy()
+    if said is not None: out |= dict(zip(self.answers, (said - torch.stack([b.answer for b in was])[own]).numpy().T))
     out |= dict(cell=np.repeat([v.cell for v in batch], [len(v) for v in batch]), rank=np.concatenate([v.rank for v in batch]),
                 label=np.concatenate([v.label for v in batch]))
     return out, per_gene

@@ -13,7 +13,7 @@ from .core import GeneformerError, progress
 from .embed import _match
 from .perturb import KO, Plan, _engine, each, perturb
 
-# %% ../nbs/30b_firstorder.ipynb #29d8cdfe
+# %% ../nbs/30b_firstorder.ipynb #43592dd8
 @contextmanager
 def _rank_vectors(model):
     "Catch the rank embeddings of a pass, as a leaf to differentiate by"
@@ -38,35 +38,34 @@ def _slopes(engine, x, positions): # tokens (n,), places told to them (a, n)
     with torch.enable_grad(), _rank_vectors(engine.encoder) as caught:
         h = engine.hidden(np.tile(x, a), np.arange(a + 1)*n, positions=positions.ravel(), gate=gate.flatten())
         vec = _gated(engine, h.view(a, n, -1), gate)
-        u = F.normalize(vec.double(), dim=-1)
+        u = F.normalize(vec.cpu().double(), dim=-1)
         read = [u @ s for s in engine.states.values()]
-        if engine.answers: read += engine.model.task.link(engine.model.head(vec)).double().unbind(-1)
+        if engine.answers: read += engine.model.task.link(engine.model.head(vec)).cpu().double().unbind(-1)
         got = [torch.autograd.grad(f.sum(), [caught[0], gate], retain_graph=i < len(read) - 1) for i, f in enumerate(read)]
-    return torch.stack(read, -1).detach(), torch.stack([g[0].view(a, n, -1) for g, _ in got]), torch.stack([g for _, g in got]).double()
+    return torch.stack(read, -1).detach(), torch.stack([g[0].view(a, n, -1) for g, _ in got]), torch.stack([g for _, g in got]).cpu().double()
 
-# %% ../nbs/30b_firstorder.ipynb #bee1fdfc
+# %% ../nbs/30b_firstorder.ipynb #d353ad0e
 def _along(engine, x, steps):
     "Shift of each place of a cell (r, n) under deletion, later genes moving up"
-    n, dev = len(x), engine.encoder.device
+    n = len(x)
     ends = np.unique(np.linspace(1, n, steps + 1).round().astype(int)) if steps else np.array([n])  # first place that has moved
     f, by_rank, by_gate = _slopes(engine, x, np.arange(n) - (np.arange(n) >= ends[:, None]))
     table = engine.encoder.hf.base_model.embeddings.position_embeddings.weight.detach()
-    step = torch.zeros(n, table.shape[1], device=dev)
+    step = torch.zeros(n, table.shape[1], device=table.device)
     step[1:] = table[:n - 1] - table[1:n]
-    slope = (by_rank*step).sum(-1).double()  # r, a, n
+    slope = (by_rank*step).sum(-1).cpu().double()  # r, a, n
     presence = by_gate[:, -1]  # in the unperturbed cell
     if not steps: return slope[:, 0].flip(-1).cumsum(-1).flip(-1) - slope[:, 0] - presence
-    j = torch.arange(n, device=dev)
-    ends = torch.as_tensor(ends, device=dev)
+    j, ends = torch.arange(n), torch.as_tensor(ends)
     k = (torch.searchsorted(ends, j, right=True) - 1).clamp(0, len(ends) - 2)  # the piece each place moves in
     own = (slope[:, k, j] + slope[:, k + 1, j])/2
     own[:, 0] = 0  # the first place stays
-    piece = torch.zeros(len(own), len(ends) - 1, device=dev, dtype=own.dtype).index_add(1, k, own)
+    piece = torch.zeros(len(own), len(ends) - 1, dtype=own.dtype).index_add(1, k, own)
     size = ends.diff()
     own[:, 1:] += (((f[:-1] - f[1:]).T - piece)/size)[:, k[1:]]
     return own.flip(-1).cumsum(-1).flip(-1) - own - presence
 
-# %% ../nbs/30b_firstorder.ipynb #c163a9fc
+# %% ../nbs/30b_firstorder.ipynb #850cd7ba
 def first_order(
     model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers are then read too
     cells:Cells, # tokenised with the model's vocabulary
@@ -89,7 +88,7 @@ def first_order(
         if len(at) < 2: continue
         if ranks == 'shift': shift = _along(engine, x, min(steps, len(x) - 2))
         else: shift = -_slopes(engine, x, np.arange(len(x))[None])[2][:, 0]
-        shift = shift[:, at].cpu().numpy()
+        shift = shift[:, at].numpy()
         parts.append(dict(cell=np.full(len(at), c), label=x[at].astype(np.int64), rank=at - front, cosine=np.zeros(len(at)),
                           **dict(zip(engine.columns, shift))))
     if not parts: raise GeneformerError(f"Nothing to perturb: none of the {len(rows)} cells has two genes.")
