@@ -183,7 +183,7 @@ class Before:
     vector: torch.Tensor  # (d,) unit, double
     answer: torch.Tensor = None # (classes,)
 
-# %% ../nbs/30a_engine.ipynb #b11faac1
+# %% ../nbs/30a_engine.ipynb #d182002a
 class Engine:
     "An encoder or a fine-tuned model, ready to encode perturbed cells and to read what changed"
     def __init__(self,
@@ -212,7 +212,7 @@ class Engine:
         "Unit cell vectors, and answers of the head, in double precision on the processor (not every device knows it)"
         if self.model is self.encoder: return F.normalize(pool_cells(x, offsets, self.pool, self.cells.special).cpu().double(), dim=-1), None
         vec = self.model.cell_vectors(x, offsets)
-        return F.normalize(vec.cpu().double(), dim=-1), self.model.task.link(self.model.head(vec)).cpu().double()
+        return F.normalize(vec.cpu().double(), dim=-1), self.model.task.link(self.model.head(vec).cpu().double())
 
 # %% ../nbs/30a_engine.ipynb #27e9cb45
 from fastcore.basics import patch

@@ -13,7 +13,7 @@ from .core import GeneformerError, progress
 from .embed import _match
 from .perturb import KO, Plan, _engine, each, perturb
 
-# %% ../nbs/30b_firstorder.ipynb #43592dd8
+# %% ../nbs/30b_firstorder.ipynb #3d2fa4cf
 @contextmanager
 def _rank_vectors(model):
     "Catch the rank embeddings of a pass, as a leaf to differentiate by"
@@ -40,7 +40,7 @@ def _slopes(engine, x, positions): # tokens (n,), places told to them (a, n)
         vec = _gated(engine, h.view(a, n, -1), gate)
         u = F.normalize(vec.cpu().double(), dim=-1)
         read = [u @ s for s in engine.states.values()]
-        if engine.answers: read += engine.model.task.link(engine.model.head(vec)).cpu().double().unbind(-1)
+        if engine.answers: read += engine.model.task.link(engine.model.head(vec).cpu().double()).unbind(-1)
         got = [torch.autograd.grad(f.sum(), [caught[0], gate], retain_graph=i < len(read) - 1) for i, f in enumerate(read)]
     return torch.stack(read, -1).detach(), torch.stack([g[0].view(a, n, -1) for g, _ in got]), torch.stack([g for _, g in got]).cpu().double()
 

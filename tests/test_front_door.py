@@ -120,6 +120,19 @@ def test_several_layers_from_ranks_and_from_counts(ranked, adata, model):
         assert ranked.uns[f'X_g_{l}']['layer'] == str(l) and ranked.uns[f'X_g_{l}']['ranks'] == 'X_ranks'
     assert not np.allclose(ranked.obsm['X_g_last'], ranked.obsm['X_g_-1'])
 
+def test_a_fine_tuned_model_is_perturbed_and_answers(ranked, model, tmp_path):
+    from geneformer_nb.finetune import CellClassifier
+    clf = CellClassifier(model, ['sick', 'well'])
+    gene = ranked.var['symbol'].iloc[0] if 'symbol' in ranked.var else model.vocabulary.genes[0]
+    kw = dict(model=clf, what=gf.perturb.OE(gene), column='disease', start='hypertrophic', states='non-failing')
+    raw, effects = gf.tl.perturb(ranked, affected=2, **kw)
+    assert {'shift_non-failing', 'shift_p(sick)', 'cosine'} <= set(raw) and len(effects) == 2*len(raw)
+    assert set(ranked.obs['disease'].iloc[raw.cell]) == {'hypertrophic'}
+    np.testing.assert_allclose(raw['shift_p(sick)'], -raw['shift_p(well)'], atol=1e-7)
+    kept = gf.tl.perturb(ranked, folder=tmp_path/'r', **kw)
+    np.testing.assert_allclose(kept['shift_p(sick)'], raw['shift_p(sick)'], atol=1e-6)
+    assert kept.cell.tolist() == raw.cell.tolist()
+
 def test_an_empty_cell_keeps_its_row(adata, vocab, model):
     X = adata.X.toarray(); X[7] = 0
     adata.X = X
