@@ -183,7 +183,7 @@ class Before:
     vector: torch.Tensor  # (d,) unit, double
     answer: torch.Tensor = None # (classes,)
 
-# %% ../nbs/30a_engine.ipynb #d182002a
+# %% ../nbs/30a_engine.ipynb #7445ce3e
 class Engine:
     "An encoder or a fine-tuned model, ready to encode perturbed cells and to read what changed"
     def __init__(self,
@@ -201,7 +201,7 @@ class Engine:
         self.states = {k: F.normalize(torch.as_tensor(s, dtype=torch.float64).cpu(), dim=0) for k, s in (states or {}).items()}
         self.depth, self.seen = self.encoder.n_run(layer), {}
         task = getattr(model, 'task', None)
-        self.answers = [] if task is None else [f'shift_p({c})' if task.kind == 'classes' else f'shift_{c}' for c in task.columns]
+        self.answers = [] if task is None else [f'shift_p({c})' if hasattr(task, 'classes') else f'shift_{c}' for c in task.columns]
         self.columns = [f'shift_{s}' for s in self.states] + self.answers
 
     def hidden(self, tokens, offsets, **kw):
