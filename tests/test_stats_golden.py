@@ -74,3 +74,116 @@ def test_aggregate_gene_shifts(name, v):
     ours = ours.loc[list(zip(theirs.Perturbed, theirs.Affected))]
     for a, b in {'cosine_mean': 'Cosine_sim_mean', 'cosine_sd': 'Cosine_sim_stdev', 'n_cells': 'N_Detections'}.items():
         np.testing.assert_allclose(ours[a], theirs[b], atol=1e-6)
+
+# the official files, column by column
+
+from golden import perturbed, vocabulary
+from geneformer_nb.official_stats import official_form
+
+def with_ids(raw, v):
+    "Golden tokens as the ids that `perturb` writes"
+    ids = {t: vocabulary(v).gene(int(t)) for t in raw.gene_id.unique()}
+    return raw.assign(gene_id=raw.gene_id.map(ids))
+
+def same_file(ours, name, drop=()):
+    "Names and order of the columns; the same rows; numbers to 1e-6; the order of rows where the sort keys differ"
+    theirs = pd.read_csv(golden/f'{name}.csv')
+    theirs = theirs[[c for c in theirs if not c.startswith('Unnamed')]]
+    assert list(ours) == list(theirs)
+    assert len(ours) == len(theirs)
+    key = 'Ensembl_ID'
+    a, b = ours.set_index(key).sort_index(), theirs.set_index(key).sort_index()
+    assert list(a.index) == list(b.index)
+    for c in b:
+        if b[c].dtype.kind in 'if' and c != 'Gene': np.testing.assert_allclose(a[c].astype(float), b[c], atol=1e-6, rtol=1e-6, err_msg=c)
+        else: assert a[c].astype(str).tolist() == b[c].astype(str).tolist(), c
+    return ours, theirs
+
+@both
+@sets
+def test_form_goal_state_shift(name, v):
+    raw = with_ids(as_raw(read(f'{name}_{v}_isp_delete_all_goal')), v)
+    ours, theirs = same_file(official_form(raw, 'goal_state_shift', goal='stim', vocabulary=vocabulary(v)), f'{name}_{v}_stats_goal_state_shift')
+    np.testing.assert_allclose(ours.Shift_to_goal_end, theirs.Shift_to_goal_end, atol=1e-6) # row by row: the same order
+    alt = official_form(raw, 'goal_state_shift', goal='stim', alt=['ctrl'], vocabulary=vocabulary(v))
+    assert list(alt)[3:] == ['Shift_to_goal_end', 'Shift_to_alt_end_ctrl', 'Goal_end_vs_random_pval', 'Alt_end_vs_random_pval_ctrl', 'Goal_end_FDR',
+                             'Alt_end_FDR_ctrl', 'N_Detections', 'Sig']
+    pd.testing.assert_frame_equal(alt[list(ours)], ours)
+    own = goal_state_shift(raw, 'ctrl', official=True).set_index('gene_id').loc[alt.Ensembl_ID]
+    np.testing.assert_allclose(alt['Alt_end_FDR_ctrl'], own.fdr); np.testing.assert_allclose(alt['Shift_to_alt_end_ctrl'], own['shift'])
+
+@both
+def test_form_group(v):
+    raw = with_ids(as_raw(read(f'kang20_{v}_isp_delete_all_goal')), v)
+    ours = official_form(raw, 'goal_state_shift', goal='stim', genes=['ENSG00000161960'], vocabulary=vocabulary(v))
+    theirs = pd.read_csv(golden/f'kang20_{v}_stats_goal_state_shift_group.csv', index_col=0)
+    assert list(ours) == list(theirs) and ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    cells = official_form(raw, 'aggregate_data', goal='stim', genes=['ENSG00000161960'], vocabulary=vocabulary(v))
+    assert list(cells) == ['Cosine_sim', 'Gene'] and set(cells.Gene) == {'EIF4A1'} and np.isclose(cells.Cosine_sim.mean(), theirs.iloc[0, 0], atol=1e-6)
+
+@both
+def test_form_vs_null(v):
+    test, null = (with_ids(as_raw(read(f'kang20_{v}_isp_delete_all_{s}')), v) for s in ('ctrl', 'stim'))
+    theirs = pd.read_csv(golden/f'kang20_{v}_stats_vs_null.csv')
+    ours = official_form(test, 'vs_null', null=null, vocabulary=vocabulary(v))
+    same_file(ours, f'kang20_{v}_stats_vs_null')
+    np.testing.assert_allclose(ours.Test_vs_null_avg_shift, theirs.Test_vs_null_avg_shift, atol=1e-6, equal_nan=True)
+
+@both
+@pytest.mark.parametrize('name', ['kang_ifnb', 'heart_embryo', 'pbmc3k', 'kang20'])
+def test_form_mixture_model(name, v):
+    raw = with_ids(as_raw(read(f'{name}_{v}_isp_delete_all{"_ctrl" if name == "kang20" else ""}')), v)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        ours = official_form(raw, 'mixture_model', vocabulary=vocabulary(v))
+    _, theirs = same_file(ours, f'{name}_{v}_stats_mixture_model')
+    np.testing.assert_allclose(ours.Test_avg_shift, theirs.Test_avg_shift, atol=1e-6)
+
+@both
+@pytest.mark.parametrize('name', ['kang_ifnb', 'heart_embryo', 'pbmc3k'])
+def test_form_aggregate_gene_shifts(name, v):
+    t = read(f'{name}_{v}_isp_delete_all')
+    raw, voc = with_ids(as_raw(t), v), vocabulary(v)
+    g = t[t.affected != 'cell']
+    special = {str(x) for x in voc.specials.values()}
+    g = g[~g.affected.isin(special)]
+    ids = {x: voc.gene(int(x)) for x in {*g.perturbed, *g.affected}}
+    effects = pd.DataFrame(dict(gene_id=g.perturbed.map(ids), affected=g.affected.map(ids), cosine=g['values']))
+    ours = official_form(raw, 'aggregate_gene_shifts', effects=effects, vocabulary=voc)
+    theirs = pd.read_csv(golden/f'{name}_{v}_stats_aggregate_gene_shifts.csv')
+    theirs = theirs[[c for c in theirs if not c.startswith('Unnamed')]]
+    assert list(ours) == list(theirs) and (ours.Affected[:raw.gene_id.nunique()] == 'cell_emb').all()
+    by = lambda d: d.assign(k=d.Perturbed.astype(str) + ' ' + d.Affected.astype(str)).set_index('k')
+    a, b = by(ours), by(theirs)
+    assert set(b.index) <= set(a.index)
+    a = a.loc[b.index]
+    for c in ('Cosine_sim_mean', 'Cosine_sim_stdev', 'N_Detections'): np.testing.assert_allclose(a[c], b[c], atol=1e-6)
+    for c in ('Gene_name', 'Ensembl_ID', 'Affected_gene_name', 'Affected_Ensembl_ID'): assert a[c].fillna('').tolist() == b[c].fillna('').tolist(), c
+    np.testing.assert_allclose(ours.Cosine_sim_mean[:len(theirs)], theirs.Cosine_sim_mean, atol=1e-6) # row by row: the same order
+
+@both
+def test_form_takes_what_perturb_gives(v):
+    "The whole chain: pairs with an anchor, and effects on other genes as `perturb` returns them"
+    from golden import model
+    from geneformer_nb.perturb import each, pairs, perturb
+    voc, c = vocabulary(v), perturbed('kang20', v)
+    names = [voc.gene(int(x)) for x in c[0].tokens[1:6]]
+    raw = perturb(model(v), c[:3], [each(names), *pairs(names[1:], with_=names[0])[2:]], layer=-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        t = official_form(raw, 'mixture_model', anchor=names[0], vocabulary=voc)
+    assert list(t) == ('Gene Gene_name Ensembl_ID Anchor_shift Test_token_shift Sum_of_indiv_shifts Combo_shift Combo_minus_sum_shift Impact_component '
+                       'Impact_component_percent N_Detections').split() and set(t.Ensembl_ID) == set(names[1:])
+    wide = raw.pivot_table(index='cell', columns='gene_id', values='cosine', observed=True)
+    for r in t.itertuples():
+        d = wide[[names[0], r.Ensembl_ID, f'{r.Ensembl_ID}+{names[0]}']].dropna()
+        a, b, both_ = d.mean()
+        assert np.allclose([r.Anchor_shift, r.Test_token_shift, r.Combo_shift, r.Sum_of_indiv_shifts, r.Combo_minus_sum_shift], [a, b, both_, a + b - 1, both_ - a - b + 1])
+        assert r.N_Detections == len(d)
+    raw, effects = perturb(model(v), c[:2], each(names[:2]), layer=-1, genes=True)
+    t = official_form(raw, 'aggregate_gene_shifts', effects=effects, vocabulary=voc)
+    assert (t.Affected == 'cell_emb').sum() == raw.gene_id.nunique() and len(t) > 100
+    one = t[(t.Ensembl_ID == names[0]) & (t.Affected != 'cell_emb')].iloc[0]
+    at = effects[(raw.gene_id.to_numpy()[effects['row']] == names[0]) & (effects.affected == one.Affected)]
+    assert np.isclose(at.cosine.mean(), one.Cosine_sim_mean) and len(at) == one.N_Detections
