@@ -182,7 +182,7 @@ def _methods(run, model, cells, forecast):
             f"({', '.join(f'{k}={v}' for k, v in run['finetuning'].items())}), without any choice made on the held-out ones. States are means "
             "of training cells at the last layer.",
             f"Perturbed: {', '.join(a['directions'])} of {a['genes']}, at most {a['max_cells']} cells a {a['unit']}. Shift = cosine to the goal "
-            "state after less before. Null: genes of similar mean rank in the same cells. p: over "
+            "state after less before. Null: genes of similar mean rank and detection in the same cells. p: over "
             f"{a['unit']}s where three or more could be screened; FDR by Benjamini and Hochberg within a direction.",
             f"Seed {run['seed']}. " + ', '.join(f'{k} {v}' for k, v in versions().items() if v) + '.']
 
