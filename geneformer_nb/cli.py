@@ -91,14 +91,14 @@ def run_embed(a): # parsed arguments
 def _what(a):
     "What to do to the cells, from --genes, --op, --how and --together"
     from geneformer_nb.perturb import KO, OE, Dose, each
-    op, genes = dict(KO=KO, OE=OE, Dose=Dose)[a.op], _names(a.genes) or 'detected'
+    op, genes = dict(KO=KO, OE=OE, Dose=Dose)[a.op], a.genes if a.genes == 'vocabulary' else _names(a.genes) or 'detected'
     name, sep, value = (a.how or '').partition('=')
     if bool(a.how) != bool(sep): raise GeneformerError(f"--how takes name=value, such as down=0.5, quartiles=-1 or ranks=hold, not {a.how!r}.")
     try: how = {} if not sep else {name: value if name == 'ranks' else int(value) if name == 'quartiles' else float(value)}
     except ValueError as e: raise GeneformerError(f"--how {a.how}: {value!r} is no number.") from e
-    if not a.together: return each(genes if genes == 'detected' or len(genes) > 1 or genes[0] != 'vocabulary' else 'vocabulary', op, **how)
-    if genes == 'detected': raise GeneformerError("--together needs --genes: the genes that are perturbed at once.")
-    return each([genes[0]], lambda g: op(g, *genes[1:], **how))
+    if not a.together: return each(genes, op, **how)
+    if isinstance(genes, str): raise GeneformerError("--together needs --genes: the genes that are perturbed at once.")
+    return op(*genes, **how)
 
 def run_perturb(a): # parsed arguments
     "Counts to shifts of perturbed cells, in shards"

@@ -115,10 +115,10 @@ def packed(
     if batch: yield batch
 
 # %% ../nbs/30a_engine.ipynb #eb772261
-def _queries(block, x):
-    "Queries, keys and values of some tokens (heads, t, e)"
+def _heads(block, x, *names):
+    "What a layer makes of some tokens for its attention, of query, key and value (heads, t, e)"
     a = block.attention.self
-    return (f(x).unflatten(-1, (a.num_attention_heads, -1)).transpose(0, 1) for f in (a.query, a.key, a.value))
+    return [getattr(a, name)(x).unflatten(-1, (a.num_attention_heads, -1)).transpose(0, 1) for name in names]
 
 def _shared(q, k, v, lo, hi, n, at):
     "Attention of all forms that lack one place of `at`: (forms, n - 1, d), and the row of `q` each token stands for"
@@ -152,7 +152,7 @@ def first_layer(
     bert = model.hf.base_model
     ids, told = (torch.as_tensor(y, device=dev).long()[None] for y in (np.asarray(tokens)[place], told.clip(0)))
     x, block = bert.embeddings(input_ids=ids, position_ids=told)[0], bert.encoder.layer[0]
-    o, row, total = _shared(*_queries(block, x), lo, hi, n, at)
+    o, row, total = _shared(*_heads(block, x, 'query', 'key', 'value'), lo, hi, n, at)
     if (total < 1e-30).any(): return None  # the deleted gene had all the attention: nothing left to divide by
     y = block.attention.output(o.flatten(0, 1), x[row.flatten()])
     return block.output(block.intermediate(y), y)
@@ -164,9 +164,8 @@ def first_tokens(
     offsets, # where each cell begins
 ): # (cells, d)
     "The first token of each cell after a layer"
-    _, k, v = _queries(block, x)
     first = x[torch.as_tensor(np.asarray(offsets)[:-1], device=x.device)]
-    q, parts, done = next(_queries(block, first)), [], 0  # h, cells, e
+    (q,), (k, v), parts, done = _heads(block, first, 'query'), _heads(block, x, 'key', 'value'), [], 0
     for s, b, n in runs(offsets):
         kk, vv = (y[:, s:s + b*n].unflatten(1, (b, n)).transpose(0, 1) for y in (k, v))  # b h n e
         parts.append(F.scaled_dot_product_attention(q[:, done:done + b].transpose(0, 1)[:, :, None], kk, vv)[:, :, 0].flatten(1)); done += b
@@ -292,9 +291,8 @@ def _no_memory(e): return isinstance(e, torch.OutOfMemoryError) or 'allocate mem
 @patch
 def run(self:Engine, batch): # `Variants`
     "Effects of a batch, in halves where memory does not hold it; raises `GeneformerError` where one cell does not fit"
-    off = self.dtype == torch.float32
     try:
-        with torch.inference_mode(), torch.autocast(self.encoder.device.type, self.dtype, enabled=not off): return [self.effects(batch)]
+        with torch.inference_mode(), torch.autocast(self.encoder.device.type, self.dtype, enabled=self.dtype != torch.float32): return [self.effects(batch)]
     except RuntimeError as e:
         if not _no_memory(e): raise
     forms = [len(v) for v in batch]

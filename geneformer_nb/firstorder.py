@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from .cells import Cells
 from .core import GeneformerError, progress
-from .embed import _match
-from .perturb import KO, Plan, _engine, each, perturb
+from .embed import pick_cells
+from .perturb import KO, Plan, _engine, _joined, each, perturb
 
 # %% ../nbs/30b_firstorder.ipynb #3d2fa4cf
 @contextmanager
@@ -81,7 +81,7 @@ def first_order(
     engine = _engine(model, cells, states, layer, pool, False, None)
     if not engine.columns: raise GeneformerError("There is nothing to differentiate: pass states=state_embeddings(…), or a fine-tuned model.")
     plan, front, parts = Plan([each(ranks=ranks)], engine.encoder.vocabulary), int(cells.special), []
-    rows = np.flatnonzero(_match(cells.obs, where)) if where else range(len(cells))
+    rows = pick_cells(cells.obs, where)
     for c in progress(rows, 'differentiating', unit='cells', show=show):
         x = cells[c].tokens
         at = np.arange(front, len(x) - front)
@@ -114,4 +114,4 @@ def shortlist(
         exact = perturb(model, cells[[c]], each(list(part.gene_id), ranks=ranks), show=False, **how)
         exact['first_order'] = exact.gene_id.astype(str).map(dict(zip(part.gene_id, part[column])))
         parts.append(exact.assign(cell=c))
-    return pd.concat(parts, ignore_index=True).astype({k: 'category' for k in ('kind', 'perturbation', 'gene_id')})
+    return _joined(parts)

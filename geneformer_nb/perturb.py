@@ -7,13 +7,12 @@ __all__ = ['Op', 'Perturbation', 'KO', 'OE', 'Dose', 'drug', 'Each', 'each', 'pa
 
 # %% ../nbs/30_perturb.ipynb #68aac971
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from .cells import Cells, _need_cells
 from .core import GeneformerError, progress
-from .embed import _match
+from .embed import pick_cells
 from .engine import Engine, arrange, fit_budget, packed, singles
 from .model import Geneformer
 from .scale import whole
@@ -215,6 +214,16 @@ def gene_table(self:Plan, parts, rows): # (cosine, form, token) of each batch, a
     return pd.DataFrame(dict(zip(('row', 'affected', 'cosine'), got)))
 
 # %% ../nbs/30_perturb.ipynb #ff15f055
+def _read_at(model, layer, pool):
+    "Layer and pooling to read a model at: those asked for, or the usual ones"
+    tuned = hasattr(model, 'cell_vectors')
+    return layer if layer is not None else 'last' if tuned else 'second_to_last', model.pool if tuned and pool is None else pool
+
+def _joined(tables):
+    "Tables of several parts of a run as one"
+    out = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
+    return out.astype({k: 'category' for k in ('kind', 'perturbation', 'gene_id')})
+
 def _engine(model, cells, states, layer, pool, genes, dtype):
     "What was asked of the model, checked"
     encoder = getattr(model, 'encoder', model)
@@ -222,8 +231,8 @@ def _engine(model, cells, states, layer, pool, genes, dtype):
     tuned = model is not encoder
     if tuned and not hasattr(model, 'cell_vectors'): raise GeneformerError(f"A {type(model).__name__} gives no one answer a cell: pass its .encoder.")
     _need_cells(cells).check_vocabulary(encoder.vocabulary)
-    if layer is None: layer = 'last' if tuned else 'second_to_last'
-    if tuned and (encoder.n_run(layer) != encoder.config.num_hidden_layers or pool not in (None, model.pool)): raise GeneformerError(
+    layer, pool = _read_at(model, layer, pool)
+    if tuned and (encoder.n_run(layer) != encoder.config.num_hidden_layers or pool != model.pool): raise GeneformerError(
         f"A fine-tuned model is read at its last layer and its own pooling ({model.pool}): leave layer and pool out, or pass its .encoder.")
     if isinstance(genes, bool) is False and (not isinstance(genes, (int, np.integer)) or genes < 1): raise GeneformerError(
         f"genes={genes!r} is True for the cosine of every remaining gene, or the number of the most changed ones to keep.")
@@ -254,7 +263,7 @@ def perturb(
     engine = _engine(model, cells, states, layer, pool, genes, dtype)
     if budget is not None: whole(budget=budget)
     plan, parts, of_genes = Plan([what], engine.encoder.vocabulary), [], []
-    rows = np.flatnonzero(_match(cells.obs, where)) if where else range(len(cells))
+    rows = pick_cells(cells.obs, where)
     forms = (f for c in progress(rows, 'perturbing', unit='cells', show=show) for f in plan.forms(cells, c))
     for batch in packed(forms, budget or fit_budget(model)):
         for out, each_gene in engine.run(batch): parts.append(out); of_genes.append(each_gene)

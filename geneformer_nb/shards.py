@@ -12,9 +12,9 @@ import numpy as np, pandas as pd
 from .cells import Cells
 from .core import GeneformerError, StorageError, as_folder, atomic, digest
 from .embed import pick_cells
-from .engine import fit_budget
+from .engine import fit_budget, packed
 from .model import weights_digest
-from .perturb import Plan, _engine, perturb
+from .perturb import Plan, _engine, _joined, perturb
 from .scale import run_shards, whole
 
 # %% ../nbs/30c_shards.ipynb #4bd0d768
@@ -30,27 +30,22 @@ def estimate(
     **kwargs, # states, layer, pool, genes, dtype, budget as in `perturb`
 )->dict: # variants, tokens to encode, seconds
     "How large a screen is, and how long this machine will need"
-    v = _engine(model, cells, kwargs.get('states'), None, None, False, None).encoder.vocabulary
+    plan = Plan([what], _engine(model, cells, kwargs.get('states'), None, None, False, None).encoder.vocabulary)
     if not len(cells): return dict(variants=0, tokens=0, seconds=0.)
     middle = np.argsort(cells.lengths, kind='stable')[len(cells)//2:][:2]
-    counted = np.array([np.sum(_forms(Plan([what], v), cells, c) or [(0, 0)], 0) for c in middle], float)
+    counted = np.array([np.sum(_forms(plan, cells, c) or [(0, 0)], 0) for c in middle], float)
     if not counted[:, 0].sum(): return dict(variants=0, tokens=0, seconds=0.)
     per_gene = counted[:, 0].sum()/max(1, cells.lengths[middle].sum())
-    n = per_gene*cells.lengths if _grows(what) else np.full(len(cells), counted[:, 0].mean())
-    t, done = _timed(model, cells[middle], what, v, sample, kwargs)
+    n = per_gene*cells.lengths if any(isinstance(g, str) for _, g in plan.parts) else np.full(len(cells), counted[:, 0].mean())
+    t, done = _timed(model, cells[middle], plan, sample, kwargs)
     tokens = n*cells.lengths
     return dict(variants=int(round(n.sum())), tokens=int(tokens.sum()), seconds=float(t*tokens.sum()/done))
 
-def _grows(what):
-    "Does the number of forms grow with the length of a cell?"
-    return any(_grows(w) for w in what) if isinstance(what, (list, tuple)) and not hasattr(what, 'ops') else getattr(what, 'genes', None) == 'detected'
-
-def _timed(model, cells, what, vocabulary, sample, kwargs):
+def _timed(model, cells, plan, sample, kwargs):
     "Seconds for a few forms, and their tokens"
-    from geneformer_nb.engine import packed
     kw = dict(dict(states=None, layer=None, pool=None, genes=False, dtype=None), **kwargs)
     budget = kw.pop('budget', None) or fit_budget(model)
-    engine, plan = _engine(model, cells, **kw), Plan([what], vocabulary)
+    engine = _engine(model, cells, **kw)
     budget = min(budget, max(1, sample*int(cells.lengths.max())))
     t, tokens, forms = 0., 0, 0
     for batch in packed((f for c in range(len(cells)) for f in plan.forms(cells, c)), budget):
@@ -149,10 +144,6 @@ def read_shard(
     "One shard; raises `StorageError` for a damaged file"
     try: return pd.read_parquet(path)
     except (OSError, ValueError) as e: raise StorageError(f"{Path(path).name} in '{Path(path).parent.name}' is damaged: delete it and run again.") from e
-
-def _joined(tables):
-    out = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
-    return out.astype({k: 'category' for k in ('kind', 'perturbation', 'gene_id')})
 
 # %% ../nbs/30c_shards.ipynb #33f76814
 def gene_effects(

@@ -14,7 +14,7 @@ from .embed import _place, embed as embed_counts, state_embeddings
 from .evaluate import baselines as plain_baselines
 from .finetune import CellClassifier, finetune as finetune_cells
 from .model import Geneformer
-from .perturb import perturb as perturb_cells
+from .perturb import _read_at, perturb as perturb_cells
 from .shards import perturb_to
 from .pp import _need_adata, ranked_cells, _said
 from .tokenizer import tokenize as rank_counts
@@ -151,8 +151,7 @@ def perturb(
         rows = rows & (adata.obs[column].astype(str) == str(start)).to_numpy()
         if not rows.any(): raise GeneformerError(f"No cell has {column} = {start!r}; the column holds "
                                                  f"{', '.join(sorted(set(adata.obs[column].astype(str)))[:8])}.")
-    tuned = model is not encoder
-    how = dict(layer=layer or ('last' if tuned else 'second_to_last'), pool=model.pool if tuned and pool is None else pool)
+    how = dict(zip(('layer', 'pool'), _read_at(model, layer, pool)))
     states, rows = _states(cells, encoder, column, states, how), np.flatnonzero(rows)
     kwargs |= dict(states=states, genes=affected, **how)
     if folder is not None: raw, effects = perturb_to(folder, model, cells[rows], what, **kwargs), ()

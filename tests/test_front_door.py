@@ -133,6 +133,10 @@ def test_a_fine_tuned_model_is_perturbed_and_answers(ranked, model, tmp_path):
     np.testing.assert_allclose(kept['shift_p(sick)'], raw['shift_p(sick)'], atol=1e-6)
     assert kept.cell.tolist() == raw.cell.tolist()
 
+def test_the_official_number_of_the_last_layer_is_not_taken_for_none(ranked, model):
+    raw = {l: gf.tl.perturb(ranked[:5], model=model, what=gf.perturb.each(), layer=l) for l in (0, 'last', None)}
+    assert raw[0].equals(raw['last']) and not raw[0].cosine.equals(raw[None].cosine)
+
 def test_an_empty_cell_keeps_its_row(adata, vocab, model):
     X = adata.X.toarray(); X[7] = 0
     adata.X = X
