@@ -123,11 +123,11 @@ def run_screen(a): # parsed arguments
     groups = {k: v[0].split(',') for k, v in _pairs(a.group).items()}
     s = screen(a.data, disease=a.disease, donor=a.donor, start=a.start, goal=a.goal, out=a.out, where=_pairs(a.where), groups=groups,
                model=a.model, top_genes=a.top_genes,
-               vocabulary=_vocabulary(a.vocabulary) if a.vocabulary else None, directions=a.directions.split(','),
+               vocabulary=_vocabulary(a.vocabulary) if a.vocabulary else None, directions=a.directions.split(','), controls=[c for c in a.controls.split(',') if c], pairs=a.pairs, seeds=a.seeds,
                genes=_names(a.genes) or 'detected', known=_names(a.known), max_cells=a.max_cells, unit=a.unit, seed=a.seed, device=a.device,
                folds=int(a.folds) if a.folds.isdigit() else a.folds, layer=a.layer, logged=a.logged,
                pretraining=dict(steps=a.steps), finetuning=dict(epochs=a.epochs))
-    print(s.table[['perturbation', 'shift', 'null_shift', 'p', 'fdr', 'n_cells', 'n_donors']].head(10).to_string(index=False))
+    print(s.table[['perturbation', 'score', 'shift', 'null_shift', 'p', 'fdr', 'consistency', 'flags']].head(10).to_string(index=False))
     return s
 
 demo_size = dict(n_cells=3600, n_donors=24, n_genes=150, seed=0) # the cohort of the demonstration
@@ -150,7 +150,7 @@ def run_demo(a): # parsed arguments
     print(f"\nOpen {Path(a.out)/'screen'/'report.html'}")
     return s
 
-demo_plan = dict(max_cells=12, folds=2, pretraining=dict(steps=2000))
+demo_plan = dict(max_cells=12, folds=2, pretraining=dict(steps=800), pairs=3)
 
 # %% ../nbs/55_cli.ipynb #a93822fd
 def parser()->argparse.ArgumentParser:
@@ -237,12 +237,13 @@ def _screen_options(s, counts, common):
     s.add_argument('--group', action='append', help='state=value,value of the disease column; may be repeated')
     s.add_argument('--top-genes', type=int, help='house vocabulary of the most variable genes')
     s.add_argument('--vocabulary', help='for a house model; as in tokenize')
-    s.add_argument('--directions', default='KO,OE', help='KO, OE or both')
+    s.add_argument('--directions', default='KO,OE,up', help='of KO, OE, up, down; default KO,OE,up')
+    s.add_argument('--controls', default='first_order,untrained,permuted', help='readings that need a model; "" for none; default: all')
     s.add_argument('--genes', help='genes to perturb: a,b,c or a file; default: those detected')
     s.add_argument('--known', help='genes named beforehand, to see how they rank')
     s.add_argument('--unit', default='donor', help='what the donor column really holds, for the report')
     s.add_argument('--folds', default='3', help='folds of donors, or loo')
-    for name, default in dict(max_cells=50, steps=1000, epochs=2, seed=0).items():
+    for name, default in dict(max_cells=50, steps=1000, epochs=6, pairs=0, seeds=1, seed=0).items():
         s.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f'default {default}')
 
 # %% ../nbs/55_cli.ipynb #e4fd2a87

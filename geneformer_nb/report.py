@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['save_figure', 'picture', 'table_html', 'page', 'para', 'write_report']
 
-# %% ../nbs/35a_report.ipynb #c1a26b9d
+# %% ../nbs/35a_report.ipynb #1b3266ca
 import base64, html, io
 from pathlib import Path
 import numpy as np, pandas as pd
 from . import plots
 from .core import atomic
+from .screen_controls import map_plot, words
 
 # %% ../nbs/35a_report.ipynb #c8c4cd1e
 def save_figure(
@@ -68,25 +69,62 @@ def para(text, cls='', raw=False): # a sentence or several; css class; raw: alre
     "A paragraph"
     return f'<p{f" class={cls!r}" if cls else ""}>{text if raw else html.escape(text)}</p>'
 
-# %% ../nbs/35a_report.ipynb #7fccd190
+# %% ../nbs/35a_report.ipynb #f0407586
+def _said(kind): return ' + '.join(words.get(k, k) for k in str(kind).split('+'))
+
 def _targets(s, n):
     "The best rows, as people read them"
     t = s.table.head(n)
-    out = pd.DataFrame({'target': t.symbol, 'do': t.kind.astype(str).map({'KO': 'inhibit', 'OE': 'activate'}).fillna(t.kind.astype(str)),
-                        'shift': t['shift'], '95 % interval': [f'{a:.3g} … {b:.3g}' for a, b in zip(t.ci_low, t.ci_high)],
-                        'matched genes': t.null_shift, 'p': t.p, 'FDR': t.fdr, 'cells': t.n_cells, s.asked['unit'] + 's': t.n_donors})
+    out = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str), 'score': t.score, 'shift': t['shift'],
+                        '95 % interval': [f'{a:.3g} … {b:.3g}' for a, b in zip(t.ci_low, t.ci_high)], 'matched genes': t.null_shift, 'p': t.p, 'FDR': t.fdr,
+                        f"{s.asked['unit']}s agree": t.consistency.map('{:.0%}'.format), 'beyond matched': t.specificity.map('{:.0%}'.format),
+                        'cells': t.n_cells, s.asked['unit'] + 's': t.n_donors})
+    if 'rank_best' in t: out['rank over seeds'] = [f'{a:.0f} … {b:.0f}' for a, b in zip(t.rank_best, t.rank_worst)]
+    if (t.get('flags', '') != '').any(): out['flags'] = t['flags']
     return out.reset_index(drop=True).rename(index=lambda i: i + 1)
+
+_readings = dict(excess='beyond matched genes', shift='shift', away='away from the start', expression='test between donors', coefficient='logistic regression',
+                 first_order='first order', untrained='never pretrained', p_permuted='p, labels permuted')
+
+def _controls(s, n=12):
+    "What other readings say of the same actions"
+    if not len(s.agreement): return []
+    t, have = s.table.head(n), [c for c in _readings if c in s.table]
+    place = {c: s.table[c].rank(ascending=c == 'p_permuted', method='min') for c in have if c != 'p_permuted'}
+    show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str)} | {_readings[c]: place[c][t.index].map(lambda x: '' if np.isnan(x) else f'{x:.0f}') if c in place else t[c] for c in have})
+    text = (f"The place of the best actions among all {len(s.table):,} in every other reading; the counts alone (test, regression) and an encoder that was fine-tuned but "
+            "never pretrained are what a model has to be held against. An empty place: that reading says nothing of this action.")
+    agree = s.agreement.rename(index=_readings).rename(columns=dict(spearman='rank correlation with the score', in_common='first 20 in common', chance='of that by chance', n='actions'))
+    return [('Beside other readings', para(text) + table_html(show.reset_index(drop=True).rename(index=lambda i: i + 1)) + table_html(agree))]
+
+def _map(s):
+    "Cells before and after the best action"
+    if not len(s.map): return []
+    what = s.map.attrs['what']
+    return [('', picture(map_plot(s.map, what), f"Held-out cells of one fold before and after {what}, on a map (UMAP) laid out by unperturbed cells; "
+                                                "arrows join a cell with itself"))]
+
+def _runs(s):
+    "Pairs, and stability: what there is of them"
+    parts = []
+    if len(s.pairs): parts.append(('Two at a time', para("The best actions in pairs. Parts: the sum of both shifts in the same cells; beyond: what the pair does more than that, with its interval "
+        f"and p over {s.asked['unit']}s. The actions were chosen by their shift in these cells, so shift is flattered; beyond is not.") + table_html(s.pairs)))
+    if len(s.stability): parts.append(('Would another run say the same?', para("Mean over pairs of runs. In common: the first twenty of the order by score; chance is what random orders share.")
+        + table_html(s.stability.rename(columns=dict(spearman='rank correlation', in_common='first 20 in common')))))
+    return parts
 
 def _known(s):
     "How genes named beforehand rank, beside the controls"
     if not len(s.known): return []
-    text = (f"{', '.join(s.asked['known'])} were named before the screen. Each is given the better of its two directions; differential "
-            f"expression ranks genes by a test between {s.asked['unit']}s; the random figures are what chance gives on average.")
-    fig = plots.recall_curve(s.rankings, s.asked['known'], top=min(60, max(map(len, s.rankings.values()))))
-    return [('Known genes', para(text) + table_html(s.known) + table_html(s.known_by_gene) +
+    text = (f"{', '.join(s.asked['known'])} were named before the screen. In each reading a gene is given the best of its actions; the random figures are what chance gives "
+            "on average for one action a gene.")
+    names = {'score': 'the screen'} | _readings
+    curves = {names.get(k, k): r for k, r in s.rankings.items() if k in ('score', 'expression', 'coefficient', 'untrained', 'first_order')}
+    fig = plots.recall_curve(curves, s.asked['known'], top=min(60, max(map(len, s.rankings.values()))))
+    return [('Known genes', para(text) + table_html(s.known.rename(index=names)) + table_html(s.known_by_gene.rename(columns=names)) +
              picture(fig, 'Share of the known genes among the first genes of each ranking'))]
 
-# %% ../nbs/35a_report.ipynb #9b2c9339
+# %% ../nbs/35a_report.ipynb #f3f14c4f
 def write_report(
     s, # a finished `Screen`
     path, # .html file
@@ -94,7 +132,8 @@ def write_report(
 )->Path: # the file
     "Write the page"
     a, few = s.asked, s.witnesses != 'donors'
-    ask = (f"Which genes, inhibited (KO) or activated (OE) in {a['start']} cells, move them towards {a['goal']}? "
+    acts = dict(KO='deleted (KO)', OE='put before all others (OE)', up='brought up by half a cell', down='brought down by half a cell')
+    ask = (f"Which genes, {' or '.join(acts[d] for d in a['directions'])} in {a['start']} cells, move them towards {a['goal']}? "
            f"{a['n_screened']:,} {a['start']} cells of {a['n_units']} {a['unit']}s were perturbed in silico, gene by gene "
            f"({a['n_perturbed']:,} perturbed cells), each by a classifier that had not seen its {a['unit']}.")
     limits = list(s.limits) + ([f"Fewer than three {a['unit']}s could be screened, so intervals and p-values count cells as if they were "
@@ -107,15 +146,15 @@ def write_report(
              ('How well the states are told apart', para(f"On held-out {a['unit']}s, all folds together. A model that does not clear its "
               "baselines has little to say about targets.") + table_html(s.quality.astype(float)) +
               picture(plots.confusion(s.predictions.truth, s.predictions.predicted), 'True state against predicted state, held-out cells')),
-             ('Targets', para(f"Ranked by how much further the cells go towards {a['goal']} than under matched genes. Shift is a difference of "
-              f"cosines: positive means towards {a['goal']}.") + table_html(_targets(s, n)) +
-              picture(plots.top_targets(s.table.head(15), mark=marks), f'The best fifteen perturbations: shift towards {a["goal"]}') +
+             ('Targets', para(f"Ranked by score = effect x (1 - p) x agreement of {a['unit']}s x share of matched genes outrun, the last two counted "
+              f"from one half; effect is shift less that of matched genes, in units of the spread of its kind of action. Shift is a difference of cosines: positive means towards {a['goal']}.") + table_html(_targets(s, n)) +
+              picture(plots.top_targets(s.table, 15, by='score', mark=marks), f'The fifteen best by score: shift towards {a["goal"]}') +
               (picture(plots.volcano(s.table, mark=marks), 'Every perturbation: how far, and on how much evidence')
                if s.table.p.notna().any() else ''))]
     if not few and len(s.by_donor):
         parts.append(('', picture(plots.shift_plot(pd.concat([s.table.head(8), s.by_donor]), n=8),
                                   f"The best eight in each {a['unit']}")))
-    parts += _known(s) + [('How it was done', ''.join(map(para, s.methods))),
+    parts += _map(s) + _controls(s) + _runs(s) + _known(s) + [('How it was done', ''.join(map(para, s.methods))),
         ('How to cite', para('Geneformer: Theodoris et al., Transfer learning enables predictions in network biology, Nature 618, 616–624 (2023), '
          'doi 10.1038/s41586-023-06139-9. This implementation: geneformer_nb.'))]
     with atomic(path) as tmp: tmp.write_text(page(s.title, parts), encoding='utf-8')
