@@ -314,6 +314,33 @@ class FirstOrder(Perturb):
         return f'rank correlation with the exact shifts {r:.2f}'
 
 
+class Attention(Embed):
+    "Attention that each gene receives in every head, mean over cells: streamed, against stock matrices that are all kept"
+    def ours(self, folder, out):
+        from geneformer_nb.attention import received
+        from geneformer_nb.cells import Cells
+        from geneformer_nb.model import Geneformer
+        model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
+        model.hidden(np.arange(2, 66), [0, 64])
+        seconds, (table, _) = timed(lambda: received(model, cells, show=False))
+        return seconds, table.sort_values(['gene_id', 'layer', 'head']).attention.to_numpy(float)
+
+    def reference(self, folder, out):
+        from geneformer_nb.genes import Vocabulary
+        hf, cells, _ = self.stock(folder)
+        v = Vocabulary.load(folder/'vocabulary.json')
+        seconds, table = timed(lambda: naive.attention_received(hf, cells))
+        return seconds, np.concatenate([table[t].ravel() for t in sorted(table, key=v.gene)])
+
+    def flops(self, folder): return sum(encoder_flops(folder, len(c), back=0) for c in cells_of(folder))
+
+    def bound(self, folder, out):
+        total, rate = self.flops(folder), matmul_rate()
+        return total / rate, f'{total / 1e9:,.0f} GFLOP of all layers, at {rate / 1e9:.0f} GFLOP/s (matrix product on 1 thread)'
+
+    def equal(self, folder, out, a, b): return matched(a, b, 1e-4)
+
+
 # ---- pretraining: V1-10M shape, random weights, a step on a few cells
 
 class Clock:

@@ -165,6 +165,21 @@ def delete_each(hf, cell, variants, batch):
     return np.array(out)
 
 
+def attention_received(hf, cells):
+    "{gene: (layers, heads)} sum over the genes that look at it, mean over its cells; every matrix of the batch is kept"
+    import torch
+    hf.set_attn_implementation('eager')
+    total, n = {}, {}
+    with torch.no_grad():
+        got = hf.bert(**{k: x for k, x in padded([(c, c) for c in map(np.array, cells)]).items() if k != 'labels'}, output_attentions=True).attentions
+        for i, cell in enumerate(cells):
+            seen = np.stack([layer[i, :, :len(cell)].sum(1).double().numpy() for layer in got])
+            for j, gene in enumerate(cell):
+                total[gene] = total.get(gene, 0) + seen[:, :, j]
+                n[gene] = n.get(gene, 0) + 1
+    return {g: total[g] / n[g] for g in total}
+
+
 def delete_each_by_map(hf, cell, variants, batch, processes=4):
     "The same, perturbed cells made by a `datasets` map in several processes, started anew for every cell"
     import torch

@@ -127,7 +127,7 @@ def run_screen(a): # parsed arguments
                genes=_names(a.genes) or 'detected', known=_names(a.known), max_cells=a.max_cells, unit=a.unit, seed=a.seed, device=a.device,
                folds=int(a.folds) if a.folds.isdigit() else a.folds, layer=a.layer, logged=a.logged,
                pretraining=dict(steps=a.steps), finetuning=dict(epochs=a.epochs))
-    print(s.table[['perturbation', 'score', 'shift', 'null_shift', 'p', 'fdr', 'consistency', 'flags']].head(10).to_string(index=False))
+    print(s.table[['perturbation', 'score', 'shift', 'null_shift', 'p', 'fdr', 'consistency', 'flag']].head(10).to_string(index=False))
     return s
 
 demo_size = dict(n_cells=3600, n_donors=24, n_genes=150, seed=0) # the cohort of the demonstration
@@ -150,7 +150,7 @@ def run_demo(a): # parsed arguments
     print(f"\nOpen {Path(a.out)/'screen'/'report.html'}")
     return s
 
-demo_plan = dict(max_cells=12, folds=2, pretraining=dict(steps=800), pairs=3)
+demo_plan = dict(max_cells=6, folds=2, pretraining=dict(steps=2000), controls=('first_order',), pairs=2)
 
 # %% ../nbs/55_cli.ipynb #a93822fd
 def parser()->argparse.ArgumentParser:

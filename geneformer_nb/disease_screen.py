@@ -57,7 +57,7 @@ def venn_plot(
     ax.set(xlim=(-2.1, 2.1), ylim=(-1.45, 1.45), aspect='equal'); ax.axis('off')
     return ax
 
-# %% ../nbs/35e_both_ways.ipynb #880594f4
+# %% ../nbs/35e_both_ways.ipynb #ec43ae88
 @dataclass
 class DiseaseScreen:
     "Screens of one cohort into and out of its diseases"
@@ -73,11 +73,12 @@ def _both_ways(model, treat, of, alpha):
     "Genes that are hits of both questions about a disease"
     gone, heal = hits(model, alpha), set(hits(treat, alpha))
     a, b = (t.assign(gene_id=t.gene_id.astype(str)).drop_duplicates('gene_id').set_index('gene_id') for t in (model, treat))
-    rows = [dict(disease=of, gene_id=g, symbol=a.symbol[g], into=f"{words.get(str(a.kind[g]), a.kind[g])}: {a.score[g]:.3g}", out_of=f"{words.get(str(b.kind[g]), b.kind[g])}: {b.score[g]:.3g}",
-                 score_into=a.score[g], score_out_of=b.score[g]) for g in gone if g in heal]
+    def said(t, g): return f"{words.get(str(t.kind[g]), t.kind[g])}: {t.score[g]:.3g}"
+    rows = [dict(disease=of, gene_id=g, symbol=a.symbol[g], into=said(a, g), out_of=said(b, g), score_into=a.score[g], score_out_of=b.score[g])
+            for g in gone if g in heal]
     return pd.DataFrame(rows, columns=['disease', 'gene_id', 'symbol', 'into', 'out_of', 'score_into', 'score_out_of'])
 
-# %% ../nbs/35e_both_ways.ipynb #c8c56760
+# %% ../nbs/35e_both_ways.ipynb #89513ed8
 def _slug(text): return re.sub(r'[^\w.]+', '-', text).strip('-')
 
 def disease_screen(
@@ -106,8 +107,8 @@ def disease_screen(
         tell(f'{start} → {goal}')
         screens[f'{start} → {goal}'] = screen(adata, disease=disease, donor=donor, start=start, goal=goal, directions=directions,
             out=out/_slug(f'{start}-to-{goal}'), shared=out/'shared', say=say, **kwargs)
-    s = DiseaseScreen(screens, _shared(screens, healthy, diseases, alpha), pd.concat([_both_ways(screens[f'{healthy} → {d}'].table,
-        screens[f'{d} → {healthy}'].table, d, alpha) for d in diseases if modelling and treatment] or [pd.DataFrame()], ignore_index=True), out)
+    both = [_both_ways(screens[f'{healthy} → {d}'].table, screens[f'{d} → {healthy}'].table, d, alpha) for d in diseases if modelling and treatment]
+    s = DiseaseScreen(screens, _shared(screens, healthy, diseases, alpha), pd.concat(both, ignore_index=True) if both else pd.DataFrame(), out)
     s.shared.to_csv(out/'shared.csv')
     s.genes.to_csv(out/'both_ways.csv', index=False)
     _index(s, alpha)
@@ -128,10 +129,14 @@ def _index(s, alpha):
     parts = [('', para(f"{len(s.screens)} screens of one cohort. A hit has a positive score and a false discovery rate below {alpha:g}."))]
     for name, one in s.screens.items():
         t = one.table.head(8)
-        show = pd.DataFrame({'target': t.symbol, 'do': [words.get(str(k), str(k)) for k in t.kind], 'score': t.score, 'shift': t['shift'], 'FDR': t.fdr, 'flags': t['flags']})
+        show = pd.DataFrame({'target': t.symbol, 'do': [words.get(str(k), str(k)) for k in t.kind], 'score': t.score, 'shift': t['shift'],
+                             'FDR': t.fdr, 'flag': t['flag']})
         link = f'<a href="{html.escape(one.folder.name)}/report.html">the report</a>' if (one.folder/'report.html').exists() else 'no report'
-        parts.append((name, para(f"{len(hits(one.table, alpha)):,} genes are hits of {one.table.gene_id.nunique():,} tested; {link}.", raw=True) + table_html(show.reset_index(drop=True))))
-    for r in s.shared.to_dict('records'): parts.append((f"{r['first']} and {r['second']}", picture(venn_plot(r, (r['first'], r['second'])), f"Hits of the two; p {r['p']:.2g} for so many in both")))
+        found = f"{len(hits(one.table, alpha)):,} genes are hits of {one.table.gene_id.nunique():,} tested; {link}."
+        parts.append((name, para(found, raw=True) + table_html(show.reset_index(drop=True))))
+    for r in s.shared.to_dict('records'):
+        two = r['first'], r['second']
+        parts.append((' and '.join(two), picture(venn_plot(r, two), f"Hits of the two; p {r['p']:.2g} for so many in both")))
     if len(s.genes): parts.append(('Both ways', para("Genes whose loss moves healthy cells into the disease and that also treat it.") +
                                    table_html(s.genes[['disease', 'symbol', 'into', 'out_of']].head(40))))
     with atomic(s.folder/'index.html') as tmp: tmp.write_text(page('Into the disease and out of it', parts), encoding='utf-8')

@@ -69,7 +69,7 @@ def para(text, cls='', raw=False): # a sentence or several; css class; raw: alre
     "A paragraph"
     return f'<p{f" class={cls!r}" if cls else ""}>{text if raw else html.escape(text)}</p>'
 
-# %% ../nbs/35a_report.ipynb #f0407586
+# %% ../nbs/35a_report.ipynb #e6a8aa96
 def _said(kind): return ' + '.join(words.get(k, k) for k in str(kind).split('+'))
 
 def _targets(s, n):
@@ -80,7 +80,7 @@ def _targets(s, n):
                         f"{s.asked['unit']}s agree": t.consistency.map('{:.0%}'.format), 'beyond matched': t.specificity.map('{:.0%}'.format),
                         'cells': t.n_cells, s.asked['unit'] + 's': t.n_donors})
     if 'rank_best' in t: out['rank over seeds'] = [f'{a:.0f} … {b:.0f}' for a, b in zip(t.rank_best, t.rank_worst)]
-    if (t.get('flags', '') != '').any(): out['flags'] = t['flags']
+    if (t.get('flag', '') != '').any(): out['flag'] = t['flag']
     return out.reset_index(drop=True).rename(index=lambda i: i + 1)
 
 _readings = dict(excess='beyond matched genes', shift='shift', away='away from the start', expression='test between donors', coefficient='logistic regression',
@@ -91,40 +91,44 @@ def _controls(s, n=12):
     if not len(s.agreement): return []
     t, have = s.table.head(n), [c for c in _readings if c in s.table]
     place = {c: s.table[c].rank(ascending=c == 'p_permuted', method='min') for c in have if c != 'p_permuted'}
-    show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str)} | {_readings[c]: place[c][t.index].map(lambda x: '' if np.isnan(x) else f'{x:.0f}') if c in place else t[c] for c in have})
-    text = (f"The place of the best actions among all {len(s.table):,} in every other reading; the counts alone (test, regression) and an encoder that was fine-tuned but "
-            "never pretrained are what a model has to be held against. An empty place: that reading says nothing of this action.")
-    agree = s.agreement.rename(index=_readings).rename(columns=dict(spearman='rank correlation with the score', in_common='first 20 in common', chance='of that by chance', n='actions'))
+    def shown(c): return t[c] if c not in place else place[c][t.index].map(lambda x: '' if np.isnan(x) else f'{x:.0f}')
+    show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str)} | {_readings[c]: shown(c) for c in have})
+    text = (f"The place of the best actions among all {len(s.table):,} in every other reading; the counts alone (test, regression) and an "
+            "encoder that was fine-tuned but never pretrained are what a model has to be held against. An empty place: that reading says "
+            "nothing of this action.")
+    agree = s.agreement.rename(index=_readings).rename(columns=dict(
+        spearman='rank correlation with the score', in_common='first 20 in common', chance='of that by chance', n='actions'))
     return [('Beside other readings', para(text) + table_html(show.reset_index(drop=True).rename(index=lambda i: i + 1)) + table_html(agree))]
 
 def _map(s):
     "Cells before and after the best action"
     if not len(s.map): return []
     what = s.map.attrs['what']
-    return [('', picture(map_plot(s.map, what), f"Held-out cells of one fold before and after {what}, on a map (UMAP) laid out by unperturbed cells; "
-                                                "arrows join a cell with itself"))]
+    return [('', picture(map_plot(s.map, what), f"Held-out cells of one fold before and after {what}, on a map (UMAP) laid out by "
+                                                "unperturbed cells; arrows join a cell with itself"))]
 
 def _runs(s):
     "Pairs, and stability: what there is of them"
     parts = []
-    if len(s.pairs): parts.append(('Two at a time', para("The best actions in pairs. Parts: the sum of both shifts in the same cells; beyond: what the pair does more than that, with its interval "
-        f"and p over {s.asked['unit']}s. The actions were chosen by their shift in these cells, so shift is flattered; beyond is not.") + table_html(s.pairs)))
-    if len(s.stability): parts.append(('Would another run say the same?', para("Mean over pairs of runs. In common: the first twenty of the order by score; chance is what random orders share.")
-        + table_html(s.stability.rename(columns=dict(spearman='rank correlation', in_common='first 20 in common')))))
+    if len(s.pairs): parts.append(('Two at a time', para("The best actions in pairs. Parts: the sum of both shifts in the same cells; beyond: what "
+        f"the pair does more than that, with its interval and p over {s.asked['unit']}s. The actions were chosen by their shift in these cells, so "
+        "shift is flattered; beyond is not.") + table_html(s.pairs)))
+    if len(s.stability): parts.append(('Would another run say the same?', para("Mean over pairs of runs. In common: the first twenty of the order by "
+        "score; chance is what random orders share.") + table_html(s.stability.rename(columns=dict(spearman='rank correlation', in_common='first 20 in common')))))
     return parts
 
 def _known(s):
     "How genes named beforehand rank, beside the controls"
     if not len(s.known): return []
-    text = (f"{', '.join(s.asked['known'])} were named before the screen. In each reading a gene is given the best of its actions; the random figures are what chance gives "
-            "on average for one action a gene.")
+    text = (f"{', '.join(s.asked['known'])} were named before the screen. In each reading a gene is given the best of its actions; the random "
+            "figures are what chance gives on average for one action a gene.")
     names = {'score': 'the screen'} | _readings
     curves = {names.get(k, k): r for k, r in s.rankings.items() if k in ('score', 'expression', 'coefficient', 'untrained', 'first_order')}
     fig = plots.recall_curve(curves, s.asked['known'], top=min(60, max(map(len, s.rankings.values()))))
     return [('Known genes', para(text) + table_html(s.known.rename(index=names)) + table_html(s.known_by_gene.rename(columns=names)) +
              picture(fig, 'Share of the known genes among the first genes of each ranking'))]
 
-# %% ../nbs/35a_report.ipynb #f3f14c4f
+# %% ../nbs/35a_report.ipynb #fa5ce045
 def write_report(
     s, # a finished `Screen`
     path, # .html file
@@ -147,7 +151,8 @@ def write_report(
               "baselines has little to say about targets.") + table_html(s.quality.astype(float)) +
               picture(plots.confusion(s.predictions.truth, s.predictions.predicted), 'True state against predicted state, held-out cells')),
              ('Targets', para(f"Ranked by score = effect x (1 - p) x agreement of {a['unit']}s x share of matched genes outrun, the last two counted "
-              f"from one half; effect is shift less that of matched genes, in units of the spread of its kind of action. Shift is a difference of cosines: positive means towards {a['goal']}.") + table_html(_targets(s, n)) +
+              f"from one half; effect is shift less that of matched genes, in units of the spread of its kind of action. Shift is a difference of "
+              f"cosines: positive means towards {a['goal']}.") + table_html(_targets(s, n)) +
               picture(plots.top_targets(s.table, 15, by='score', mark=marks), f'The fifteen best by score: shift towards {a["goal"]}') +
               (picture(plots.volcano(s.table, mark=marks), 'Every perturbation: how far, and on how much evidence')
                if s.table.p.notna().any() else ''))]

@@ -54,7 +54,7 @@ def permuted_p(
     return pd.concat([permuted_test(r.reset_index(drop=True), two.obs, labels, donor, min_cells=1).set_index('perturbation')['p']
                       for _, r in raw.groupby('kind', observed=True)]).rename('p_permuted')
 
-# %% ../nbs/35d_controls.ipynb #340ea74f
+# %% ../nbs/35d_controls.ipynb #c6d2bc49
 def best_pairs(
     table:pd.DataFrame, # of `score_targets`
     n:int, # so many of the best actions, one a gene
@@ -88,7 +88,7 @@ def pair_effects(
                          p=p, n_cells=len(t), n_donors=len(per)))
     return pd.DataFrame(rows).sort_values('shift', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/35d_controls.ipynb #977da891
+# %% ../nbs/35d_controls.ipynb #ee58ec6c
 def stability_of(
     tables, # result tables of runs, or of folds, one row an action, with the column `of`
     of:str='score', # what is compared
@@ -115,7 +115,7 @@ def over_seeds(
     out.attrs = dict(tables[0].attrs)
     return out
 
-# %% ../nbs/35d_controls.ipynb #9c3581c4
+# %% ../nbs/35d_controls.ipynb #c6436d43
 def perturbed_cells(
     cells:Cells, # tokenised
     what, # one perturbation, such as KO('GATA4') + OE('TBX5')
@@ -125,7 +125,8 @@ def perturbed_cells(
     plan, made, at = Plan([what], vocabulary), [], []
     for c in range(len(cells)):
         for form in plan.forms(cells, c):
-            if not np.array_equal(form.positions, np.arange(len(form.tokens))): raise GeneformerError("Held ranks are told to the model, not written in a cell.")
+            if not np.array_equal(form.positions, np.arange(len(form.tokens))):
+                raise GeneformerError("Held ranks are told to the model, not written in a cell.")
             made.append(form.tokens); at.append(c)
     if not made: raise GeneformerError(f"Nothing to perturb: none of the {len(cells)} cells has the genes of {what}.")
     tokens, offsets = ragged(made)
@@ -160,7 +161,7 @@ def before_after(
     return pd.DataFrame(dict(x=xy[:, 0], y=xy[:, 1], state=[names[0]]*len(a) + [names[1]]*len(b) + [names[0]]*len(c),
                              after=np.arange(len(xy)) >= len(a) + len(b), cell=cell.astype(int)))
 
-# %% ../nbs/35d_controls.ipynb #93db9a60
+# %% ../nbs/35d_controls.ipynb #ad4f9e00
 def map_plot(
     where:pd.DataFrame, # of `before_after`
     title:str='', # what was done

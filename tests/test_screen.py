@@ -44,8 +44,8 @@ def test_report_opens_in_a_browser(tmp_path):
     cohort = toy.simulate(n_cells=360, n_donors=12, n_genes=60, seed=0)
     s = screen(cohort, disease='disease', donor='donor', start='hypertrophic', goal='non-failing', out=tmp_path/'s', max_cells=4, folds=2, pairs=2, seeds=2, say=None,
                known=['TF01'], directions='KO', pretraining=dict(steps=10), finetuning=dict(epochs=1), flags=dict(mine=['TF01']))
-    assert {'score', 'untrained', 'p_permuted', 'expression', 'first_order', 'rank_best', 'flags'} <= set(s.table) and len(s.stability) == 2 and len(s.map)
-    assert (s.table.flags[s.table.symbol == 'TF01'] == 'mine').all()
+    assert {'score', 'untrained', 'p_permuted', 'expression', 'first_order', 'rank_best', 'flag'} <= set(s.table) and len(s.stability) == 2 and len(s.map)
+    assert (s.table.flag[s.table.symbol == 'TF01'] == 'mine').all()
     assert np.isfinite(s.table.score).all() and s.table.p_permuted.dropna().between(0, 1).all()
     pd.testing.assert_frame_equal(pd.read_parquet(s.folder/'targets.parquet')[['perturbation', 'score']].astype({'perturbation': str}),
                                   s.table[['perturbation', 'score']].astype({'perturbation': str}))
