@@ -26,7 +26,7 @@ from .shards import perturb_to
 from .stats import summarise
 from .targets import agreement, count_controls, flag_genes, orient, score_targets
 
-# %% ../nbs/35_cardiomyopathy.ipynb #153e69df
+# %% ../nbs/35_cardiomyopathy.ipynb #9a4e137c
 def _known_table(rankings, known, n_genes):
     "Median rank and recall of the genes named beforehand, for each ranking and for chance"
     rows, by_gene = {}, {}
@@ -35,7 +35,7 @@ def _known_table(rankings, known, n_genes):
         r = np.array([at.get(g, n_genes) for g in known])
         rows[name] = dict(median_rank=float(np.median(r)), **{f'recall_top_{k}': float((r <= k).mean()) for k in (5, 20)}, genes=n_genes)
         by_gene[name] = r
-    rows['random (expected)'] = dict(median_rank=(n_genes + 1) / 2, recall_top_5=min(1., 5 / n_genes), recall_top_20=min(1., 20 / n_genes), genes=n_genes)
+    rows['random (expected)'] = dict(median_rank=(n_genes + 1)/2, **{f'recall_top_{k}': min(1., k/n_genes) for k in (5, 20)}, genes=n_genes)
     return pd.DataFrame(rows).T, pd.DataFrame(by_gene, index=known)
 
 # %% ../nbs/35_cardiomyopathy.ipynb #3a59ba34
@@ -47,7 +47,7 @@ def _against_baselines(quality):
     return [f"The classifier behind this screen ({own[1]['donor_accuracy']:.2f} mean accuracy over held-out donors) does not beat {best[0]} "
             f"({best[1]['donor_accuracy']:.2f}): it has not read everything in the cells that tells the states apart."]
 
-# %% ../nbs/35_cardiomyopathy.ipynb #b2ce46e8
+# %% ../nbs/35_cardiomyopathy.ipynb #8a5af0a3
 def _classifier(k, run):
     "Classifier of one fold and its states, from training cells only; read back when it was made before"
     a, cells, kept = run['asked'], run['cells'], run['kept']/f'fold-{k}'
@@ -65,7 +65,7 @@ def _stored(file, make):
     return pd.read_parquet(file)
 
 def _fold(k, run, adata):
-    "What one fold gives: predictions, those of the baselines, the audit, the raw table and the first-order one of donors it has not seen"
+    "What one fold gives: predictions, baselines, audit, and the raw and first-order tables of donors it has not seen"
     a, cells = run['asked'], run['cells']
     split = np.where(run['fold'] == k, 'test', 'train')
     audit = audit_split(cells.obs, split, a['donor'], a['disease']).rename(index=lambda s: f'fold {k + 1} {s}')
@@ -85,7 +85,7 @@ def _fold(k, run, adata):
         out['fast'] = fast.assign(cell=rows[fast['cell']])
     return out
 
-# %% ../nbs/35_cardiomyopathy.ipynb #7b729cb2
+# %% ../nbs/35_cardiomyopathy.ipynb #530d61d9
 @dataclass
 class Screen:
     "A finished screen"
@@ -97,7 +97,7 @@ class Screen:
     predictions: pd.DataFrame # truth, prediction and donor of every held-out cell
     cohort: pd.DataFrame      # cells and donors of each state
     audit: pd.DataFrame       # cells and donors of each side of each fold
-    rankings: dict            # {method: gene ids, best first}: the screen, and differential expression
+    rankings: dict            # {reading: genes, best first}
     known: pd.DataFrame       # how genes named beforehand rank, beside the controls
     known_by_gene: pd.DataFrame
     agreement: pd.DataFrame   # how far every other reading of an action agrees with the score
@@ -115,7 +115,7 @@ class Screen:
                                f"best {', '.join(self.table.perturbation.astype(str)[:3])}"
     def _repr_html_(self): return self.table.head(10).to_html(index=False, float_format='{:.4g}'.format)
 
-# %% ../nbs/35_cardiomyopathy.ipynb #6c00ccb0
+# %% ../nbs/35_cardiomyopathy.ipynb #52be625d
 readings = ['score', 'excess', 'shift', 'away', 'expression', 'coefficient', 'first_order', 'untrained'] # of one action; more is better
 
 def _rank(raw, run):
@@ -136,8 +136,7 @@ def _rank(raw, run):
 def _with_controls(table, run, adata, other, p_permuted):
     "The table with every reading of the same actions"
     a, v, name = run['asked'], run['model'].vocabulary, table.perturbation.astype(str)
-    try: table = orient(table, count_controls(adata, a['disease'], a['start'], a['goal'], a['donor'], v, **run['counts']))
-    except GeneformerError: pass
+    table = orient(table, count_controls(adata, a['disease'], a['start'], a['goal'], a['donor'], v, **run['counts']))
     if other is not None: table['untrained'] = name.map(other.table.set_index('perturbation')['score'])
     if p_permuted is not None: table['p_permuted'] = name.map(p_permuted)
     flags = flag_genes(table.gene_id, v, run['flags'])
@@ -210,7 +209,7 @@ def screen(
     more = [again(seed=seed + i, out=run['out']/f'seed-{seed + i}') for i in range(1, seeds)]
     return _finish(adata, run, parts, other, more, title, report)
 
-# %% ../nbs/35_cardiomyopathy.ipynb #04808f02
+# %% ../nbs/35_cardiomyopathy.ipynb #bc122046
 def _permuted(run):
     "p of each action against permuted donors, and a sentence where there are too few donors"
     if 'permuted' not in run['controls']: return None, []
@@ -227,7 +226,8 @@ def _pairs(run, parts, table, raw):
     for k, f in enumerate(parts):
         if not len(f['rows']): continue
         clf, states = _classifier(k, run)
-        r = perturb_to(run['out']/f'fold-{k}'/f'pairs-{told}', clf.encoder, run['cells'][f['rows']], what, states=states, layer='last', pool=clf.pool)
+        folder, cells = run['out']/f'fold-{k}'/f'pairs-{told}', run['cells'][f['rows']]
+        r = perturb_to(folder, clf.encoder, cells, what, states=states, layer='last', pool=clf.pool)
         got.append(r.assign(cell=f['rows'][r['cell']]))
     got = pd.concat(got, ignore_index=True)
     return pair_effects(got, raw, run['cells'].obs, run['asked']['goal'], run['asked']['donor']) if len(got) else pd.DataFrame()
@@ -247,21 +247,23 @@ def _map(run, parts, table, most=150):
         return at
     return pd.DataFrame()
 
-# %% ../nbs/35_cardiomyopathy.ipynb #3991740d
-def _known(a, table, n_genes):
+# %% ../nbs/35_cardiomyopathy.ipynb #8902161d
+def _known(a, table):
     "Rankings of genes by every reading, and how the genes named beforehand do in each"
     ids = table.gene_id.astype(str)
     rankings = {r: list(dict.fromkeys(ids[table[r].astype(float).sort_values(ascending=False, kind='stable').dropna().index]))
                 for r in readings if r in table and table[r].notna().any()}
     if not a['known']: return rankings, pd.DataFrame(), pd.DataFrame()
-    known, by_gene = _known_table(rankings, a['known_ids'], n_genes)
+    known, by_gene = _known_table(rankings, a['known_ids'], ids.nunique())
     by_gene.index = a['known']
     return rankings, known, by_gene
 
 def _finish(adata, run, parts, other, more, title, report):
     "Tables, controls, report"
     a, cells, v, out = run['asked'], run['cells'], run['model'].vocabulary, run['out']
-    def all_of(name): return pd.concat([f[name] for f in parts if f[name] is not None], ignore_index=name in ('raw', 'fast')) if any(f[name] is not None for f in parts) else None
+    def all_of(name):
+        have = [f[name] for f in parts if f[name] is not None]
+        return pd.concat(have, ignore_index=name in ('raw', 'fast')) if have else None
     pred, raw, run['fast'] = all_of('pred'), all_of('raw'), all_of('fast')
     a['n_perturbed'] = len(raw)
     table, by_donor, who = _rank(raw, run)
@@ -273,12 +275,13 @@ def _finish(adata, run, parts, other, more, title, report):
     quality = {'Geneformer, fine-tuned': scores(pred.truth, pred.predicted, pred.donor)}
     if other is not None: quality['the same, never pretrained'] = other.quality.iloc[0].to_dict()
     for name in parts[0]['base']: quality[name] = scores(pred.truth, pd.concat([f['base'][name] for f in parts]), pred.donor)
-    rankings, known, by_gene = _known(a, table, len(v))
+    rankings, known, by_gene = _known(a, table)
     limits = limits_of(adata, a['disease'], a['donor'], a['unit'], a['start'], a['goal']) + _against_baselines(quality) + notes
     s = Screen(table=table, by_donor=by_donor, raw=raw, obs=cells.obs, quality=pd.DataFrame(quality).T, predictions=pred,
                cohort=cohort_table(adata, a['disease'], a['donor'], a['unit']), audit=all_of('audit'), known=known, known_by_gene=by_gene,
                rankings={k: v.symbol(r) for k, r in rankings.items()}, agreement=agreement(table, [r for r in readings[1:] if r in table]),
-               stability=pd.DataFrame({k: x for k, x in stable.items() if x}).T, pairs=_pairs(run, parts, table, raw), map=_map(run, parts, table) if report else pd.DataFrame(),
+               stability=pd.DataFrame({k: x for k, x in stable.items() if x}).T, pairs=_pairs(run, parts, table, raw),
+               map=_map(run, parts, table) if report else pd.DataFrame(),
                asked=a, limits=limits, methods=_methods(run, run['model'], cells), witnesses=who, folder=out,
                title=title or f"Target screen: {a['start']} → {a['goal']}")
     _write(s, run, report)
