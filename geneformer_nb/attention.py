@@ -158,13 +158,18 @@ def plant_head(
     return out
 
 # %% ../nbs/40_attention.ipynb #93baeddd
+def _one_group(ranks, who):
+    "The ranks of one group of cells; raises `GeneformerError` for several"
+    t = _need(ranks, ['layer', 'head', 'rank', 'attention'], who)
+    if t.duplicated(['layer', 'head', 'rank']).any():
+        raise GeneformerError("These ranks are of several groups of cells: choose the rows of one.")
+    return t
+
 def rank_habits(
     ranks:pd.DataFrame, # second table of `received`, of one group of cells
 )->tuple: # by (layer, head): centre, breadth; by layer: their means, and diversity
     "Which ranks heads look at, and how much the heads of a layer differ in that; raises `GeneformerError`"
-    t = _need(ranks, ['layer', 'head', 'rank', 'attention'], 'A table of ranks')
-    if t.duplicated(['layer', 'head', 'rank']).any():
-        raise GeneformerError("These ranks are of several groups of cells: choose the rows of one.")
+    t = _one_group(ranks, 'A table of ranks')
     share = t.pivot(index=['layer', 'head'], columns='rank', values='attention')
     share = share.div(share.sum(axis=1), axis=0)
     bits = -(share * np.log(share.where(share > 0, 1))).sum(axis=1)
@@ -184,9 +189,7 @@ def attention_by_rank(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Attention received against relative rank, a line a layer; raises `GeneformerError`"
-    t, ax = _need(ranks, ['layer', 'head', 'rank', 'attention'], 'A plot of attention against rank'), _axes(ax)
-    if t.duplicated(['layer', 'head', 'rank']).any():
-        raise GeneformerError("These ranks are of several groups of cells: choose the rows of one.")
+    t, ax = _one_group(ranks, 'A plot of attention against rank'), _axes(ax)
     from matplotlib import colormaps
     several = t.layer.nunique()
     for i, (layer, own) in enumerate(t.groupby('layer')):

@@ -13,6 +13,7 @@ from .cells import Cells, _need_cells
 from .core import GeneformerError
 from .gene_baselines import gene_matrix
 from .head_tests import _heads
+from .known import _area
 from .model import Geneformer
 
 # %% ../nbs/40b_attention_network.ipynb #3d1fe8b8
@@ -65,13 +66,6 @@ def gene_network(
     keep = (n >= least) & np.not_equal.outer(*sides)
     def mean(x): return pd.DataFrame(np.where(keep, x.cpu().numpy() / np.maximum(n, 1), np.nan), *names)
     return {(l, h): mean(box.sum[l][i]) for l in box.sum for i, h in enumerate(box.heads[l])}, pd.DataFrame(n, *names)
-
-# %% ../nbs/40b_attention_network.ipynb #a523b3d6
-def _area(x, yes):
-    "Chance that an edge has a higher value than another pair"
-    from scipy.stats import rankdata
-    k = int(yes.sum())
-    return np.nan if k in (0, len(yes)) else (rankdata(x)[yes].mean() - (k + 1) / 2) / (len(yes) - k)
 
 # %% ../nbs/40b_attention_network.ipynb #5ad5f791
 def edge_auroc(

@@ -9,12 +9,11 @@ __all__ = ['hits', 'overlap', 'venn_plot', 'DiseaseScreen', 'disease_screen']
 import html, re
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from . import plots
 from .core import GeneformerError, atomic, check_folder
-from .report import page, para, picture, table_html
+from .report import page, para, picture, table_html, _said
 from .screen import screen
-from .screen_controls import words
 
 # %% ../nbs/35e_both_ways.ipynb #61b846fb
 def hits(
@@ -73,7 +72,7 @@ def _both_ways(model, treat, of, alpha):
     "Genes that are hits of both questions about a disease"
     gone, heal = hits(model, alpha), set(hits(treat, alpha))
     a, b = (t.assign(gene_id=t.gene_id.astype(str)).drop_duplicates('gene_id').set_index('gene_id') for t in (model, treat))
-    def said(t, g): return f"{words.get(str(t.kind[g]), t.kind[g])}: {t.score[g]:.3g}"
+    def said(t, g): return f"{_said(t.kind[g])}: {t.score[g]:.3g}"
     rows = [dict(disease=of, gene_id=g, symbol=a.symbol[g], into=said(a, g), out_of=said(b, g), score_into=a.score[g], score_out_of=b.score[g])
             for g in gone if g in heal]
     return pd.DataFrame(rows, columns=['disease', 'gene_id', 'symbol', 'into', 'out_of', 'score_into', 'score_out_of'])
@@ -129,7 +128,7 @@ def _index(s, alpha):
     parts = [('', para(f"{len(s.screens)} screens of one cohort. A hit has a positive score and a false discovery rate below {alpha:g}."))]
     for name, one in s.screens.items():
         t = one.table.head(8)
-        show = pd.DataFrame({'target': t.symbol, 'do': [words.get(str(k), str(k)) for k in t.kind], 'score': t.score, 'shift': t['shift'],
+        show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str), 'score': t.score, 'shift': t['shift'],
                              'FDR': t.fdr, 'flag': t['flag']})
         link = f'<a href="{html.escape(one.folder.name)}/report.html">the report</a>' if (one.folder/'report.html').exists() else 'no report'
         found = f"{len(hits(one.table, alpha)):,} genes are hits of {one.table.gene_id.nunique():,} tested; {link}."
