@@ -68,8 +68,9 @@ def progress(
     show:bool=None, # None shows it, unless GENEFORMER_NB_QUIET is set or tests run
 ): # the same items, with a bar that shows the rate and the time left
     "Go through `items` under a progress bar"
-    from tqdm.auto import tqdm
     if show is None: show = not (os.environ.get('GENEFORMER_NB_QUIET') or os.environ.get('IN_TEST'))
+    if not show and items is not None: return items  # tqdm is not even imported
+    from tqdm.auto import tqdm
     return tqdm(items, desc=desc, total=total, unit=unit, disable=not show, leave=False, mininterval=.5)
 
 # %% ../nbs/00_core.ipynb #d9bb8b38
@@ -83,6 +84,8 @@ def in_words(
     return f'{seconds/3600:.1f} h'
 
 # %% ../nbs/00_core.ipynb #0ae6a6aa
+_as_json = json.JSONEncoder(sort_keys=True, default=str).encode
+
 def _feed(h, x):
     "Add one value to a running hash, with its kind, so that 1 and '1' differ"
     if isinstance(x, Path):
@@ -93,8 +96,10 @@ def _feed(h, x):
     elif hasattr(x, 'to_csv'): h.update(x.to_csv().encode())
     elif isinstance(x, (list, tuple)):
         h.update(f'[{len(x)}'.encode())
-        for o in x: _feed(h, o)
-    else: h.update(f'{type(x).__name__}:{json.dumps(x, sort_keys=True, default=str)}'.encode())
+        if set(map(type, x)) == {str}: h.update(''.join(f'str:{_as_json(o)}' for o in x).encode())  # the ids of a vocabulary, in one go
+        else:
+            for o in x: _feed(h, o)
+    else: h.update(f'{type(x).__name__}:{_as_json(x)}'.encode())
 
 def digest(
     *things, # arrays, tables, lists, plain values, and files given as `Path`

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from scipy import sparse
 from .core import MissingDataError, VocabularyError, atomic, digest
 from .counts import _no_id, counts_of, gene_names, plain_id
 from .medians import Medians, corpus_medians, nonzero_medians
@@ -242,6 +241,7 @@ def official(cls:Vocabulary,
 # %% ../nbs/02_genes.ipynb #5eb7cda5
 def _exact_table(c, genes):
     "Exact median and number of cells of each gene of an AnnData, in the order of the data"
+    from scipy import sparse
     ids = pd.Index([plain_id(g) for g in gene_names(c.var, genes)])
     code, upper = pd.factorize(ids.str.upper())
     S = sparse.csr_matrix((np.ones(len(code)), (np.arange(len(code)), code)))

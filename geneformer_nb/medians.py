@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from scipy import sparse
 from .core import CountsError, GeneformerError, StorageError, atomic, digest, progress
 from .counts import _no_id, as_flags, gene_names, plain_id
 from .scale import run_shards
@@ -93,6 +92,7 @@ def _join(X, columns):
     "Rows of one gene summed within each cell"
     uniq, inverse = np.unique(columns, return_inverse=True)
     if len(uniq) == len(columns): return X, columns
+    from scipy import sparse
     S = sparse.csr_matrix((np.ones(len(columns)), (np.arange(len(columns)), inverse)), (len(columns), len(uniq)))
     return (X @ S).tocsr(), uniq
 

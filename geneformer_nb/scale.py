@@ -84,7 +84,7 @@ class _Job:
         return i
 
 def run_shards(
-    fn, # function of (shard number, path) that writes the shard there; importable when `executor` is not "serial"
+    fn, # function of (shard number, path) that writes the shard there; importable when `executor` is not "serial"; its `expect`, if any, is told the numbers to come
     n:int, # number of shards
     folder, # folder for the shards and `manifest.json`
     facts:dict, # what the results depend on; another run's folder is refused
@@ -104,6 +104,7 @@ def run_shards(
     folder = check_folder(folder, need * len(missing) // max(1, n))
     Manifest(folder, facts | dict(shards=n)).open()
     todo = [i for i in missing if part is None or i % part[1] == part[0]]
+    if executor == 'serial' and hasattr(fn, 'expect'): fn.expect(todo)
     start = time.time()
     for k, _ in enumerate(progress(executors[executor](job, todo, workers), desc, len(todo), 'shards')):
         if k == 0 and len(todo) > 1:

@@ -16,9 +16,8 @@ from types import SimpleNamespace
 from weakref import ref
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from scipy import sparse
 from .core import CountsError, digest
-from .counts import Counts, _checked, _choose, _csr, _sane
+from .counts import Counts, Rows, _checked, _choose, _rows, _sane
 
 # %% ../nbs/01a_sources.ipynb #1af02953
 def _read(d, a, b, room=None):
@@ -41,10 +40,10 @@ class _Csr:
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
         cols, starts = _read(self.indices, a, b, room), self.indptr[lo:hi+1] - a
-        X = sparse.csr_matrix((_read(self.data, a, b, room), cols, starts.astype(cols.dtype)), (hi - lo, self.n_vars))
+        X = Rows(_read(self.data, a, b, room), cols, starts, (hi - lo, self.n_vars))
         if self.columns is None: return X  # looked at as every block is, in `_checked`
         _sane(cols, starts, self.n_vars, b - a)
-        return X[:, self.columns]
+        return X.csr()[:, self.columns]
 
 # %% ../nbs/01a_sources.ipynb #7938cabb
 class _Turned:
@@ -54,6 +53,7 @@ class _Turned:
     def csr(self):
         data, indices, indptr = (self.group[k][()] for k in ('data', 'indices', 'indptr'))
         _sane(indices, indptr, self.shape[0], len(data))
+        from scipy import sparse
         return sparse.csc_matrix((data, indices, indptr), self.shape).tocsr()
     def __getitem__(self, rows): return self.group[:, rows].T if hasattr(self.group, 'dtype') else self.csr[rows]
 
@@ -195,7 +195,7 @@ def read_any(
     o = _open(path)
     try:
         if Path(path).suffix in ('.h5ad', '.zarr'): return (ad.read_h5ad if Path(path).suffix == '.h5ad' else ad.read_zarr)(path)
-        return ad.AnnData(_csr(o.X[:]), o.rows(slice(None)), o.var, layers={k: _csr(v[:]) for k, v in o.layers.items()})
+        return ad.AnnData(_rows(o.X[:]).csr(), o.rows(slice(None)), o.var, layers={k: _rows(v[:]).csr() for k, v in o.layers.items()})
     except CountsError: raise
     except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
 
@@ -279,7 +279,7 @@ def block(self:Source,
 def fingerprint(self:Source)->str: # 16 hexadecimal characters
     "What tells this input from another: size and time of a file, the counts of an AnnData in memory"
     if self.path is None:
-        X = _csr(self._chosen[0])
+        X = _rows(self._chosen[0])
         return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), self.var, self.obs, list(self.how))
     files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))

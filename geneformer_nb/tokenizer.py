@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .cells import Cells
 from .core import CountsError, GeneMatchError, GeneformerError, VocabularyError
-from .counts import as_flags, gene_names
+from .counts import _rows, as_flags, gene_names
 from .genes import Vocabulary
 from .matching import match_genes
 from .scale import ahead, cores, whole
@@ -63,10 +63,10 @@ def _summed(X, gene):
 
 # %% ../nbs/04_tokenizer.ipynb #05f4b193
 def _ranked(X, gene, medians):
-    "Two dozen cells at a time: (numbers of their genes by rank, where each cell begins, how many it has); overwritten by the next"
+    "Some fifty cells at a time: (numbers of their genes by rank, where each cell begins, how many it has); overwritten by the next"
     number, low, data = np.asarray(gene, np.int64), (1 << len(medians).bit_length()) - 1, _summed(X, gene)
     turned, divisor = ~number, np.append(medians, np.inf)[number]
-    step = max(1, 65_536 * X.shape[0] // max(1, X.nnz))
+    step = max(1, 131_072 * X.shape[0] // max(1, X.nnz))
     most = max((int(X.indptr[min(r + step, X.shape[0])] - X.indptr[r]) for r in range(0, X.shape[0], step)), default=0)
     room = np.empty(most), np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int32)
     for r in range(0, X.shape[0], step):
@@ -91,23 +91,25 @@ class Sequences:
         vocabulary:Vocabulary, # says the longest cell and whether <cls> and <eos> are there
         special:bool=None, # frame cells by <cls> and <eos>? None as the vocabulary says
         max_len:int=None, # longest cell in tokens, specials included; None as the vocabulary says
+        room:np.ndarray=None, # int32, memory to use where there is enough of it
     ):
         special, max_len = vocabulary.cls if special is None else special, vocabulary.max_len if max_len is None else max_len
         self.k, self.extra, self.most, self.n = len(vocabulary.specials), 2 * special, max_len - 2 * special, 0
-        self.tokens = np.empty((np.minimum(np.asarray(lengths, np.int64), self.most) + self.extra).sum(), np.int32)  # what is not filled takes no memory
+        need = (np.minimum(np.asarray(lengths, np.int64), self.most) + self.extra).sum()
+        self.tokens = room if room is not None and len(room) >= need else np.empty(need, np.int32)  # what is not filled takes no memory
         self.offsets = np.zeros(len(lengths) + 1, np.int64)
     def add(self,
         genes:np.ndarray, # gene numbers by rank, of the next cells
         starts, # where each cell begins in `genes`
         lengths:np.ndarray, # genes of each cell; one without genes stays empty
     ):
-        keep, n = np.minimum(np.asarray(lengths, np.int64), self.most), self.n
-        self.offsets[n + 1:n + 1 + len(keep)] = self.offsets[n] + np.cumsum(np.where(keep > 0, keep + self.extra, 0))
+        keep = np.minimum(np.asarray(lengths, np.int64), self.most)
+        to = self.offsets[self.n:self.n + len(keep) + 1]
+        to[1:] = to[0] + np.cumsum(np.where(keep > 0, keep + self.extra, 0))
         self.n += len(keep)
-        for a, s, m in zip(self.offsets[n:self.n].tolist(), starts, keep.tolist()):
-            if not m: continue
-            if self.extra: self.tokens[a], self.tokens[a + m + 1] = 2, 3; a += 1
-            np.add(genes[s:s + m], self.k, out=self.tokens[a:a + m], casting='unsafe')
+        for a, s, m in zip((to[:-1] + self.extra // 2).tolist(), starts, keep.tolist()): self.tokens[a:a + m] = genes[s:s + m]
+        self.tokens[to[0]:to[-1]] += self.k
+        if self.extra: self.tokens[to[:-1][keep > 0]], self.tokens[to[1:][keep > 0] - 1] = 2, 3
     def __iter__(self): yield from (self.tokens[:self.offsets[-1]], self.offsets)  # tokens, offsets
 
 # %% ../nbs/04_tokenizer.ipynb #b036311e
@@ -159,17 +161,18 @@ def _disagree(obs, totals, source):
 @patch
 def __call__(self:Encoder,
     b, # `Counts` of some cells
+    room:np.ndarray=None, # int32, memory for the tokens; None gets new memory
 )->tuple: # (Cells, books)
     "Cells of a block of counts, with what was seen on the way"
-    m, v, X, obs = self.match(b.var), self.vocabulary, b.X, b.obs
+    m, v, X, obs = self.match(b.var), self.vocabulary, b.rows, b.obs
     if lost := [c for c in self.carry if c not in obs]: raise GeneformerError(
         f"obs has no column {lost[0]!r} from cell '{obs.index[0]}' on, and had one before: pass obs=[…] with columns that all have.")
     passed = as_flags(obs[self.keep], f"obs[{self.keep!r}] of '{b.name}'") if self.keep is not None and self.keep in obs else None
-    if passed is not None and not passed.all(): X, obs = X[passed], obs[passed]
-    totals = np.asarray(X.sum(1, dtype=np.float64)).ravel()
-    known = totals.sum() if (m.index >= 0).all() else (X @ (m.index >= 0).astype(np.float32)).sum(dtype=np.float64)
+    if passed is not None and not passed.all(): X, obs = _rows(b.X[passed]), obs[passed]
+    totals, known = X.sums(), m.index >= 0
+    known = totals.sum() if known.all() else X.data[:X.nnz][known[X.indices[:X.nnz]]].sum(dtype=np.float64)
     n = np.diff(X.indptr)
-    written = [Sequences(n, v, self.special, self.max_len)] + ([Sequences(n, v, False, 2**31)] if self.uncropped else [])
+    written = [Sequences(n, v, self.special, self.max_len, room)] + ([Sequences(n, v, False, 2**31)] if self.uncropped else [])
     for some in _ranked(X, m.index, v.medians):
         for w in written: w.add(*some)
     tokens, offsets = written[0]
