@@ -194,13 +194,14 @@ class Embed:
     def prepare(self, folder, cells, tokens, preset='V1-10M', genes=25_424, batch=8):
         return data.prepare_model(folder, cells, tokens, preset, genes, batch)
 
+    dtype = None  # of ours; the reference is in float32
+
     def ours(self, folder, out):
-        import torch
         from geneformer_nb.cells import Cells
         from geneformer_nb.model import Geneformer
         model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
-        model.hidden(np.arange(2, 66), [0, 64])  # the first call sets things up
-        return timed(lambda: model.encode(cells, show=False))
+        model.encode(cells[:1], dtype=self.dtype, show=False)  # the first call sets things up
+        return timed(lambda: model.encode(cells, dtype=self.dtype, show=False))
 
     def stock(self, folder):
         from transformers import BertForMaskedLM
@@ -257,7 +258,8 @@ class Perturb(Embed):
         first = cells[0].tokens[:self.variants(folder)]
         what = each(model.vocabulary.gene(first), KO)
         model.hidden(np.arange(2, 66), [0, 64])
-        seconds, table = timed(lambda: perturb(model, cells, what, show=False))
+        if self.dtype: perturb(model, cells, KO(model.vocabulary.gene(first[:1])[0]), dtype=self.dtype, show=False)
+        seconds, table = timed(lambda: perturb(model, cells, what, dtype=self.dtype, show=False))
         order = table.set_index('gene_id').cosine.loc[model.vocabulary.gene(first)]
         return seconds, order.to_numpy(float)
 
@@ -280,6 +282,29 @@ class PerturbByMap(Perturb):
     def reference(self, folder, out):
         hf, cells, batch = self.stock(folder)
         return timed(lambda: naive.delete_each_by_map(hf, cells[0], self.variants(folder), batch))
+
+
+def close_half(a, b):
+    "What bfloat16 answers beside float32: cosines, and the order of the changes"
+    from scipy.stats import spearmanr
+    d = np.abs(a - b).max()
+    assert d <= 2e-2, f'answers differ by {d:.2g}'
+    return f'largest difference {d:.1g}' + (f', rank correlation {spearmanr(a, b)[0]:.2f}' if a.ndim == 1 else '')
+
+
+class EmbedHalf(Embed):
+    "The same in bfloat16; the reference stays in float32"
+    dtype = 'bfloat16'
+    def equal(self, folder, out, a, b):
+        cos = (a*b).sum(1)/np.linalg.norm(a, axis=1)/np.linalg.norm(b, axis=1)
+        assert cos.min() > .999, f'cosine {cos.min():.4f}'
+        return f'smallest cosine of the two {cos.min():.5f}'
+
+
+class PerturbHalf(Perturb):
+    "The same in bfloat16; the reference stays in float32"
+    dtype = 'bfloat16'
+    def equal(self, folder, out, a, b): return close_half(a, b)
 
 
 class FirstOrder(Perturb):

@@ -33,10 +33,16 @@ BENCHMARKS = {  # name: (title, case, size, tiny size)
     'embed_1918': ('cell embeddings, V1-10M shape', cases.Embed, dict(cells=4, tokens=1918, **V1), None),
     'embed_256': ('cell embeddings, V1-10M shape', cases.Embed, dict(cells=32, tokens=256, batch=32, **V1),
                   dict(cells=3, tokens=70, **small)),
+    'embed_1918_half': ('the same in bfloat16, reference in float32', cases.EmbedHalf, dict(cells=4, tokens=1918, **V1), None),
+    'embed_256_half': ('cell embeddings in bfloat16, reference in float32, V1-10M shape', cases.EmbedHalf, dict(cells=32, tokens=256, batch=32, **V1),
+                       dict(cells=3, tokens=70, **small)),
     'delete_256': ('deletion, first 64 genes of a cell, V1-10M shape', cases.Perturb,
                    dict(tokens=256, variants=64, batch=32, **V1), dict(tokens=70, variants=9, **small)),
     'delete_2048': ('deletion, first 16 genes of a cell, V1-10M shape', cases.Perturb,
                     dict(tokens=2048, variants=16, **V1), None),
+    'delete_256_half': ('deletion in bfloat16, reference in float32, V1-10M shape', cases.PerturbHalf, dict(tokens=256, variants=64, batch=32, **V1),
+                        dict(tokens=70, variants=9, **small)),
+    'delete_2048_half': ('the same in bfloat16, reference in float32', cases.PerturbHalf, dict(tokens=2048, variants=16, **V1), None),
     'delete_512_map': ('deletion, first 17 genes of a cell, V1-10M shape; reference starts four processes for each cell, as the official default does',
                        cases.PerturbByMap, dict(tokens=512, variants=17, batch=17, **V1), dict(tokens=70, variants=9, **small)),
     'first_order': ('first-order shifts of every gene of a cell, V1-10M shape; reference: our exact engine, 32 genes extrapolated to all',
@@ -165,7 +171,7 @@ written down. **ratio** is reference divided by ours, pair by pair. **peak memor
 ours / reference. **limit** is what the work cannot do without, measured in the same run, and how far ours is from
 it. Whole-process rows include starting Python and all imports; nothing is compiled when it first runs. The other
 rows leave out starting, importing and loading. Rows with a model use {threads} thread(s), those of pretraining two,
-float32 and random weights. Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
+float32 where nothing else is said, and random weights; bfloat16 on a processor with instructions for it (avx512_bf16: {half}). Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
 loop, and one row has one thread on both sides.
 
 The reference, `benchmarks/naive.py`, is what a careful user would write: a numpy loop over cells that hands lists
@@ -179,6 +185,11 @@ carry over to another machine, seconds do not.
 | benchmark | size | ours | reference | ratio | peak memory | limit | command |
 |---|---|---|---|---|---|---|---|
 '''
+
+
+def flags():
+    "What the processor can do, as Linux tells it"
+    return Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
 
 
 def machine():
@@ -201,7 +212,7 @@ def write(rows, threads):
     new = {n: ' | '.join(['', *cells, '']).strip() for n, cells in rows.items()}
     lines = [(old | new)[n] for n in BENCHMARKS if n in old | new]
     lines += [f'| {t} | {s} ' + '| not measured ' * 4 + '| no GPU here | - |' for t, s in GPU]
-    path.write_text(HEAD.format(machine=machine(), threads=threads) + '\n'.join(lines) + '\n')
+    path.write_text(HEAD.format(machine=machine(), threads=threads, half='yes' if 'avx512_bf16' in flags() else 'no') + '\n'.join(lines) + '\n')
 
 
 def main(argv=None):

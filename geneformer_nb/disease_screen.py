@@ -14,32 +14,41 @@ from . import plots
 from .core import GeneformerError, atomic, check_folder
 from .report import page, para, picture, table_html, _said
 from .screen import screen
+from .targets import _sign
 
 # %% ../nbs/35e_both_ways.ipynb #61b846fb
+def _hit_rows(table, alpha, kinds=None):
+    "The best hit of each gene and direction (`way`: +1 up, -1 down, 0 mixed), best first"
+    t = table if kinds is None else table[table.kind.astype(str).isin([kinds] if isinstance(kinds, str) else list(kinds))]
+    t = t[(t.score > 0) & (t.fdr < alpha)]
+    t = t.assign(gene_id=t.gene_id.astype(str), way=t.kind.map(_sign).astype(float).fillna(0))
+    return t.sort_values('score', ascending=False, kind='stable').drop_duplicates(['gene_id', 'way'])
+
 def hits(
     table:pd.DataFrame, # of a screen
     alpha:float=.05, # false discovery rate
     kinds=None, # kinds of action, such as "KO"; None takes all
 )->list: # gene ids, best first
     "Genes with an action that is a hit"
-    t = table if kinds is None else table[table.kind.astype(str).isin([kinds] if isinstance(kinds, str) else list(kinds))]
-    return list(dict.fromkeys(t[(t.score > 0) & (t.fdr < alpha)].gene_id.astype(str)))
+    return list(dict.fromkeys(_hit_rows(table, alpha, kinds).gene_id))
 
 def overlap(
     a:pd.DataFrame, # table of one screen
     b:pd.DataFrame, # of another
     alpha:float=.05, # false discovery rate
     kinds=None, # as in `hits`
-)->dict: # only_a, both, only_b, expected (in both, by chance), p (that many or more), tested (genes in both tables), genes (ids of both)
+)->dict: # only_a, both, only_b, expected (in both, by chance), p (that many or more), tested (in both tables), genes (ids of both); all of genes in one direction
     "What two screens share; raises `GeneformerError` when they tested no gene in common"
     from scipy.stats import hypergeom
-    tested = set(a.gene_id.astype(str)) & set(b.gene_id.astype(str))
+    def keys(t): return list(zip(t.gene_id.astype(str), t.kind.map(_sign).astype(float).fillna(0)))
+    tested = set(keys(a)) & set(keys(b))
     if not tested: raise GeneformerError("The two screens tested no gene in common.")
-    x, y = ([g for g in hits(t, alpha, kinds) if g in tested] for t in (a, b))
-    both = [g for g in x if g in set(y)]
+    x, y = ([k for k in keys(_hit_rows(t, alpha, kinds)) if k in tested] for t in (a, b))
+    both = [k for k in x if k in set(y)]
     return dict(only_a=len(x) - len(both), both=len(both), only_b=len(y) - len(both), expected=len(x)*len(y)/len(tested),
-                p=float(hypergeom.sf(len(both) - 1, len(tested), len(x), len(y))), tested=len(tested), genes=both)
+                p=float(hypergeom.sf(len(both) - 1, len(tested), len(x), len(y))), tested=len(tested), genes=[g for g, _ in both])
 
+# %% ../nbs/35e_both_ways.ipynb #016a283a
 def venn_plot(
     counts:dict, # of `overlap`
     names=('a', 'b'), # of the two screens
@@ -62,20 +71,19 @@ class DiseaseScreen:
     "Screens of one cohort into and out of its diseases"
     screens: dict        # {"start → goal": `Screen`}
     shared: pd.DataFrame # one row a pair of screens: hits in one, in both, in the other, and what chance gives
-    genes: pd.DataFrame  # one row a gene and disease that is a hit both ways: what its loss does to healthy cells, what treats the disease
+    genes: pd.DataFrame  # one row a gene and disease that is a hit both ways: taken down it leads into the disease, brought up out of it, or the reverse
     folder: Path         # where everything lies
     def __getitem__(self, name): return self.screens[name]
     def __repr__(self): return f"DiseaseScreen of {len(self.screens)}: {', '.join(self.screens)}"
     def _repr_html_(self): return self.shared.to_html(float_format='{:.3g}'.format)
 
 def _both_ways(model, treat, of, alpha):
-    "Genes that are hits of both questions about a disease"
-    gone, heal = hits(model, alpha), set(hits(treat, alpha))
-    a, b = (t.assign(gene_id=t.gene_id.astype(str)).drop_duplicates('gene_id').set_index('gene_id') for t in (model, treat))
-    def said(t, g): return f"{_said(t.kind[g])}: {t.score[g]:.3g}"
-    rows = [dict(disease=of, gene_id=g, symbol=a.symbol[g], into=said(a, g), out_of=said(b, g), score_into=a.score[g], score_out_of=b.score[g])
-            for g in gone if g in heal]
-    return pd.DataFrame(rows, columns=['disease', 'gene_id', 'symbol', 'into', 'out_of', 'score_into', 'score_out_of'])
+    "Genes that are hits of both questions about a disease, in opposite directions"
+    a, b = _hit_rows(model, alpha), _hit_rows(treat, alpha)
+    two = a[a.way != 0].merge(b.assign(way=-b.way), on=['gene_id', 'way'], suffixes=('_into', '_out_of'))
+    def said(side): return [f"{_said(k)}: {s:.3g}" for k, s in zip(two[f'kind_{side}'], two[f'score_{side}'])]
+    two = two.assign(disease=of, symbol=two.symbol_into, into=said('into'), out_of=said('out_of'))
+    return pd.DataFrame(two, columns=['disease', 'gene_id', 'symbol', 'into', 'out_of', 'score_into', 'score_out_of'])
 
 # %% ../nbs/35e_both_ways.ipynb #89513ed8
 def _slug(text): return re.sub(r'[^\w.]+', '-', text).strip('-')
@@ -135,7 +143,7 @@ def _index(s, alpha):
         parts.append((name, para(found, raw=True) + table_html(show.reset_index(drop=True))))
     for r in s.shared.to_dict('records'):
         two = r['first'], r['second']
-        parts.append((' and '.join(two), picture(venn_plot(r, two), f"Hits of the two; p {r['p']:.2g} for so many in both")))
-    if len(s.genes): parts.append(('Both ways', para("Genes whose loss moves healthy cells into the disease and that also treat it.") +
+        parts.append((' and '.join(two), picture(venn_plot(r, two), f"Hits of the two in the same direction: {r['both']} in both, {r['expected']:.1f} by chance")))
+    if len(s.genes): parts.append(('Both ways', para("Genes that move healthy cells into the disease, and the opposite of which moves diseased cells out of it.") +
                                    table_html(s.genes[['disease', 'symbol', 'into', 'out_of']].head(40))))
     with atomic(s.folder/'index.html') as tmp: tmp.write_text(page('Into the disease and out of it', parts), encoding='utf-8')

@@ -245,13 +245,15 @@ def enrichment_plot(
         fill = colour if r.fdr <= alpha else 'white'
         ax.scatter(r[x], i, s=25 + 14*r.n_top, color=fill, edgecolor=colour, lw=1.4, zorder=3)
     for k in kinds if len(kinds) > 1 else []: ax.scatter([], [], color=palette[kinds.index(k) % len(palette)], label=k)
-    ax.scatter([], [], color='white', edgecolor=_grey, label=f'FDR above {alpha:g}')
+    ax.scatter([], [], color=_grey, label=f'FDR {alpha:g} or less'); ax.scatter([], [], color='white', edgecolor=_grey, label=f'FDR above {alpha:g}')
+    sizes = sorted({int(t.n_top.min()), int(t.n_top.median()), int(t.n_top.max())})
+    for m in sizes: ax.scatter([], [], s=25 + 14*m, color='white', edgecolor=_grey, lw=1.4, label=f"{m} gene{'s'[:m != 1]} on top")
     ax.axvline(0 if x == 'nes' else 1, color=_grey, lw=1, ls='--')
     if x == 'odds_ratio':
         ax.set_xscale('log'); ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_locator(NullLocator())
     ax.set_yticks(range(len(t)), [f'{s[:40]}  {a}/{b}' for s, a, b in zip(t['set'], t.n_top, t.n_screened)])
-    ax.set(xlabel=label, ylim=(-.7, len(t) - .3))
+    ax.set(xlabel=label + '; smallest p at the top', ylim=(-.7, len(t) - .3))
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return ax
 

@@ -76,7 +76,7 @@ def _targets(s, n):
     "The best rows, as people read them"
     t = s.table.head(n)
     out = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str), 'score': t.score, 'shift': t['shift'],
-                        '95 % interval': [f'{a:.3g} … {b:.3g}' for a, b in zip(t.ci_low, t.ci_high)], 'matched genes': t.null_shift, 'p': t.p, 'FDR': t.fdr,
+                        '95 % interval of the shift': [f'{a:.3g} … {b:.3g}' for a, b in zip(t.ci_low, t.ci_high)], 'matched genes': t.null_shift, 'p against them': t.p, 'FDR': t.fdr,
                         f"{s.asked['unit']}s agree": t.consistency.map('{:.0%}'.format), 'beyond matched': t.specificity.map('{:.0%}'.format),
                         'cells': t.n_cells, s.asked['unit'] + 's': t.n_donors})
     if 'rank_best' in t: out['rank over seeds'] = [f'{a:.0f} … {b:.0f}' for a, b in zip(t.rank_best, t.rank_worst)]
@@ -84,7 +84,7 @@ def _targets(s, n):
     return out.reset_index(drop=True).rename(index=lambda i: i + 1)
 
 _readings = dict(excess='beyond matched genes', shift='shift', away='away from the start', expression='test between donors', coefficient='logistic regression',
-                 first_order='first order', untrained='never pretrained', p_permuted='p, labels permuted')
+                 first_order='first order', untrained='never pretrained', p_permuted='p, labels permuted, before fine-tuning')
 
 def _controls(s, n=12):
     "What other readings say of the same actions"

@@ -116,11 +116,10 @@ def house_vocabulary(
 def forecast(
     model, # the encoder
     cells, # tokenised cells
-    n_train:int, # cells a fold is trained on
     n_screen:int, # cells that are perturbed
     folds:int, # folds
     what, # perturbations
-    plan:dict, # pretrain (cells shown in all) and epochs (of fine-tuning)
+    plan:dict, # cells shown: pretrain, in all, and finetune, in each fold
 )->dict: # seconds of pretrain, finetune and screen, and the number of variants
     "Seconds for the steps to come, from one step of each kind"
     b = MaskedRanks(cells, model.vocabulary)(range(min(16, len(cells))))
@@ -129,7 +128,7 @@ def forecast(
     step(); per_cell = min(step() for _ in range(3)) / min(16, len(cells))
     todo = cells[np.linspace(0, len(cells) - 1, min(len(cells), 12)).astype(int)]
     screen = estimate(model, todo, what, states=None, layer='last')
-    return dict(pretrain=per_cell * plan['pretrain'], finetune=per_cell * n_train * plan['epochs'] * folds,
+    return dict(pretrain=per_cell * plan['pretrain'], finetune=per_cell * plan['finetune'] * folds,
                 screen=screen['seconds'] / len(todo) * n_screen, variants=int(screen['variants'] / len(todo) * n_screen))
 
 # %% ../nbs/35g_setting_up.ipynb #120b852d
@@ -178,6 +177,7 @@ def prepare(
     out, counts, seed = check_folder(p['out'], need=200_000_000), dict(layer=p['layer'], logged=p['logged']), p['seed']
     kept = check_folder(p['shared']) if p['shared'] else out
     pre, fine = house_pretraining | (p['pretraining'] or {}), house_finetuning | (p['finetuning'] or {})
+    if 'steps' in fine: fine.pop('epochs')
     model = p['model'] if p['model'] is None or isinstance(p['model'], Geneformer) else Geneformer.from_pretrained(p['model'], device=p['device'])
     v = model.vocabulary if model else p['vocabulary'] or house_vocabulary(adata, p['top_genes'], p['known'] or [], p['min_cells'], counts)
     least = p['min_match'] if p['min_match'] is not None else .2 if p['model'] or p['vocabulary'] else 0
@@ -215,10 +215,11 @@ def _with_model(run, model, v, pre, fine):
     "The model that was given, or a small one made of these cells, after the time was foretold"
     a, cells, say, house = run['asked'], run['cells'], run['say'], model is None
     model = model or Geneformer.new('nano', v, run['seed'], **{k: x for k, x in pre.items() if k in _shape})
-    f = forecast(model, cells, int(len(cells)*(1 - 1/a['folds'])), len(run['screened']), a['folds'], run['what'],
-                  dict(pretrain=pre['steps']*pre['batch'] if house else 0, epochs=fine['epochs']))
+    shown = fine['steps']*fine.get('batch', 16) if 'steps' in fine else len(cells)*(1 - 1/a['folds'])*fine['epochs']
+    f = forecast(model, cells, len(run['screened']), a['folds'], run['what'], dict(pretrain=pre['steps']*pre['batch'] if house else 0, finetune=shown))
+    seen = len(np.unique(cells.tokens)) - 2*cells.special
     runs = 1 + ('untrained' in run['controls'])
-    say(f"{len(cells):,} cells, {len(v):,} genes; {len(run['screened'])} {a['start']} cells of {a['n_units']} {a['unit']}s to perturb, about "
+    say(f"{len(cells):,} cells in question, {seen:,} genes seen in them; {len(run['screened'])} {a['start']} cells of {a['n_units']} {a['unit']}s to perturb, about "
         f"{f['variants']:,} times. Expected: pretraining {in_words(f['pretrain']) if house else 'none'}, fine-tuning {in_words(f['finetune']*runs)}, "
         f"screening {in_words(f['screen']*(runs + ('permuted' in run['controls'])))}" + f", all of it {a['seeds']} times"*(a['seeds'] > 1) + '.')
     if house: model = pretrain(cells, 'nano', run['kept']/'model', seed=run['seed'], device=run['device'], **pre)

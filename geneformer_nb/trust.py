@@ -174,7 +174,7 @@ def permuted_states(
     cells = cells[cells.obs[column].astype(str).isin([start, goal]).to_numpy()]
     labels = _labellings(cells.obs, column, donor, start, goal, n, seed)
     if len(labels) < 20: raise GeneformerError(f"The donors allow {len(labels)} labellings and p would never be below 1/{len(labels)}: "
-                                               "four donors of each state or more are needed, or five with both.")
+                                               "three donors of each state or more are needed, or five with both.")
     x = np.nan_to_num(model.encode(cells, layer=layer, pool=pool, show=False))
     mean = lambda l: l.astype(np.float32) @ x/l.sum(1, keepdims=True)
     states = {f'{w} {i}': v for w, l in (('start', labels), ('goal', ~labels)) for i, v in enumerate(mean(l))}

@@ -232,7 +232,7 @@ def figure(self:Explorer,
     "Each cell by donor with the donors' means, and the mean beside those of matched genes"
     import matplotlib.pyplot as plt
     look = self.look(self.first) if look is None else look
-    fig, (a, b) = plt.subplots(1, 2, figsize=(7.6, 3.2), width_ratios=(3, 1.3))
+    fig, (a, b) = plt.subplots(1, 2, figsize=(8.2, 3.2), width_ratios=(3, 1.2), gridspec_kw=dict(wspace=.35))
     rng, n = np.random.default_rng(0), len(look.donors)
     for i, d in look.donors.iterrows():
         y = look.cells['shift'][(look.cells.donor == d.donor).to_numpy()]
@@ -242,12 +242,14 @@ def figure(self:Explorer,
     a.plot([], [], 'o', ms=3, color=palette[0], label='a cell'); a.plot([], [], lw=2, color='black', label='mean')
     a.plot([], [], lw=2, ls=(0, (1, 1)), color=_grey, label='matched genes')
     a.set_xticks(range(n), look.donors.donor, rotation=0 if n < 8 else 60)
-    a.set(ylabel=('change of ' if look.towards.startswith('p(') else 'shift towards ') + look.towards, xlim=(-.6, n - .4))
+    what = 'change of ' + look.towards if look.towards.startswith('p(') else f'shift towards {look.towards} (cosine)'
+    fig.suptitle(look.words[0].upper() + look.words[1:], x=.5, y=1.1)
+    a.set(ylabel=what, xlim=(-.6, n - .4))
     a.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
     x = rng.uniform(-.15, .15, len(look.nulls))
     b.scatter(x, look.nulls['shift'], s=26, color=_grey, lw=0, label='matched genes')
     b.scatter(0, look.shift, s=60, marker='D', color=palette[1], label=look.genes, zorder=3)
-    b.set(xticks=[], xlim=(-.5, .5)); b.legend(loc='lower left', bbox_to_anchor=(-.2, 1), ncols=1, borderaxespad=0)
+    b.set(xticks=[], xlim=(-.5, .5), ylabel=f'the same, mean over {look.unit}s'); b.legend(loc='lower left', bbox_to_anchor=(-.2, 1), ncols=1, borderaxespad=0)
     for ax in (a, b): ax.axhline(0, color=_grey, lw=.8); ax.yaxis.set_major_formatter('{x:.3g}')
     plt.close(fig)
     return fig
