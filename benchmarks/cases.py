@@ -427,7 +427,7 @@ class Pretrain(Embed):
 
 class FinetuneGenes(Pretrain):
     "Seconds of a step of the classifier of genes, 4 of 6 layers frozen; the loss of both before training is compared"
-    threads, frozen, what = 1, 4, 'backward through the layers that learn'
+    threads, frozen, what, extra = 1, 4, 'backward through the layers that learn', {}
 
     def ours(self, folder, out, steps=3):
         from geneformer_nb.cells import Cells
@@ -441,7 +441,7 @@ class FinetuneGenes(Pretrain):
             loss = GeneClassifier(model, classes).loss(torch.from_numpy(cells.tokens), cells.offsets, torch.from_numpy(word[cells.tokens])).item()
         side = {g: 'test' if i % 50 == 0 else 'train' for c in classes.values() for i, g in enumerate(c)}
         with Clock() as clock: finetune_genes(model, cells, classes, split=side, freeze_layers=min(self.frozen, model.config.num_hidden_layers - 1),
-                                              steps=steps, batch=len(cells), balance=False)
+                                              steps=steps, batch=len(cells), balance=False, **self.extra)
         return clock.step, np.array([loss])
 
     def reference(self, folder, out, steps=3):
@@ -459,6 +459,11 @@ class FinetuneGenes(Pretrain):
 
 
 # ---- statistics
+
+class FinetuneGenesHalf(FinetuneGenes):
+    "The same in bfloat16 (autocast); the reference stays in float32"
+    extra = dict(bf16=True)
+
 
 class Shift:
     "Rank-sum test of every gene's shifts against the pool of all, with false discovery rates"

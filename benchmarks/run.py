@@ -56,6 +56,7 @@ BENCHMARKS = {  # name: (title, case, size, tiny size)
                      dict(cells=3, tokens=70, **small)),
     'genes_2000': ('classifier of genes, seconds a step, V1-10M shape, 4 of 6 layers frozen', cases.FinetuneGenes,
                    dict(cells=4, tokens=1960, **V1), dict(cells=3, tokens=70, **small)),
+    'genes_2000_half': ('the same, ours in bfloat16, reference in float32', cases.FinetuneGenesHalf, dict(cells=4, tokens=1960, **V1), None),
     'shift': ('goal-state statistics, as the official code defines them', cases.Shift, dict(cells=100, genes=400),
               dict(cells=10, genes=20))}
 GPU = [('cell embeddings on a GPU', 'any'), ('deletion of every gene on a GPU', 'any'), ('ranking on a GPU', 'any')] + [
