@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
+from filelock import FileLock
 from . import realdata
 from .cells import Cells, ragged, spans
 from .core import GeneformerError, MissingDataError, atomic, check_folder, digest, write_json
@@ -248,6 +249,12 @@ def house_model(
     if (folder/'history.json').exists(): return _finished(folder, device)
     train, _ = _cells(cells, seed)
     check_folder(folder, 20 * 30_000 * r['shape']['hidden_size'])
+    with FileLock(folder.with_name(folder.name + '.lock')):  # of two processes that want it, one trains and the other waits
+        if not (folder/'history.json').exists(): _train_house(train, r, folder, seed, save_every, device)
+    return _finished(folder, device)
+
+def _train_house(train, r, folder, seed, save_every, device):
+    "All stages, from what is there of them to a finished folder"
     if not (folder/'start').exists():  # kept, since the last bits of the start depend on the number of threads
         with atomic(folder/'start') as tmp: begin(train, r['shape'], seed).save_pretrained(tmp)
     model, log, done = Geneformer.from_pretrained(folder/'start'), [], 0
@@ -262,7 +269,6 @@ def house_model(
     model.save_pretrained(folder)
     write_json(folder/'history.json', log)  # last: what makes the folder a finished model
     for name in ['start', *(f'stage{i + 1}' for i in range(len(r['stages'])))]: shutil.rmtree(folder/name)
-    return _finished(folder, device)
 
 # %% ../nbs/08b_house.ipynb #59a074f8
 def house_scores(

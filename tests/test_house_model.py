@@ -1,5 +1,6 @@
 "The house model: no donor on both sides, trained once and the same ever after, and baselines that are distributions"
-import os
+import os, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -199,3 +200,16 @@ def test_table_of_ablations_is_the_plan(monkeypatch):
     for c in ('seed', 'steps', 'mask', 'attention_dropout', 'ranks', 'start'): assert sorted(runs[c]) == sorted(plan[c]), c
     assert runs[['loss', 'in_view', 'held_cells', 'hidden', 'version_torch']].notna().all(axis=None)
     assert table[table.varied == 'baseline'].seed.nunique() == plan.seed[plan.varied == 'control'].nunique() == 3
+
+def test_two_that_want_it_train_it_once(tmp_path, monkeypatch):
+    "The second waits for the first, and takes what it made"
+    made = []
+    def train(cells, r, folder, *_):
+        made.append(folder)
+        time.sleep(.5)
+        (folder/'history.json').write_text('[]')
+    monkeypatch.setattr(house, '_train_house', train)
+    monkeypatch.setattr(house, '_finished', lambda folder, device: folder)
+    cells = cohort()
+    with ThreadPoolExecutor(2) as pool: got = list(pool.map(lambda _: house_model(tmp_path/'h', cells=cells, recipe=LITTLE), range(2)))
+    assert made == [tmp_path/'h'] and got == [tmp_path/'h']*2
