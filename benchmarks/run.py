@@ -149,7 +149,7 @@ def row(name, r):
     ratio = [b / a for a, b in zip(ours, ref)]
     memory = ' / '.join(f'{max(x["peak"] for x in r[k]) / 1e9:.2f}' for k in ('ours', 'reference'))
     far = statistics.median(ours) / r['bound']['work']
-    limit = f'{r["bound"]["words"]}: {r["bound"]["work"]:.2g} s in all, ours takes {far:.1f} times that'
+    limit = f'{r["bound"]["words"]}: {r["bound"]["work"]:.2g} s in all, ours takes {far:.1f} times that; {cpu()}'
     return [r['title'], size_words(r['size']), spread(ours, ' s'), spread(ref, ' s'), spread(ratio, ' x', 1),
             f'{memory} GB', limit, f'`python benchmarks/run.py {name} --pairs {len(ratio)}`']
 
@@ -159,7 +159,7 @@ def row_alone(name, r):
     ours = [x['process'] for x in r['ours']]
     rate = r['size']['cells'] / statistics.median(ours)
     return [r['title'], size_words(r['size']), spread(ours, ' s'), 'not measured', 'not measured', f'{max(x["peak"] for x in r["ours"]) / 1e9:.2f} GB',
-            f'{rate:,.0f} cells/s; {r["bound"]["words"]}', f'`python benchmarks/run.py {name} --pairs {len(ours)}`']
+            f'{rate:,.0f} cells/s; {r["bound"]["words"]}; {cpu()}', f'`python benchmarks/run.py {name} --pairs {len(ours)}`']
 
 
 HEAD = '''# Benchmarks
@@ -172,7 +172,7 @@ written down. **ratio** is reference divided by ours, pair by pair. **peak memor
 ours / reference. **limit** is what the work cannot do without, measured in the same run, and how far ours is from
 it. Whole-process rows include starting Python and all imports; nothing is compiled when it first runs. The other
 rows leave out starting, importing and loading. Rows with a model use {threads} thread(s), those of pretraining two,
-float32 where nothing else is said, and random weights; bfloat16 on a processor with instructions for it (avx512_bf16: {half}). Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
+float32 where nothing else is said, and random weights; bfloat16 on a processor with instructions for it (AMD EPYC, avx512_bf16). Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
 loop, and one row has one thread on both sides.
 
 The reference, `benchmarks/naive.py`, is what a careful user would write: a numpy loop over cells that hands lists
@@ -193,12 +193,15 @@ def flags():
     return Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
 
 
+def cpu():
+    "The name of the processor"
+    return next((l.split(':')[1].strip() for l in flags().splitlines() if 'model name' in l), platform.processor())
+
+
 def machine():
     import torch
     from importlib.metadata import version
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if 'model name' in l), platform.processor()) \
-        if Path('/proc/cpuinfo').exists() else platform.processor()
-    return (f'Measured on a {os.cpu_count()}-core {platform.machine()} cloud machine ({cpu}), shared, no GPU.\n'
+    return (f'Measured on {os.cpu_count()}-core {platform.machine()} cloud machines, shared, no GPU; the last words of a limit name the processor.\n'
             f'Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}, transformers '
             f'{version("transformers")}, numpy {version("numpy")}. Load average when this was written: '
             f'{os.getloadavg()[0]:.1f}\n(these benchmarks alone make 1 to 2; above that the times are too long and '
@@ -213,7 +216,7 @@ def write(rows, threads):
     new = {n: ' | '.join(['', *cells, '']).strip() for n, cells in rows.items()}
     lines = [(old | new)[n] for n in BENCHMARKS if n in old | new]
     lines += [f'| {t} | {s} ' + '| not measured ' * 4 + '| no GPU here | - |' for t, s in GPU]
-    path.write_text(HEAD.format(machine=machine(), threads=threads, half='yes' if 'avx512_bf16' in flags() else 'no') + '\n'.join(lines) + '\n')
+    path.write_text(HEAD.format(machine=machine(), threads=threads) + '\n'.join(lines) + '\n')
 
 
 def main(argv=None):
