@@ -10,7 +10,7 @@ import json, shutil, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from fastcore.basics import patch
-from .cells import Cells, _array, _from_table, _kinds, _tables
+from .cells import Cells, _array, _columns, _from_table, _kinds, _tables
 from .core import GeneformerError, StorageError, as_folder, atomic, digest
 from .embed import _match, _occurrences, _wanted, encode_layers
 from .model import Geneformer, weights_digest
@@ -61,13 +61,13 @@ class _Counted:
         self.encoder.carry = want | {c: c for c in (where or {}) if c not in want.values() and all(c in s.columns for s in self.inputs)}
         self.sizes, self.names = [s.n_obs for s in self.inputs], [s.name for s in self.inputs]
         for s in self.inputs:
-            if not (self.encoder.match(s.var).index >= 0).any(): gate_file(self.encoder.match(s.var), model.vocabulary, 1, s.name)
+            if not (self.encoder.match(s._var).index >= 0).any(): gate_file(self.encoder.match(s._var), model.vocabulary, 1, s.name)
     @property
     def path(self): return None if any(s.path is None for s in self.inputs) else True
     def block(self, k, a, b):
         s = self.inputs[k]
         cells, books = self.encoder(s.block(a, b, self.encoder.columns))
-        gate_file(self.encoder.match(s.var), self.encoder.vocabulary, self.min_match, f'{s.name}, cells {a:,} to {b:,}', books)
+        gate_file(self.encoder.match(s._var), self.encoder.vocabulary, self.min_match, f'{s.name}, cells {a:,} to {b:,}', books)
         return cells
     def place(self, k, a): return self.names[k], a
     def facts(self):
@@ -122,7 +122,7 @@ def batch(self:_Shard,
         own, vectors = dict(gene=pa.array(m.vocabulary.gene(token), pa.string()), rank=pa.array(rank.astype(np.int32))), [x]
     obs = cells.obs.iloc[at]
     cols = dict(barcode=pa.array(list(map(str, obs.index)), pa.string()), file=pa.array([file] * len(at), pa.string()), row=pa.array(first + keep[at])) | own
-    cols |= {c: _array(obs[c], kind) for c, kind in self.source.kinds.items()}
+    cols |= {str(n): _array(c, self.source.kinds[str(n)], n) for n, c in _columns(obs) if str(n) in self.source.kinds}
     cols |= {n: pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]) for n, x in zip(self.names(), vectors)}
     return pa.record_batch([cols[n] for n in self.schema().names], schema=self.schema())
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GeneformerError', 'CountsError', 'GeneMatchError', 'VocabularyError', 'LeakError', 'MissingDataError', 'StorageError',
-           'pick_device', 'pick_dtype', 'seed_everything', 'progress', 'in_words', 'digest', 'versions', 'atomic',
-           'write_json', 'as_folder', 'check_folder', 'Manifest']
+           'later', 'pick_device', 'pick_dtype', 'seed_everything', 'progress', 'in_words', 'digest', 'versions',
+           'atomic', 'write_json', 'as_folder', 'check_folder', 'Manifest']
 
 # %% ../nbs/00_core.ipynb #391ee1cb
 import hashlib, json, os, shutil, tempfile, time
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 
@@ -21,6 +22,14 @@ class VocabularyError(GeneformerError): "A dictionary, or a model and cells of d
 class LeakError(GeneformerError): "The same donor, cell or gene stands on both sides of a split"
 class MissingDataError(GeneformerError): "A data set that is not on this machine"
 class StorageError(GeneformerError): "A folder that cannot hold the results, or holds those of another run"
+
+# %% ../nbs/00_core.ipynb #00375130
+class later:
+    "A module that is loaded when it is first used"
+    def __init__(self,
+        name:str, # as in `import name`
+    ): self.__name__ = name
+    def __getattr__(self, k): return getattr(import_module(self.__name__), k)
 
 # %% ../nbs/00_core.ipynb #bdf728bd
 def pick_device(

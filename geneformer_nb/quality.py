@@ -65,7 +65,7 @@ class _Plan:
     def __init__(self, source, asked, mito, coding, taken):
         self.name = source.name if source.name not in taken else f'{source.name} ({len(taken) + 1})'
         self.columns = {k: _find(source, k, v) for k, v in asked.items()}
-        self.mito, names = mito_genes(source.var, mito), gene_names(source.var)
+        self.mito, names = mito_genes(source.var, mito), gene_names(source._var)
         self.genes = np.array([coding is None or plain_id(g).upper() in coding for g in names], float)
         if not self.genes.any():
             raise GeneMatchError(f"None of the {len(names):,} genes of '{source.name}' is in coding: it wants ids like "

@@ -186,6 +186,19 @@ def test_files_of_anndata_07(cohort, want, tmp_path):
         for c in keep: assert got.obs[c].astype(str).tolist() == want.obs[c].astype(str).tolist(), c
         assert got.obs.state.cat.ordered
 
+@pytest.mark.parametrize('what', ['beyond', 'below', 'broken', 'twice', 'short'])
+def test_a_damaged_table_of_cells(cohort, what, tmp_path):
+    "Codes that are those of no category, a category that stands twice, a column that ends early"
+    cohort.write_h5ad(tmp_path/'cut.h5ad')
+    with h5py.File(tmp_path/'cut.h5ad', 'a') as f:
+        g = f['obs/state']
+        if what == 'beyond': g['codes'][2] = 9
+        elif what == 'below': g['codes'][2] = -2
+        elif what == 'broken': x = g['codes'][()]; del g['codes']; g['codes'] = x + .5
+        elif what == 'twice': g['categories'][0] = g['categories'][1]
+        else: x = f['obs/age'][()]; del f['obs/age']; f['obs'].create_dataset('age', data=x[:-2]).attrs.update({'encoding-type': 'array', 'encoding-version': '0.2.0'})
+    with says(CountsError, "'cut.h5ad' cannot be read", 'damaged'): tokenize(tmp_path/'cut.h5ad', voc)
+
 # --- several inputs
 
 @pytest.fixture

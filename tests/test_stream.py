@@ -38,6 +38,44 @@ def test_by_hand_and_in_memory(corpus, serial):
     assert tokens(serial.cells()) == tokens(whole) == sum((tokens(c) for c in serial.parts()), [])
     assert serial.cells().obs.file.tolist() == ['part2']*13 + ['part10']*20
 
+# --- tables as they lie in a file
+
+def kinds_of_obs(n=13):
+    "A column of every kind, with gaps where a kind has them"
+    i = np.arange(n)
+    return pd.DataFrame(dict(word=[f'w{k}' for k in i], cat=pd.Categorical([None if k % 5 == 0 else 'ab'[k % 2] for k in i]), codes=pd.Categorical(i % 3),
+        order=pd.Categorical(['lo', 'hi', 'lo'] * 4 + ['hi'], ['lo', 'hi'], ordered=True), parts=pd.Categorical(i / 2), whole=i, small=i.astype(np.int8), large=i.astype(np.uint64) + 2**63,
+        part=i / 3, half=np.where(i % 4 == 0, np.nan, i / 3).astype(np.float32), ok=i % 2 == 0, gaps=pd.array([None if k == 2 else k for k in i], dtype='Int64'),
+        maybe=pd.array([None if k == 3 else k % 2 == 0 for k in i], dtype='boolean'), n_counts=i), index=[f'{k}-ä' for k in i])
+
+@pytest.mark.parametrize('options', [dict(), dict(obs={'cat': 'type', 'word': 'word'}), dict(keep='ok'), dict(uncropped=True, counts=True)])
+@pytest.mark.parametrize('empty', [False, True])
+def test_a_file_and_its_anndata_give_the_same_bytes(options, empty, tmp_path):
+    "From a file the columns go to Arrow as they are, from an AnnData by way of pandas"
+    a = made()
+    a.obs = kinds_of_obs()
+    if empty: a.X[4] = 0
+    a.write_h5ad(tmp_path/'a.h5ad')
+    with quiet(): got = [tokenize_to(data, voc, tmp_path/f'{i}', rows=5, block=2, **options)
+                         for i, data in enumerate((tmp_path/'a.h5ad', ad.read_h5ad(tmp_path/'a.h5ad')))]
+    assert len(got[0]) == (7 if 'keep' in options else 13) - empty
+    for f in sorted(got[0].folder.glob('*.arrow')): assert f.read_bytes() == (got[1].folder/f.name).read_bytes(), f.name
+    pd.testing.assert_frame_equal(got[0].cells().obs, got[1].cells().obs)
+
+def test_pandas_is_loaded_by_who_needs_it(tmp_path):
+    for name in 'ab':
+        a = made()
+        a.obs = kinds_of_obs().drop(columns=['gaps', 'maybe', 'parts'])
+        a.write_h5ad(tmp_path/f'{name}.h5ad')
+    code = f"""import sys
+from geneformer_nb.genes import Vocabulary
+from geneformer_nb.stream import tokenize_to
+c = tokenize_to({str(tmp_path/'*.h5ad')!r}, Vocabulary.load({str(tmp_path/'v.json')!r}), {str(tmp_path/'o')!r})
+print(c, 'pandas' in sys.modules, len(c.shards), 'pandas' in sys.modules)"""
+    voc.save(tmp_path/'v.json')
+    said = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, env=os.environ | dict(GENEFORMER_NB_QUIET='1'))
+    assert said.stdout.split("'")[-1].split() == ['False', '2', 'True'], said
+
 # --- one corpus, many hands
 
 @pytest.mark.parametrize('executor', ['threads', 'processes', 'dask', 'job array', 'job array backwards'])
