@@ -218,10 +218,10 @@ class Embed:
 
     def flops(self, folder): return sum(encoder_flops(folder, len(c)) for c in cells_of(folder))
     def bound(self, folder, out):
-        total, rate = self.flops(folder), matmul_rate()
+        total, rate = self.flops(folder), matmul_rate(self.dtype)
         import torch
         return total / rate, (f'{total / 1e9:,.0f} GFLOP to the second to last layer, without head or padding, at '
-                              f'{rate / 1e9:.0f} GFLOP/s (matrix product on {torch.get_num_threads()} thread)')
+                              f'{rate / 1e9:.0f} GFLOP/s (matrix product in {self.dtype or "float32"} on {torch.get_num_threads()} thread)')
 
     def equal(self, folder, out, a, b): return matched(a, b, 1e-4)
 
@@ -237,12 +237,13 @@ def encoder_flops(folder, n, back=1):
     return layers * (2 * n * (4 * d * d + 2 * d * f) + 4 * n * n * d)
 
 
-def matmul_rate():
-    "FLOP/s of a large float32 matrix product here and now, best of ten"
+def matmul_rate(dtype=None):
+    "FLOP/s of a large matrix product here and now, best of ten by each library that torch has for it"
     import torch
-    a, b, best = torch.rand(1536, 1536), torch.rand(1536, 1536), 0
-    for _ in range(10): best = max(best, 2 * 1536**3 / timed(lambda: a @ b)[0])
-    return best
+    from geneformer_nb.products import _linear, onednn
+    a, b = torch.rand(2, 1536, 1536).to(getattr(torch, dtype or 'float32'))
+    ways = [lambda: a @ b] + [lambda: _linear(a, b)] * onednn(a.dtype)
+    return max(2 * 1536**3 / timed(way)[0] for way in ways for _ in range(10))
 
 
 class Perturb(Embed):

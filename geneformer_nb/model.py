@@ -15,6 +15,7 @@ from .cells import Cells, _need_cells, ragged
 from .checkpoints import no_bars, read_checkpoint
 from .core import GeneformerError, VocabularyError, check_folder, digest, pick_device, pick_dtype, progress
 from .genes import Vocabulary
+from .products import attend, products, tiles_pay
 
 # %% ../nbs/07_model.ipynb #5886dfe5
 presets = {
@@ -92,7 +93,8 @@ def _within_cells(module, query, key, value, attention_mask, scaling=None, dropo
     for i, (s, b, n) in enumerate(runs):
         q, k, v = (x[i].unflatten(1, (b, n)).transpose(0, 1) for x in pieces)  # b h n e
         bias = None if gate is None else gates[i].clamp_min(1e-30).log().view(b, 1, n, 1).to(q.dtype)
-        if observe is None: o = _biased(q, k, v, bias, dropout, scaling)
+        if plain and tiles_pay(q): o = attend(q, k, v, scaling)
+        elif observe is None: o = _biased(q, k, v, bias, dropout, scaling)
         else:
             w = (q @ k.transpose(-1, -2) * scaling + (0 if bias is None else bias.transpose(-1, -2))).softmax(-1)  # b h n n
             observe(module.layer_idx, s, w)
@@ -203,7 +205,8 @@ def hidden(self:Geneformer,
     x = below[1][None] if below else bert.embeddings(input_ids=ids, position_ids=ranks)  # 1 t d
     cuts = np.unique(offsets)  # without empty cells
     cells = dict(runs=runs(offsets), ends=(torch.from_numpy(cuts.astype(np.int32)).to(dev), int(np.diff(cuts).max())))
-    for block in bert.encoder.layer[done:depth]: x = block(x, None, gate=gate, observe=observe, **cells)
+    with products():
+        for block in bert.encoder.layer[done:depth]: x = block(x, None, gate=gate, observe=observe, **cells)
     return x[0]
 
 # %% ../nbs/07_model.ipynb #6b65dc1c

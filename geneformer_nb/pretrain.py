@@ -17,6 +17,7 @@ from .core import GeneformerError, Manifest, VocabularyError, check_folder, pick
 from .genes import Vocabulary
 from .many import Batches, Rows, _Asked, flat_trainer, sharded
 from .model import Geneformer, no_bars, weights_digest
+from .products import products
 
 # %% ../nbs/08_pretrain.ipynb #739ba50b
 def mask_cell(
@@ -42,7 +43,8 @@ def _guess(model, tokens, offsets, labels):
     "Scores at the hidden places (hidden × tokens), and what was there"
     labels = torch.as_tensor(labels, device=model.device)
     at = (labels >= 0).nonzero()[:, 0]
-    return model.hf.cls(model.hidden(tokens, offsets, layer='last')[at]).float(), labels[at]
+    x = model.hidden(tokens, offsets, layer='last')[at]
+    with products(): return model.hf.cls(x).float(), labels[at]
 
 def masked_loss(
     model:Geneformer, # a model with a masked-gene head
