@@ -453,12 +453,12 @@ class FinetuneGenes(Pretrain):
         return sum(encoder_flops(folder, len(x), back=0) + 2 * encoder_flops(folder, len(x), back=layers - top) for x in cells_of(folder))
 
 
-# ---- statistics
-
 class FinetuneGenesHalf(FinetuneGenes):
     "The same in bfloat16 (autocast); the reference stays in float32"
     extra = dict(bf16=True)
 
+
+# ---- statistics
 
 class Shift:
     "Rank-sum test of every gene's shifts against the pool of all, with false discovery rates"

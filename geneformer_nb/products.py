@@ -60,7 +60,7 @@ class _Products(TorchFunctionMode):
     def ours(x, w, b=None):
         plain = type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
         return plain and x.dtype == w.dtype == torch.float32 and x.device.type == w.device.type == 'cpu' and x.dim() > 1 and x.numel() >= 32*x.shape[-1] \
-            and w.dim() == 2 and not torch.is_autocast_enabled('cpu')
+            and w.dim() == 2 and x.is_contiguous() and w.is_contiguous() and not torch.is_autocast_enabled('cpu')
     @staticmethod
     def call(x, w, b=None): return _Linear.apply(x, w, b) if torch.is_grad_enabled() else _linear(x, w, b)
 
@@ -71,26 +71,58 @@ def products(): # context manager
 # %% ../nbs/07b_products.ipynb #22055139
 def _by_onednn(a, b): return _linear(a, b.mT)
 
+def _parts(q, *more):
+    "How to go through attention: tensors of one head (or of all heads of a short cell in bfloat16), the product of two, rows at a time"
+    b, h, n, e = q.shape
+    if q.dtype == torch.bfloat16 and n < 1024: parts, times, rows = zip(q, *more), torch.bmm, 2**20 // (h*n)
+    else: parts, times, rows = (x for cell in zip(q, *more) for x in zip(*cell)), _by_onednn, 2**18 // n
+    return parts, times, torch.get_num_threads()*max(64, min(512, rows))  # a megabyte of scores for each thread
+
+def _like(q): return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)  # genes before heads, as a model wants them
+
+class _Attend(torch.autograd.Function):
+    "Attention in tiles; its derivatives make the scores again, tile by tile"
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        ctx.save_for_backward(q, k, v); ctx.scale = scale
+        out = _like(q)
+        parts, times, rows = _parts(q, k, v, out)
+        for q, k, v, o in parts:
+            k = (k*scale).contiguous()  # oneDNN is a hundred times slower on rows that lie apart
+            if times is _by_onednn: v = v.mT.contiguous().mT
+            for i in range(0, q.shape[-2], rows):
+                at = (..., slice(i, i + rows), slice(None))
+                o[at] = times(torch.softmax(times(q[at], k.mT), -1), v)
+        return out
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (q, k, v), scale = ctx.saved_tensors, ctx.scale
+        to = [_like(x) for x in (q, k, v)]
+        parts, times, rows = _parts(q, k, v, g, *to)
+        for q, k, v, g, to_q, to_k, to_v in parts:
+            q, k, v, g = q.contiguous(), (k*scale).contiguous(), v.contiguous(), g.contiguous()
+            sums = torch.zeros(2, *k.shape, dtype=torch.float32)
+            for i in range(0, q.shape[-2], rows):
+                at = (..., slice(i, i + rows), slice(None))
+                w = torch.softmax(times(q[at], k.mT), -1)
+                s = torch._softmax_backward_data(times(g[at], v.mT), w, -1, w.dtype)  # of the scores
+                to_q[at] = times(s, k)
+                sums[0] += times(s.mT, q[at]*scale); sums[1] += times(w.mT, g[at])
+            to_k[:], to_v[:] = sums
+        return *to, None
+
 def attend(
     q, k, v, # queries, keys, values (cells, heads, genes, e) of cells of one length, in float32 or bfloat16
     scale:float=None, # of the scores; None is 1/√e
 ): # (cells, heads, genes, e)
-    "Scaled dot product attention, some rows of scores at a time, each product by oneDNN; without derivatives"
-    b, h, n, e = q.shape
-    scale, threads = e**-.5 if scale is None else scale, torch.get_num_threads()
-    out = torch.empty(b, n, h, e, dtype=q.dtype).transpose(1, 2)
-    if q.dtype == torch.bfloat16 and n < 1024: parts, times, step = zip(q, k, v, out), torch.bmm, 2**20 // (h*n)
-    else: parts, times, step = (x for cell in zip(q, k, v, out) for x in zip(*cell)), _by_onednn, 2**18 // n
-    step = threads*max(64, min(512, step))  # rows: a megabyte of scores for each thread
-    for q, k, v, o in parts:
-        k, v = (k*scale).mT, v if times is torch.bmm else v.mT.contiguous().mT
-        for i in range(0, n, step): o[..., i:i + step, :] = times(torch.softmax(times(q[..., i:i + step, :], k), -1), v)
-    return out
+    "Scaled dot product attention, some rows of scores at a time, each product by oneDNN"
+    return _Attend.apply(q, k, v, q.shape[-1]**-.5 if scale is None else scale)
 
 def tiles_pay(
     q, # queries (cells, heads, genes, e)
 )->bool:
-    "Is `attend` quicker than the fused kernel? Where oneDNN is, no derivative is asked for and a product is long enough for its threads"
-    if q.device.type != 'cpu' or torch.is_grad_enabled() or not onednn(q.dtype): return False
+    "Is `attend` quicker than the fused kernel? Where oneDNN is, and a product is long enough for its threads"
+    if q.device.type != 'cpu' or not onednn(q.dtype): return False
     (h, n), half = q.shape[1:3], q.dtype == torch.bfloat16
     return n*n*(h if half else 1) >= (32_000 if half else 74_000)*torch.get_num_threads()
