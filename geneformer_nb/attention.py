@@ -141,6 +141,7 @@ def plant_head(
     "A model with one head that is known; raises `GeneformerError`, `VocabularyError`"
     n = model.config.num_attention_heads
     if not 0 <= head < n: raise GeneformerError(f"There is no head {head} in a layer of {n}.")
+    if not np.isfinite(strength): raise GeneformerError(f"strength={strength} should be a number, 1 or so.")
     out = copy.deepcopy(model)
     e, emb = model.config.hidden_size // n, out.hf.base_model.embeddings
     word, rank, kind = (getattr(emb, f'{k}_embeddings').weight for k in ('word', 'position', 'token_type'))
@@ -148,7 +149,7 @@ def plant_head(
     with torch.no_grad():
         for table in (word, rank, kind): table[:, axis] = 0
         if genes is None: rank[:, axis] = torch.linspace(mark, -mark, len(rank))
-        else: word[torch.as_tensor(model.vocabulary.token(list(genes))).long(), axis] = mark
+        else: word[torch.as_tensor(model.vocabulary.token([genes] if isinstance(genes, str) else list(genes))).long(), axis] = mark
         att = out.hf.base_model.encoder.layer[0].attention.self
         typical = emb.LayerNorm(word[len(model.vocabulary.specials):][:, None] + rank[:1] + kind[:1])[..., axis]
         att.query.weight[own], att.query.bias[own], att.key.weight[own], att.key.bias[own] = 0., 0., 0., 0.
@@ -160,7 +161,9 @@ def plant_head(
 # %% ../nbs/40_attention.ipynb #93baeddd
 def _one_group(ranks, who):
     "The ranks of one group of cells; raises `GeneformerError` for several"
+    if isinstance(ranks, tuple): raise GeneformerError("received gives two tables, of genes and of ranks: pass the second, received(…)[1].")
     t = _need(ranks, ['layer', 'head', 'rank', 'attention'], who)
+    if 'gene_id' in t: raise GeneformerError("This is the table of genes that received gives first: pass the second, of ranks.")
     if t.duplicated(['layer', 'head', 'rank']).any():
         raise GeneformerError("These ranks are of several groups of cells: choose the rows of one.")
     return t

@@ -68,6 +68,12 @@ def gene_network(
     return {(l, h): mean(box.sum[l][i]) for l in box.sum for i, h in enumerate(box.heads[l])}, pd.DataFrame(n, *names)
 
 # %% ../nbs/40b_attention_network.ipynb #5ad5f791
+def _need_edges(truth):
+    "Raise `GeneformerError` for anything but 0, 1 and nan"
+    odd = (x := truth.to_numpy(float))[np.isfinite(x) & (x != 0) & (x != 1)]
+    if len(odd): raise GeneformerError(f"The truth holds {odd[0]:g}, and takes 1 for an edge, 0 for none, nan for a pair that is not asked about: signs and weights "
+                                       "are made so by (truth != 0).astype(float).")
+
 def edge_auroc(
     methods:dict, # {name: frame of sources × targets}, such as the networks of `gene_network`
     truth:pd.DataFrame, # sources × targets: 1 for an edge, 0 for none, nan for a pair that is not asked about
@@ -76,7 +82,13 @@ def edge_auroc(
     seed:int=0, # of the samples
 )->pd.DataFrame: # by method: auroc (all pairs), within (a source), ci_low, ci_high (95 %), edges, others, sources
     "How well each method tells edges from other pairs, over the pairs that all can answer; raises `GeneformerError`"
+    if hasattr(methods, 'columns'): raise GeneformerError("methods is {name: frame of sources × targets}, not one frame: give it a name.")
     if not methods: raise GeneformerError("There is no method to score.")
+    if draws < 1: raise GeneformerError(f"draws={draws} should be a whole number from 1 up.")
+    _need_edges(truth)
+    for k, m in methods.items():
+        if not m.index.isin(truth.index).any() or not m.columns.isin(truth.columns).any(): raise GeneformerError(f"{k!r} names genes like "
+            f"{', '.join(map(str, m.index[:3]))} and the truth names genes like {', '.join(map(str, truth.index[:3]))}: name both by id, or both by symbol.")
     x = {k: m.reindex(index=truth.index, columns=truth.columns).to_numpy(float) for k, m in methods.items()}
     y = truth.to_numpy(float)
     ok = np.logical_and.reduce([np.isfinite(m) for m in (y, *x.values())])
@@ -91,7 +103,8 @@ def edge_auroc(
         own = np.array([_area(m[i, ok[i]], yes[i, ok[i]]) for i in several])
         low, high = np.percentile(own[drawn].mean(1), [2.5, 97.5]) if len(own) > 1 else (np.nan, np.nan)
         rows[k] = dict(auroc=_area(m[ok], yes[ok]), within=own.mean() if len(own) else np.nan, ci_low=low, ci_high=high)
-    out = pd.DataFrame(list(rows.values()), pd.Index(list(rows), name='method'))
+    names = [k if isinstance(k, str) else f'head {k[0]}.{k[1]}' if isinstance(k, tuple) else str(k) for k in rows]
+    out = pd.DataFrame(list(rows.values()), pd.Index(names, name='method'))
     return out.assign(edges=int(yes.sum()), others=int((ok & ~yes).sum()), sources=len(several))
 
 # %% ../nbs/40b_attention_network.ipynb #88c58c7a
@@ -102,6 +115,8 @@ def best_head(
     measure:str='auroc', # column of `edge_auroc` to choose and report by, or "within"
 )->pd.DataFrame: # rows: half 1, half 2: head chosen on the other half, its area there (chosen) and here (area)
     "The best head, chosen on one half of the sources and scored on the other; raises `GeneformerError`"
+    if measure not in ('auroc', 'within'): raise GeneformerError(f"measure={measure!r} is 'auroc' or 'within'.")
+    _need_edges(truth)
     has = truth.index[(truth > 0).any(axis=1)]
     if len(has) < 2:
         raise GeneformerError("Only one source has an edge: there are no halves to choose and to score on.")
@@ -129,7 +144,8 @@ def edge_baselines(
     "What can be said of pairs of genes without attention; raises `GeneformerError`, `VocabularyError`"
     ranks = gene_matrix(_need_cells(cells))
     v = cells.vocabulary
-    a, b = (v.token(list(x)) for x in (sources, targets))
+    if model is not None: cells.check_vocabulary(model.vocabulary)
+    a, b = (v.token([x] if isinstance(x, str) else list(x)) for x in (sources, targets))
     names, found = [v.gene(x) for x in (a, b)], ranks.getnnz(1)
     place = np.where(found > 0, np.asarray(ranks.sum(1)).ravel() / np.maximum(found, 1), np.nan)
     there = (ranks > 0).astype(np.float32)
@@ -152,6 +168,7 @@ def others_targets(
     truth:pd.DataFrame, # sources × targets: 1 for an edge
 )->pd.DataFrame: # the same shape: how many other sources have this target
     "The unfair rival: who is a target of others"
+    _need_edges(truth)
     return truth.fillna(0).sum() - truth.fillna(0)
 
 # %% ../nbs/40b_attention_network.ipynb #22a50c23

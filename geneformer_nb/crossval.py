@@ -116,6 +116,7 @@ def difference(self:Comparison,
     seed:int=0, # of the draws
 )->dict: # difference (a less b, in area under the curve over genes or in accuracy a donor), its 95 % interval, and n of which unit
     "Is `a` better than `b`? Drawn in pairs, by gene or by donor (by cell without donors); raises `GeneformerError`"
+    if n < 1: raise GeneformerError(f"n={n} should be a whole number from 1 up.")
     (x, dx), (y, dy) = (_draws(self, m, n, seed) for m in (a, b))
     lo, hi = np.percentile(dx - dy, [2.5, 97.5]) if np.isfinite(dx).all() else (np.nan, np.nan)
     return dict(difference=x - y, ci_low=lo, ci_high=hi, n=self.of(a)['donor' if self.witness == 'donor' else 'id'].nunique(), unit=self.witness)
@@ -135,7 +136,7 @@ def table(self:Comparison,
         rows[m] = dict(score=s[what], ci_low=s['ci_low'], ci_high=s['ci_high'], **({} if m == of else dict(better_by=d['difference'],
             better_low=d['ci_low'], better_high=d['ci_high'])), paper=(paper or {}).get(m, np.nan), n=d['n'])
     out = pd.DataFrame(rows).T
-    return out[['score', 'ci_low', 'ci_high', 'better_by', 'better_low', 'better_high', 'paper', 'n']].astype(float).astype(dict(n=int)).assign(score_of=what)
+    return out.reindex(columns=['score', 'ci_low', 'ci_high', 'better_by', 'better_low', 'better_high', 'paper', 'n']).astype(float).astype(dict(n=int)).assign(score_of=what)
 
 # %% ../nbs/11f_crossval.ipynb #6728cae4
 def untrained(
@@ -224,6 +225,7 @@ def cross_validate_cells(
     names, got = _cell_classes(cells.obs[label].astype(str), kwargs.pop('classes', None), drop_rare), []
     used = cells.obs[label].astype(str).isin(names).to_numpy()
     at = _cell_folds(cells.obs, used, label, donor, folds, seed)
+    used &= at >= 0
     for k in progress(sorted(set(at[used])), 'cross-validating', unit='folds', show=show):
         split = np.where(used, np.where(at == k, 'test', 'train'), '')
         for name, enc in _rivals(model, blank, seed).items():
@@ -250,8 +252,11 @@ def _cell_classes(labels, classes, drop_rare):
 def _cell_folds(obs, used, label, donor, folds, seed):
     "Fold of each cell, given or dealt by donor; -1 for a cell that takes no part"
     if not isinstance(folds, (str, int, np.integer)):
+        if not hasattr(folds, '__len__'): raise GeneformerError(f"folds={folds!r} is a whole number, 'loo', or the number of a fold for each cell.")
         if len(folds) != len(obs): raise GeneformerError(f"folds has {len(folds)} entries for {len(obs)} cells.")
-        return np.asarray(folds)
+        at = pd.Series(np.asarray(folds)).to_numpy()
+        if at.dtype.kind not in 'iu': raise GeneformerError(f"folds holds {at.dtype}: give the number of a fold to each cell, -1 for one that takes no part.")
+        return at
     if donor is None: raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors are held out; or deal the "
                                             "cells yourself (folds=, one number a cell) and call the result what it is.")
     out = np.full(len(obs), -1)

@@ -74,6 +74,7 @@ def gene_baselines(
     "What can be said of held-out genes without a network; raises `GeneformerError`"
     known, v = gene_learners(seed), _words(cells)
     if which is None: which = [k for k, (sees, _) in known.items() if sees != 'counts' or 'counts' in cells.lists]
+    which = [which] if isinstance(which, str) else which
     if odd := [w for w in which if w not in known]: raise GeneformerError(f"{odd[0]!r} is no baseline of genes: choose from {', '.join(known)}.")
     side, out, made = split.reindex(labels.index), {}, {}
     learnt, asked = (labels.index[side == s] for s in ('train', 'test'))
@@ -88,13 +89,22 @@ def gene_baselines(
     return out
 
 # %% ../nbs/10a_gene_baselines.ipynb #088b4d5f
+def _answers(truth, p):
+    "Classes by number and their probabilities, one row a gene; raises `GeneformerError` for what is neither"
+    truth, p = np.asarray(truth), np.asarray(p)
+    if p.ndim != 2 or p.shape[1] < 2 or len(p) != len(truth): raise GeneformerError(f"p has shape {p.shape} for {len(truth)} genes: one row a gene, one column a class, so two for a yes or no.")
+    if p.dtype.kind not in 'fiub' or np.isnan(p.astype(float)).any(): raise GeneformerError("Some probabilities are missing or no numbers: leave those genes out.")
+    if truth.dtype.kind not in 'iub' or len(truth) and not 0 <= truth.min() <= truth.max() < p.shape[1]: raise GeneformerError(
+        f"truth gives the number of each gene's class, 0 to {p.shape[1] - 1}, as the columns of p stand: pd.Categorical(names, columns).codes makes it.")
+    return truth, p
+
 def gene_auc(
     truth, # number of the class of each row
     p, # (rows, classes) probabilities
     weights=None, # how often each row counts, such as the number of cells a gene is in; None: once
 )->float: # area under the ROC curve; over several classes the mean of one against the rest
     "Chance that a gene of a class gets a higher probability of it than one of another class; ties count half"
-    truth, p, out = np.asarray(truth), np.asarray(p), []
+    (truth, p), out = _answers(truth, p), []
     w = np.ones(len(truth)) if weights is None else np.asarray(weights, float)
     for c in range(p.shape[1])[1 if p.shape[1] == 2 else 0:]:
         level, at = np.unique(p[:, c], return_inverse=True)
@@ -110,7 +120,7 @@ def auc_draws(
     fold=None, # of each gene; None: one
 )->np.ndarray: # (n,) areas, each the mean over the folds
     "Areas under the curve of the genes there might have been: drawn again, with replacement, within class and fold"
-    truth, p, rng = np.asarray(truth), np.asarray(p), np.random.default_rng(seed)
+    (truth, p), rng = _answers(truth, p), np.random.default_rng(seed)
     fold = np.zeros(len(truth), int) if fold is None else np.asarray(fold)
     times, folds = np.zeros((n, len(truth))), []  # how often each gene is drawn
     for f in np.unique(fold):

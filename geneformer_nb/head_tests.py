@@ -7,6 +7,7 @@ __all__ = ['head_tests', 'layer_test', 'ablate', 'ablation']
 
 # %% ../nbs/40a_head_tests.ipynb #c3768aac
 from contextlib import contextmanager
+from operator import index
 import numpy as np, pandas as pd, torch
 from .attention import _readable
 from .core import GeneformerError
@@ -59,6 +60,7 @@ def _members(t, genes, vocabulary):
 
 def _by_head(table):
     "Heads, genes, attention and expected attention (heads × genes) of the first table of `received`"
+    if isinstance(table, tuple): raise GeneformerError("received gives two tables, of genes and of ranks: pass the first, received(…)[0].")
     t = _need(table, ['layer', 'head', 'gene_id', 'attention', 'expected', 'rank', 'n_cells'], 'A test of heads')
     code, names = pd.factorize(t.gene_id)
     order = np.lexsort((code, t['head'], t.layer))
@@ -120,6 +122,7 @@ def layer_test(
 )->pd.Series: # heads, of, layer (their mean), layer_others, p (chance of so low a mean layer or a lower one)
     "Do these heads sit in earlier layers than the others (paper: P < .05)? Exact; raises `GeneformerError`"
     t = _need(tests, ['layer', which], 'A test of layers')
+    if t[which].dtype != bool: raise GeneformerError(f"Column {which!r} does not say which heads are meant, true or false (it holds {t[which].dtype}): pass which='favours' or 'favours_matched'.")
     layer, yes = t.layer.to_numpy(int), t[which].to_numpy(bool)
     k, low = int(yes.sum()), int(layer[yes].sum())
     def mean(x): return x.mean() if len(x) else np.nan
@@ -134,8 +137,8 @@ def layer_test(
 # %% ../nbs/40a_head_tests.ipynb #761e7584
 def _heads(model, heads):
     "Pairs (layer, head), each there in the model; raises `GeneformerError`"
-    if hasattr(heads, 'columns'): heads = heads[['layer', 'head']].to_numpy()
-    try: out = sorted({(int(l), int(h)) for l, h in heads})
+    if lacks := hasattr(heads, 'columns') and [c for c in ('layer', 'head') if c not in heads]: raise GeneformerError(f"A table of heads has columns layer and head; {lacks[0]} is not there.")
+    try: out = sorted({(index(l), index(h)) for l, h in (heads[['layer', 'head']].to_numpy() if hasattr(heads, 'columns') else heads)})
     except (TypeError, ValueError) as e:
         raise GeneformerError("heads are pairs (layer, head), counted from 0, such as [(0, 2), (1, 3)].") from e
     c = model.config

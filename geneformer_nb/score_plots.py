@@ -19,6 +19,13 @@ def _positive(table, positive, what):
     if positive not in there: raise GeneformerError(f"{what} shows one class against the rest: pass positive=, one of {', '.join(there) or 'none, for the table has no column p(…)'}.")
     return positive
 
+def _models(table, models):
+    "The models to draw; raises `GeneformerError` for one that is not there"
+    there = list(table['model'].unique())
+    models = there if models is None else [models] if isinstance(models, str) else list(models)
+    if odd := [m for m in models if m not in there]: raise GeneformerError(f"No model is called {odd[0]!r}: choose from {', '.join(map(str, there))}.")
+    return models
+
 @_styled
 def roc(
     table:pd.DataFrame, # model, fold, truth, and a probability a class "p(…)"
@@ -30,8 +37,9 @@ def roc(
 ): # Axes
     "True against false positives, folds thin, their mean thick; the legend says the mean area and its spread"
     from sklearn.metrics import roc_auc_score, roc_curve
+    if weights is not None: _need(table, [weights], 'A weighted ROC plot')
     positive, ax, grid = _positive(table, positive, 'A ROC plot'), _axes(ax, (4.6, 4.2)), np.linspace(0, 1, 201)
-    for i, m in enumerate(table['model'].unique() if models is None else models):
+    for i, m in enumerate(_models(table, models)):
         rows, curves, areas = table[table['model'] == m], [], []
         for _, t in rows.groupby('fold' if 'fold' in rows else np.zeros(len(rows))):
             y, w = t['truth'].astype(str) == positive, None if weights is None else t[weights]
@@ -61,7 +69,7 @@ def calibration_plot(
     from geneformer_nb.evaluate import calibration
     _need(table, ['model', 'truth', 'predicted'], 'A calibration plot')
     p, ax = [c for c in table if c.startswith('p(')], _axes(ax, (4.6, 4.2))
-    for i, m in enumerate(table['model'].unique() if models is None else models):
+    for i, m in enumerate(_models(table, models)):
         rows = table[table['model'] == m]
         t = calibration(rows['truth'], rows['predicted'], rows[p].max(axis=1), bins)
         ax.plot(t['confidence'], t['accuracy'], lw=1.2, color=palette[i % len(palette)], label=f"{m}, {t.attrs['error']:.2f}")
@@ -110,10 +118,13 @@ def score_plot(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Scores with their intervals, best first"
-    t = _need(scores, [value, 'ci_low', 'ci_high'], 'A plot of scores').astype(float, errors='ignore').sort_values(value)
+    t = _need(scores, [value, 'ci_low', 'ci_high'], 'A plot of scores').astype(float, errors='ignore').sort_values(value, na_position='first')
+    if (own := next((c for c in ('auc_genes', 'donor_accuracy') if c in t), value)) != value: raise GeneformerError(
+        f"The intervals of this table are those of {own!r} and not of {value!r}: draw that, or drop the column {own!r} if the intervals are yours.")
+    mark = [mark] if isinstance(mark, str) else list(mark)
     ax = _axes(ax, (5.6, .8 + .3 * len(t)))
     for i, (name, r) in enumerate(t.iterrows()):
-        colour = palette[list(mark).index(name) % len(palette)] if name in mark else _grey
+        colour = palette[mark.index(name) % len(palette)] if name in mark else _grey
         ax.plot([r['ci_low'], r['ci_high']], [i, i], color=colour, lw=1.6); ax.plot(r[value], i, 'o', color=colour, ms=6)
     if paper is not None: ax.axvline(paper, color=palette[3], lw=1.2, label=f'paper, {paper:.2f}')
     if chance is not None: ax.axvline(chance, color=_grey, lw=1, ls='--', label='chance')

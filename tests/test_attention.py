@@ -212,6 +212,8 @@ def test_errors_are_sentences(system, world):
     model, cells = system
     v, level, many = world
     t, ranks = received(model, cells)
+    edges = pd.DataFrame([[1., 0.], [0., 1.]], ['a', 'b'], ['c', 'd'])
+    assert list(edge_auroc({(0, 1): edges}, edges).index) == ['head 0.1']  # as `gene_network` names them
     bad = Cells(*ragged([[], []]), vocabulary=model.vocabulary, special=model.vocabulary.cls)
     for f, text in [
         (lambda: received(model, many), 'vocabulary'),
@@ -234,7 +236,16 @@ def test_errors_are_sentences(system, world):
         (lambda: gene_network(model, cells, ['FOO'], names), 'not in the vocabulary'),
         (lambda: edge_auroc(dict(x=pd.DataFrame([[1.]], ['a'], ['b'])), pd.DataFrame([[1.]], ['a'], ['b'])), 'an area needs some of both'),
         (lambda: known_edges(pd.DataFrame(dict(source=['a'], target=['b'])), cells), 'No regulator'),
-        (lambda: plant_head(model, 9), 'no head 9')]:
+        (lambda: plant_head(model, 9), 'no head 9'),
+        (lambda: head_tests((t, ranks), names[:3]), 'pass the first'),
+        (lambda: rank_habits((t, ranks)), 'pass the second'), (lambda: rank_habits(t), 'pass the second'),
+        (lambda: layer_test(head_tests(t, names[:9], least=1), 'fdr'), 'true or false'),
+        (lambda: ablate(model, [(.7, 1.9)]).__enter__(), 'pairs (layer, head)'), (lambda: ablate(model, ['00']).__enter__(), 'pairs (layer, head)'),
+        (lambda: ablate(model, pd.DataFrame(dict(layer=[0]))).__enter__(), 'head is not there'),
+        (lambda: edge_auroc(edges, edges), 'give it a name'), (lambda: edge_auroc(dict(x=edges), -edges), 'holds -1'),
+        (lambda: others_targets(2*edges), 'holds 2'), (lambda: edge_auroc(dict(x=edges), edges, draws=0), 'draws=0'),
+        (lambda: edge_auroc(dict(x=edges), edges.rename(index=str.upper)), 'both by symbol'), (lambda: best_head({(0, 0): edges}, edges, measure='auc'), "'within'"),
+        (lambda: edge_baselines(cells, names[0], names, Geneformer.new('nano', v, 0, **shape)), 'another vocabulary')]:
         with says(GeneformerError, text): f()
 
 def test_a_model_that_does_not_show_its_attention(system):

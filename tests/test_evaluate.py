@@ -217,3 +217,23 @@ def test_saved_and_loaded(model, cells, tmp_path):
     pd.testing.assert_frame_equal(again.scores, c.scores)
     assert again.about == c.about and repr(again) == repr(c)
     with says(MissingDataError, 'comparison.json'): Comparison.load(tmp_path)
+
+# --- sentences of scores
+
+def test_answers_that_are_none():
+    p = np.array([[.2, .8], [.7, .3], [.4, .6]])
+    for f in (gene_auc, auc_draws):
+        for truth, q, text in (['a', 'b', 'a'], p, 'number of each'), ([0, -1, 1], p, 'number of each'), ([0, 1, 2], p, 'number of each'), ([0, 1, 1], p[:, 1], 'two for a yes or no'), \
+                ([0, 1, 1], np.where(p > .7, np.nan, p), 'missing'), ([0, 1], p, 'shape'):
+            with says(GeneformerError, text): f(truth, q)
+
+def test_plots_of_scores_say_what_is_wrong():
+    from geneformer_nb.score_plots import calibration_plot, roc, score_plot
+    t = pd.DataFrame(dict(donor_accuracy=[.8, .6], accuracy=[.7, .9], ci_low=[.7, .5], ci_high=[.9, .7]), ['a', 'b'])
+    with says(GeneformerError, "'donor_accuracy' and not of 'accuracy'"): score_plot(t, 'accuracy')
+    ax = score_plot(t.assign(donor_accuracy=[np.nan, .6]), 'donor_accuracy', mark='b')
+    assert [x.get_text() for x in ax.get_yticklabels()] == ['a', 'b']  # one without a score is not the best
+    answers = pd.DataFrame({'model': 'a', 'truth': ['x', 'y'], 'predicted': ['x', 'y'], 'p(x)': [.9, .2], 'p(y)': [.1, .8]})
+    for draw in (roc, calibration_plot):
+        with says(GeneformerError, "No model is called 'b'"): draw(answers, models=['b'])
+    with says(GeneformerError, 'n'): roc(answers, weights='n')
