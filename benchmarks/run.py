@@ -172,7 +172,8 @@ written down. **ratio** is reference divided by ours, pair by pair. **peak memor
 ours / reference. **limit** is what the work cannot do without, measured in the same run, and how far ours is from
 it. Whole-process rows include starting Python and all imports; nothing is compiled when it first runs. The other
 rows leave out starting, importing and loading. Rows with a model use {threads} thread(s), those of pretraining two,
-float32 where nothing else is said, and random weights; bfloat16 on a processor with instructions for it (AMD EPYC, avx512_bf16). Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
+float32 where nothing else is said, and random weights; bfloat16 on a processor with instructions for it (AMD EPYC, avx512_bf16). On an AMD
+processor ours multiplies matrices with oneDNN and the reference with what torch takes by itself (nbs/07b_products.ipynb); the limit is that of the faster. Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
 loop, and one row has one thread on both sides.
 
 The reference, `benchmarks/naive.py`, is what a careful user would write: a numpy loop over cells that hands lists
