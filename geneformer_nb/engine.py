@@ -293,7 +293,7 @@ def _no_memory(e): return isinstance(e, torch.OutOfMemoryError) or 'allocate mem
 def run(self:Engine, batch): # `Variants`
     "Effects of a batch, in halves where memory does not hold it; raises `GeneformerError` where one cell does not fit"
     try:
-        with torch.inference_mode(), products(), torch.autocast(self.encoder.device.type, self.dtype, enabled=self.dtype != torch.float32): return [self.effects(batch)]
+        with torch.inference_mode(), products(self.encoder.device), torch.autocast(self.encoder.device.type, self.dtype, enabled=self.dtype != torch.float32): return [self.effects(batch)]
     except RuntimeError as e:
         if not _no_memory(e): raise
     forms = [len(v) for v in batch]

@@ -205,7 +205,7 @@ def hidden(self:Geneformer,
     x = below[1][None] if below else bert.embeddings(input_ids=ids, position_ids=ranks)  # 1 t d
     cuts = np.unique(offsets)  # without empty cells
     cells = dict(runs=runs(offsets), ends=(torch.from_numpy(cuts.astype(np.int32)).to(dev), int(np.diff(cuts).max())))
-    with products():
+    with products(dev):
         for block in bert.encoder.layer[done:depth]: x = block(x, None, gate=gate, observe=observe, **cells)
     return x[0]
 

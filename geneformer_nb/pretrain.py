@@ -44,7 +44,7 @@ def _guess(model, tokens, offsets, labels):
     labels = torch.as_tensor(labels, device=model.device)
     at = (labels >= 0).nonzero()[:, 0]
     x = model.hidden(tokens, offsets, layer='last')[at]
-    with products(): return model.hf.cls(x).float(), labels[at]
+    with products(model.device): return model.hf.cls(x).float(), labels[at]
 
 def masked_loss(
     model:Geneformer, # a model with a masked-gene head

@@ -47,6 +47,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (x, w), (of_x, of_w, of_b) = ctx.saved_tensors, ctx.needs_input_grad
+        g = g.contiguous()
         flat = g.flatten(0, -2)
         return (_linear(g, w.T.contiguous()) if of_x else None, _linear(flat.T.contiguous(), x.flatten(0, -2).T.contiguous()) if of_w else None,
                 flat.sum(0) if of_b else None)
@@ -64,9 +65,11 @@ class _Products(TorchFunctionMode):
     @staticmethod
     def call(x, w, b=None): return _Linear.apply(x, w, b) if torch.is_grad_enabled() else _linear(x, w, b)
 
-def products(): # context manager
-    "Within it, linear maps of a model are those that are fastest on this processor"
-    return _Products() if onednn() else nullcontext()
+def products(
+    device, # torch.device of the model
+): # context manager
+    "Within it, linear maps of a model are those that are fastest on this processor; on another device nothing changes"
+    return _Products() if device.type == 'cpu' and onednn() else nullcontext()
 
 # %% ../nbs/07b_products.ipynb #22055139
 def _by_onednn(a, b): return _linear(a, b.mT)

@@ -51,21 +51,25 @@ def _rank_rows(data, columns, cuts, turned, divisor, medians, low, room):
     for c in np.flatnonzero((seen > 0) & (last >= ~low)) if m else (): seen[c] = keys[cuts[c]:cuts[c + 1]].searchsorted(~low)
     return out, seen
 
-def _summed(X, gene):
-    "The counts of X; where a gene stands in several columns, its first one in a cell gets their sum and the others 0"
-    twice = (gene >= 0) & (np.bincount(gene + 1)[gene + 1] > 1)
-    if not twice.any(): return X.data
-    at = np.flatnonzero(twice[X.indices])
-    row = np.searchsorted(X.indptr, at, 'right') - 1
-    _, first, code = np.unique(row * X.shape[1] + gene[X.indices[at]], return_index=True, return_inverse=True)
-    data = X.data.astype(np.float64)
-    data[at] = 0; data[at[first]] = np.bincount(code, X.data[at])
+def _several(gene):
+    "Which columns share their gene with another; None where none does"
+    several = (gene >= 0) & (np.bincount(gene + 1)[gene + 1] > 1)
+    return several if several.any() else None
+
+def _summed(data, columns, cuts, gene, several):
+    "The counts of some cells; where a gene stands in several columns, its first one in a cell gets their sum and the others 0"
+    at = np.flatnonzero(several[columns])
+    row = np.searchsorted(cuts, at, 'right') - 1
+    _, first, code = np.unique(row * len(gene) + gene[columns[at]], return_index=True, return_inverse=True)
+    sums = np.bincount(code, data[at])
+    data = data.astype(data.dtype if (sums.astype(data.dtype) == sums).all() else np.float64)
+    data[at] = 0; data[at[first]] = sums
     return data
 
 # %% ../nbs/04_tokenizer.ipynb #05f4b193
 def _ranked(X, gene, medians):
     "Some fifty cells at a time: (numbers of their genes by rank, where each cell begins, how many it has); overwritten by the next"
-    number, low, data = np.asarray(gene, np.int64), (1 << len(medians).bit_length()) - 1, _summed(X, gene)
+    number, low, several = np.asarray(gene, np.int64), (1 << len(medians).bit_length()) - 1, _several(np.asarray(gene, np.int64))
     turned, divisor = ~number, np.append(medians, np.inf)[number]
     step = max(1, 131_072 * X.shape[0] // max(1, X.nnz))
     most = max((int(X.indptr[min(r + step, X.shape[0])] - X.indptr[r]) for r in range(0, X.shape[0], step)), default=0)
@@ -73,7 +77,8 @@ def _ranked(X, gene, medians):
     for r in range(0, X.shape[0], step):
         ends = X.indptr[r:r + step + 1]
         here, cuts = slice(ends[0], ends[-1]), (ends - ends[0]).tolist()
-        out, seen = _rank_rows(data[here], X.indices[here], cuts, turned, divisor, medians, low, room)
+        data = X.data[here] if several is None else _summed(X.data[here], X.indices[here], cuts, number, several)
+        out, seen = _rank_rows(data, X.indices[here], cuts, turned, divisor, medians, low, room)
         yield out, cuts[:-1], seen
 
 def rank_genes(
