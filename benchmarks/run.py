@@ -189,14 +189,10 @@ carry over to another machine, seconds do not.
 '''
 
 
-def flags():
-    "What the processor can do, as Linux tells it"
-    return Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-
-
 def cpu():
     "The name of the processor"
-    return next((l.split(':')[1].strip() for l in flags().splitlines() if 'model name' in l), platform.processor())
+    info = Path('/proc/cpuinfo')
+    return next((l.split(':')[1].strip() for l in (info.read_text().splitlines() if info.exists() else ()) if 'model name' in l), platform.processor())
 
 
 def machine():

@@ -103,7 +103,7 @@ def edge_auroc(
         own = np.array([_area(m[i, ok[i]], yes[i, ok[i]]) for i in several])
         low, high = np.percentile(own[drawn].mean(1), [2.5, 97.5]) if len(own) > 1 else (np.nan, np.nan)
         rows[k] = dict(auroc=_area(m[ok], yes[ok]), within=own.mean() if len(own) else np.nan, ci_low=low, ci_high=high)
-    names = [k if isinstance(k, str) else f'head {k[0]}.{k[1]}' if isinstance(k, tuple) else str(k) for k in rows]
+    names = [f'head {k[0]}.{k[1]}' if isinstance(k, tuple) else str(k) for k in rows]
     out = pd.DataFrame(list(rows.values()), pd.Index(names, name='method'))
     return out.assign(edges=int(yes.sum()), others=int((ok & ~yes).sum()), sources=len(several))
 
@@ -122,8 +122,7 @@ def best_head(
         raise GeneformerError("Only one source has an edge: there are no halves to choose and to score on.")
     order = np.random.default_rng(seed).permutation(has.to_numpy())
     halves, names = (order[::2], order[1::2]), list(networks)
-    named = {str(k): networks[k] for k in names}
-    scores = [edge_auroc(named, truth.loc[h], draws=1)[measure].to_numpy() for h in halves]
+    scores = [edge_auroc(networks, truth.loc[h], draws=1)[measure].to_numpy() for h in halves]
     def chosen(a, b, i): return dict(head=names[i], chosen=a[i], area=b[i])
     rows = [chosen(a, b, int(np.nanargmax(a))) for a, b in (scores[::-1], scores)]
     return pd.DataFrame(rows, ['half 1', 'half 2'])

@@ -254,7 +254,7 @@ def _cell_folds(obs, used, label, donor, folds, seed):
     if not isinstance(folds, (str, int, np.integer)):
         if not hasattr(folds, '__len__'): raise GeneformerError(f"folds={folds!r} is a whole number, 'loo', or the number of a fold for each cell.")
         if len(folds) != len(obs): raise GeneformerError(f"folds has {len(folds)} entries for {len(obs)} cells.")
-        at = pd.Series(np.asarray(folds)).to_numpy()
+        at = np.asarray(folds)
         if at.dtype.kind not in 'iu': raise GeneformerError(f"folds holds {at.dtype}: give the number of a fold to each cell, -1 for one that takes no part.")
         return at
     if donor is None: raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors are held out; or deal the "

@@ -153,10 +153,11 @@ def first_layer(
     bert = model.hf.base_model
     ids, told = (torch.as_tensor(y, device=dev).long()[None] for y in (np.asarray(tokens)[place], told.clip(0)))
     x, block = bert.embeddings(input_ids=ids, position_ids=told)[0], bert.encoder.layer[0]
-    o, row, total = _shared(*_heads(block, x, 'query', 'key', 'value'), lo, hi, n, at)
-    if (total < 1e-30).any(): return None  # the deleted gene had all the attention: nothing left to divide by
-    y = block.attention.output(o.flatten(0, 1), x[row.flatten()])
-    return block.output(block.intermediate(y), y)
+    with products(dev):
+        o, row, total = _shared(*_heads(block, x, 'query', 'key', 'value'), lo, hi, n, at)
+        if (total < 1e-30).any(): return None  # the deleted gene had all the attention: nothing left to divide by
+        y = block.attention.output(o.flatten(0, 1), x[row.flatten()])
+        return block.output(block.intermediate(y), y)
 
 # %% ../nbs/30a_engine.ipynb #93b50c65
 def first_tokens(
@@ -166,12 +167,13 @@ def first_tokens(
 ): # (cells, d)
     "The first token of each cell after a layer"
     first = x[torch.as_tensor(np.asarray(offsets)[:-1], device=x.device)]
-    (q,), (k, v), parts, done = _heads(block, first, 'query'), _heads(block, x, 'key', 'value'), [], 0
-    for s, b, n in runs(offsets):
-        kk, vv = (y[:, s:s + b*n].unflatten(1, (b, n)).transpose(0, 1) for y in (k, v))  # b h n e
-        parts.append(F.scaled_dot_product_attention(q[:, done:done + b].transpose(0, 1)[:, :, None], kk, vv)[:, :, 0].flatten(1)); done += b
-    y = block.attention.output(torch.cat(parts), first)
-    return block.output(block.intermediate(y), y)
+    with products(x.device):
+        (q,), (k, v), parts, done = _heads(block, first, 'query'), _heads(block, x, 'key', 'value'), [], 0
+        for s, b, n in runs(offsets):
+            kk, vv = (y[:, s:s + b*n].unflatten(1, (b, n)).transpose(0, 1) for y in (k, v))  # b h n e
+            parts.append(F.scaled_dot_product_attention(q[:, done:done + b].transpose(0, 1)[:, :, None], kk, vv)[:, :, 0].flatten(1)); done += b
+        y = block.attention.output(torch.cat(parts), first)
+        return block.output(block.intermediate(y), y)
 
 # %% ../nbs/30a_engine.ipynb #7b7fa00c
 def _unit(x): return F.normalize(x.float(), dim=-1)
@@ -293,7 +295,7 @@ def _no_memory(e): return isinstance(e, torch.OutOfMemoryError) or 'allocate mem
 def run(self:Engine, batch): # `Variants`
     "Effects of a batch, in halves where memory does not hold it; raises `GeneformerError` where one cell does not fit"
     try:
-        with torch.inference_mode(), products(self.encoder.device), torch.autocast(self.encoder.device.type, self.dtype, enabled=self.dtype != torch.float32): return [self.effects(batch)]
+        with torch.inference_mode(), torch.autocast(self.encoder.device.type, self.dtype, enabled=self.dtype != torch.float32): return [self.effects(batch)]
     except RuntimeError as e:
         if not _no_memory(e): raise
     forms = [len(v) for v in batch]

@@ -137,8 +137,10 @@ def layer_test(
 # %% ../nbs/40a_head_tests.ipynb #761e7584
 def _heads(model, heads):
     "Pairs (layer, head), each there in the model; raises `GeneformerError`"
-    if lacks := hasattr(heads, 'columns') and [c for c in ('layer', 'head') if c not in heads]: raise GeneformerError(f"A table of heads has columns layer and head; {lacks[0]} is not there.")
-    try: out = sorted({(index(l), index(h)) for l, h in (heads[['layer', 'head']].to_numpy() if hasattr(heads, 'columns') else heads)})
+    if hasattr(heads, 'columns'):
+        if lacks := [c for c in ('layer', 'head') if c not in heads]: raise GeneformerError(f"A table of heads has columns layer and head; {lacks[0]} is not there.")
+        heads = heads[['layer', 'head']].to_numpy()
+    try: out = sorted({(index(l), index(h)) for l, h in heads})
     except (TypeError, ValueError) as e:
         raise GeneformerError("heads are pairs (layer, head), counted from 0, such as [(0, 2), (1, 3)].") from e
     c = model.config

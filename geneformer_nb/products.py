@@ -55,15 +55,13 @@ class _Linear(torch.autograd.Function):
 class _Products(TorchFunctionMode):
     "Gives linear maps in float32 to oneDNN; whatever else is asked for goes its way"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and not kwargs and self.ours(*args): return self.call(*args)
+        if func is F.linear and not kwargs and self.ours(*args): return _Linear.apply(*args, *[None]*(3 - len(args)))
         return func(*args, **(kwargs or {}))
     @staticmethod
     def ours(x, w, b=None):
         plain = type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
         return plain and x.dtype == w.dtype == torch.float32 and x.device.type == w.device.type == 'cpu' and x.dim() > 1 and x.numel() >= 32*x.shape[-1] \
             and w.dim() == 2 and x.is_contiguous() and w.is_contiguous() and not torch.is_autocast_enabled('cpu')
-    @staticmethod
-    def call(x, w, b=None): return _Linear.apply(x, w, b) if torch.is_grad_enabled() else _linear(x, w, b)
 
 def products(
     device, # torch.device of the model
