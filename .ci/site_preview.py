@@ -33,6 +33,11 @@ def site_settings():
     c = get_config()
     return c.doc_host.rstrip('/') + c.doc_baseurl, f'{c.git_url}/blob/{c.branch}/'
 
+def _source_page(module):
+    "The page of a module, named by its path (or the match of one)"
+    path = module if isinstance(module, str) else module[0][module[0].rindex('geneformer_nb/'):]
+    return 'source/' + path.removeprefix('geneformer_nb/').removesuffix('.py').replace('/', '.') + '.html'
+
 def _markdown(text, base, git):
     "Quarto's Markdown as plain Markdown: fenced divisions, attributes, links to our own site and sources"
     classes = lambda m: ' '.join(re.findall(r'\.([\w-]+)', m[1]))
@@ -41,7 +46,7 @@ def _markdown(text, base, git):
     text = re.sub(r'(\]\([^)]*\))\{[^}]*\}', r'\1', text)
     text = re.sub(r'^(#+ .*?)\s*\{[^}]*\}\s*$', r'\1', text, flags=re.M)
     text = re.sub(r'^(#+ [\w.]+\.)__(\w+)__$', r'\1\\_\\_\2\\_\\_', text, flags=re.M)
-    text = re.sub(re.escape(git) + r'geneformer_nb/(\w+)\.py', r'source/\1.html', text).replace(base + '/', '')
+    text = re.sub(re.escape(git) + r'geneformer_nb/([\w/]+)\.py', _source_page, text).replace(base + '/', '')
     plain = lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0])  # nbdev links names inside signatures too
     text = re.sub(r'^```.*?^```', plain, text, flags=re.M | re.S)
     return re.sub(r'(\]\()(?!https?:)([\w./-]+)\.ipynb', lambda m: m[1] + page(m[2]), text)
@@ -49,7 +54,7 @@ def _markdown(text, base, git):
 def _lines(x): return ''.join(x) if isinstance(x, list) else x
 
 def _in_order(cells):
-    "Neighbouring signatures by their line in the module: nbdev gives those of one cell last first"
+    "Neighboring signatures by their line in the module: nbdev gives those of one cell last first"
     line = lambda c: int((re.findall(r'source/\w+\.html#L(\d+)', json.dumps(c['outputs'])) or [0])[0])
     kinds = groupby(cells, lambda c: c['cell_type'] == 'code' and c['source'].startswith('show_doc(') and line(c) > 0)
     return [c for signatures, run in kinds for c in (sorted(run, key=line) if signatures else run)]
@@ -153,18 +158,19 @@ def _sources(out, nav, site):
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
     (out/'source').mkdir()
-    for f in sorted((ROOT/'geneformer_nb').glob('*.py')):
+    for f in sorted((ROOT/'geneformer_nb').rglob('*.py')):
+        name = f.relative_to(ROOT).as_posix()
         numbered = HtmlFormatter(linenos='inline', lineanchors='L')
         code = highlight(f.read_text(encoding='utf-8'), PythonLexer(), numbered)
         code = re.sub(r'(id|name)="L-(\d+)"', r'\1="L\2"', code)
         up = re.sub(r'href="(?!https?:|#|\.\.|data:)', 'href="../', nav)
-        (out/'source'/f'{f.stem}.html').write_text(PAGE.format(
-            title=f'{f.name} · {site}', description=f'source of geneformer_nb/{f.name}', up='../', site=site,
-            nav=up, heading=f'geneformer_nb/{f.name}', lead='Made from its notebook: mend it there.', body=code,
+        (out/'source'/Path(_source_page(name)).name).write_text(PAGE.format(
+            title=f'{f.name} · {site}', description=f'source of {name}', up='../', site=site,
+            nav=up, heading=name, lead='Made from its notebook: mend it there.', body=code,
             turn='', toc=''), encoding='utf-8')
 
 def _style(out):
-    "The style sheet: ours and the colours of code"
+    "The style sheet: ours and the colors of code"
     from pygments.formatters import HtmlFormatter
     code = HtmlFormatter(style='friendly').get_style_defs('.highlight') + '\n.highlight { background: none }\n'
     (out/'preview.css').write_text(CSS.read_text(encoding='utf-8') + code, encoding='utf-8')

@@ -6,22 +6,23 @@
 
 Needs the real data (GENEFORMER_NB_DATA). A finished run is a line of FOLDER/runs.csv; the same command goes on where it
 was stopped. The page nbs/41_ablations.ipynb reads the table. All runs: house shape (2 layers, 64 wide), 4,000 genes and the
-labelled transcription factors, cells cut to 256 ranks. The house model is taken from the cache, or trained first.
+labeled transcription factors, cells cut to 256 ranks. The house model is taken from the cache, or trained first.
 """
 import argparse, os, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from geneformer_nb import __version__, realdata
-from geneformer_nb.cells import Cells
+from geneformer_nb.data import datasets
+from geneformer_nb import __version__
+from geneformer_nb.data.cells import Cells
 from geneformer_nb.core import GeneformerError, MissingDataError, versions
-from geneformer_nb.embed import gene_embeddings
-from geneformer_nb.evaluate import fold_donors, log_cp10k
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.house import RankFrequency, begin, cut, gene_vectors, hold_out, house_cells, house_model, house_recipe, judge
-from geneformer_nb.pretrain import pretrain
-from geneformer_nb.tokenizer import tokenize
-from geneformer_nb.toy import simulate
+from geneformer_nb.model.embed import gene_embeddings
+from geneformer_nb.evaluate.splits import fold_donors, log_cp10k
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.train.small_model import RankFrequency, begin, cut, gene_vectors, hold_out, small_model_cells, load_small_model, small_model_recipe, evaluate_masked
+from geneformer_nb.train.pretraining import pretrain
+from geneformer_nb.data.tokenizer import tokenize
+from geneformer_nb.data.toy import simulate
 
 GENES, RANKS, STEPS, BATCH, LR, SEEDS, PAIRS, HELD = 4000, 256, 400, 4, 3e-3, 3, 8, 150
 TASK = 'dosage_sensitivity_TFs'
@@ -60,12 +61,12 @@ def shuffled(cells, seed=0):
 
 
 class Real:
-    "Cells in training, cells to judge on, and the two tasks"
+    "Cells in training, cells to evaluate_masked on, and the two tasks"
     def __init__(self):
-        cells = house_cells()
+        cells = small_model_cells()
         train = cells[(cells.obs.split == 'train').to_numpy()]
         seen = np.bincount(train.tokens, minlength=train.vocabulary.n_tokens)
-        v1, self.labels = cells.vocabulary, realdata.gene_class(TASK)
+        v1, self.labels = cells.vocabulary, datasets.gene_class(TASK)
         keep = set(np.argsort(-seen, kind='stable')[:GENES])
         keep |= {v1.token(g) for gs in self.labels.values() for g in gs if g in v1.genes and seen[v1.token(g)] >= 10}
         at = np.array(sorted(t - len(v1.specials) for t in keep))
@@ -75,7 +76,7 @@ class Real:
         small = small[rng.permutation(len(small))]
         self.train, self.held = (small[(small.obs.split == s).to_numpy()] for s in ('train', 'held out'))
         self.held = self.held[:HELD]
-        kang = realdata.load('kang_ifnb')
+        kang = datasets.load('kang_ifnb')
         o = kang.obs.assign(donor=kang.obs.donor.astype(str), cell_type=kang.obs.cell_type.astype(str))
         big = o.cell_type.map(o[o.condition == 'ctrl'].cell_type.value_counts()).fillna(0) >= 20
         self.kang = kang[(o.condition == 'ctrl') & (o.donor.str.len() > 2) & (o.cell_type.str.len() > 2) & big].copy()
@@ -164,12 +165,12 @@ def baselines(w, seed=0):
 
 def house(w):
     "The house model, trained longer and on all genes, and its start, on the two tasks: the same cells, folds and genes"
-    cells = house_cells()
+    cells = small_model_cells()
     train = cells[(cells.obs.split == 'train').to_numpy()]
     part = gene_cells(w)
     same, seen = cells[cells.obs.index.get_indexer(part.obs.index)], w.vocabulary.gene(np.unique(part.tokens))
     kang, y, out = tokenize(w.kang, cells.vocabulary), w.kang.obs.cell_type.to_numpy(), []
-    for name, model in {'house model': house_model(), 'start of the house model': begin(train, house_recipe['shape'])}.items():
+    for name, model in {'house model': load_small_model(), 'start of the house model': begin(train, small_model_recipe['shape'])}.items():
         E, cell = gene_embeddings(same, model, show=False), probe(model.encode(kang, show=False), y, w.folds)
         E = E.loc[E.index.intersection(seen)]
         out += [dict(varied='house', ranks=name, seed=k, **cell, **gene_probe(E, w.labels, k)) for k in range(SEEDS)]
@@ -177,18 +178,18 @@ def house(w):
 
 
 def one(r, w):
-    "One run: train, judge, try the tasks"
+    "One run: train, evaluate_masked, try the tasks"
     seed, n = r['seed'], r['cells'] or len(w.train)
     train = w.train[np.sort(np.random.default_rng(seed).permutation(len(w.train))[:n])]
     given = shuffled(train, seed) if r['ranks'] == 'shuffled' else train
-    t, shape = time.process_time(), house_recipe['shape']
+    t, shape = time.process_time(), small_model_recipe['shape']
     model = begin(given, shape, seed, r['start'] == 'counted')
     if r['steps']:
         pretrain(given, model, steps=r['steps'], batch=BATCH, lr=LR, warmup=50, weight_decay=0., mask=r['mask'], seed=seed,
                  holdout=0., attention_dropout=r['attention_dropout'], device='cpu', args=dict(optim='adamw_torch_fused'))
     t = time.process_time() - t
-    j = judge(model, w.held, RankFrequency(train, strength=3000))
-    k = judge(model, shuffled(w.held))
+    j = evaluate_masked(model, w.held, RankFrequency(train, strength=3000))
+    k = evaluate_masked(model, shuffled(w.held))
     out = dict(r, cells=len(train), epochs=round(r['steps'] * BATCH / len(train), 2), loss=j.loss.mean(), accuracy=j.right.mean(),
                frequency=j.frequency.mean(), in_view=j.in_view.mean(), loss_shuffled=k.loss.mean(), held_cells=len(w.held), hidden=len(j),
                genes=len(w.train.vocabulary), seconds=round(t, 1))
@@ -215,7 +216,7 @@ def main(argv=None):
     f.parent.mkdir(parents=True, exist_ok=True)
     worlds = {}
     about = {f'version_{k}': v for k, v in versions('torch', 'transformers', 'numpy').items()} | dict(version=__version__)
-    shape = house_recipe['shape']
+    shape = small_model_recipe['shape']
     sizes = dict(batch=BATCH, lr=LR, max_ranks=RANKS, layers=shape['num_hidden_layers'], width=shape['hidden_size'])
     def add(rows):
         pd.concat([*([pd.read_csv(f)] if f.exists() else []), pd.DataFrame(rows)]).to_csv(f, index=False)

@@ -43,7 +43,7 @@ def same_tokens(X, gene, medians, ours, theirs):
 
 # ---- tokens
 
-class Tokenise:
+class Tokenize:
     "From file to folder: an .h5ad with a CSR matrix in, an Arrow `.dataset` folder out"
     alone = False  # True where the reference is not run
     whole, lists, workers = True, True, None  # the time of the whole process counts, from its start to its end
@@ -52,15 +52,15 @@ class Tokenise:
         return data.prepare(folder, cells, genes, retired, detected)
 
     def ours(self, folder, out):
-        from geneformer_nb.genes import Vocabulary
-        from geneformer_nb.stream import tokenize_to
+        from geneformer_nb.data.vocabulary import Vocabulary
+        from geneformer_nb.data.corpus import tokenize_to
         return timed(lambda: str(tokenize_to(folder/'counts.h5ad', Vocabulary.load(folder), out/'ours', workers=self.workers)))
 
     def reference(self, folder, out):
         import anndata, datasets  # noqa: F401 (not part of the work)
         datasets.disable_progress_bars()
         files = folder/'counts.h5ad', folder/'vocabulary.json', out/'reference'
-        return timed(lambda: naive.tokenise(*files, self.lists))
+        return timed(lambda: naive.tokenize(*files, self.lists))
 
     def bound(self, folder, out):
         "Import what any reader needs, read the bytes, sort one integer a count, write four bytes a token"
@@ -80,8 +80,8 @@ class Tokenise:
     def equal(self, folder, out, *_):
         import anndata as ad
         from datasets import load_from_disk
-        from geneformer_nb.cells import Cells
-        from geneformer_nb.genes import Vocabulary
+        from geneformer_nb.data.cells import Cells
+        from geneformer_nb.data.vocabulary import Vocabulary
         v, a = Vocabulary.load(folder), ad.read_h5ad(folder/'counts.h5ad')
         number = {g: i for i, g in enumerate(v.genes)}
         gene = np.array([number[v.aliases.get(g, g)] for g in a.var['ensembl_id']])
@@ -93,17 +93,17 @@ class Tokenise:
                            [flat[i + 1:j - 1] - 4 for i, j in zip(off, off[1:])])
 
 
-class TokeniseArrays(Tokenise):
+class TokenizeArrays(Tokenize):
     "The same, where the reference hands numpy arrays to `datasets` instead of lists"
     lists = False
 
 
-class TokeniseOne(TokeniseArrays):
+class TokenizeOne(TokenizeArrays):
     "The same, ours with one thread as well"
     workers = 1
 
 
-class TokeniseLoop(Tokenise):
+class TokenizeLoop(Tokenize):
     "Ours goes from file to folder; the reference reads and ranks, and writes nothing"
     def reference(self, folder, out):
         import anndata  # noqa: F401 (not part of the work)
@@ -111,20 +111,20 @@ class TokeniseLoop(Tokenise):
 
     def equal(self, folder, out, *_):
         import anndata as ad
-        from geneformer_nb.cells import Cells
+        from geneformer_nb.data.cells import Cells
         ranked, v = naive.read_and_rank(folder/'counts.h5ad', folder/'vocabulary.json')
         a, ours, gene = ad.read_h5ad(folder/'counts.h5ad'), Cells.load(out/'ours'), np.arange(len(v['genes']))
         return same_tokens(a.X, gene, np.array(v['medians']), [ours[i].tokens[1:-1] - 4 for i in range(len(ours))],
                            [r[:v['max_len'] - 2] for r in ranked])
 
 
-class TokeniseMany(Tokenise):
+class TokenizeMany(Tokenize):
     "Ours alone, on more cells than fit in memory: does memory grow?"
     alone = True
 
     def prepare(self, folder, cells): return data.prepare_many(folder, cells)
     def equal(self, folder, out, *_):
-        from geneformer_nb.stream import Corpus
+        from geneformer_nb.data.corpus import Corpus
         c = Corpus(out/'ours')
         assert c.shards['cells'].sum() == len(c), 'cells were lost'
         return f'{len(c):,} cells, {c.n_tokens:,} tokens'
@@ -159,12 +159,12 @@ class Rank:
 
     def load(self, folder):
         import anndata as ad
-        from geneformer_nb.genes import Vocabulary
+        from geneformer_nb.data.vocabulary import Vocabulary
         X, v = ad.read_h5ad(folder/'counts.h5ad').X, Vocabulary.load(folder)
         return X, np.arange(len(v)), v.medians
 
     def ours(self, folder, out):
-        from geneformer_nb.tokenizer import rank_genes
+        from geneformer_nb.data.tokenizer import rank_genes
         X, gene, medians = self.load(folder)
         seconds, ranked = timed(lambda: rank_genes(X, gene, medians))
         return seconds, np.concatenate(ranked)
@@ -197,8 +197,8 @@ class Embed:
     dtype = None  # of ours; the reference is in float32
 
     def ours(self, folder, out):
-        from geneformer_nb.cells import Cells
-        from geneformer_nb.model import Geneformer
+        from geneformer_nb.data.cells import Cells
+        from geneformer_nb.model.bert import Geneformer
         model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
         model.encode(cells[:1], dtype=self.dtype, show=False)  # the first call sets things up
         return timed(lambda: model.encode(cells, dtype=self.dtype, show=False))
@@ -240,7 +240,7 @@ def encoder_flops(folder, n, back=1):
 def matmul_rate(dtype=None):
     "FLOP/s of a large matrix product here and now, best of ten by each library that torch has for it"
     import torch
-    from geneformer_nb.products import _linear, onednn
+    from geneformer_nb.model.cpu_kernels import _linear, onednn
     a, b = torch.rand(2, 1536, 1536).to(getattr(torch, dtype or 'float32'))
     ways = [lambda: a @ b] + [lambda: _linear(a, b)] * onednn(a.dtype)
     return max(2 * 1536**3 / timed(way)[0] for way in ways for _ in range(10))
@@ -252,9 +252,9 @@ class Perturb(Embed):
         return data.prepare_model(folder, 1, tokens, preset, genes, batch, variants)
 
     def ours(self, folder, out):
-        from geneformer_nb.cells import Cells
-        from geneformer_nb.model import Geneformer
-        from geneformer_nb.perturb import KO, each, perturb
+        from geneformer_nb.data.cells import Cells
+        from geneformer_nb.model.bert import Geneformer
+        from geneformer_nb.perturb.actions import KO, each, perturb
         model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
         first = cells[0].tokens[:self.variants(folder)]
         what = each(model.vocabulary.gene(first), KO)
@@ -305,21 +305,21 @@ class PerturbHalf(Perturb):
 class FirstOrder(Perturb):
     "All deletions of a cell by slopes, against the exact engine, whose time is that of the first genes times all of them"
     def encoder(self, folder):
-        from geneformer_nb.cells import Cells
-        from geneformer_nb.model import Geneformer
+        from geneformer_nb.data.cells import Cells
+        from geneformer_nb.model.bert import Geneformer
         model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
         goal = np.random.default_rng(0).normal(size=model.config.hidden_size)
         model.hidden(np.arange(2, 66), [0, 64])
         return model, cells, dict(goal=goal)
 
     def ours(self, folder, out):
-        from geneformer_nb.firstorder import first_order
+        from geneformer_nb.perturb.gradients import first_order
         model, cells, states = self.encoder(folder)
         seconds, table = timed(lambda: first_order(model, cells, states=states, show=False))
         return seconds, table['shift_goal'].to_numpy()[:self.variants(folder)]
 
     def reference(self, folder, out):
-        from geneformer_nb.perturb import KO, each, perturb
+        from geneformer_nb.perturb.actions import KO, each, perturb
         model, cells, states = self.encoder(folder)
         k, n = self.variants(folder), len(cells.tokens)
         what = each(model.vocabulary.gene(cells[0].tokens[:k]), KO)
@@ -337,16 +337,16 @@ class FirstOrder(Perturb):
 class Attention(Embed):
     "Attention that each gene receives in every head, mean over cells: streamed, against stock matrices that are all kept"
     def ours(self, folder, out):
-        from geneformer_nb.attention import received
-        from geneformer_nb.cells import Cells
-        from geneformer_nb.model import Geneformer
+        from geneformer_nb.attention.received import received
+        from geneformer_nb.data.cells import Cells
+        from geneformer_nb.model.bert import Geneformer
         model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
         model.hidden(np.arange(2, 66), [0, 64])
         seconds, (table, _) = timed(lambda: received(model, cells, show=False))
         return seconds, table.sort_values(['gene_id', 'layer', 'head']).attention.to_numpy(float)
 
     def reference(self, folder, out):
-        from geneformer_nb.genes import Vocabulary
+        from geneformer_nb.data.vocabulary import Vocabulary
         hf, cells, _ = self.stock(folder)
         v = Vocabulary.load(folder/'vocabulary.json')
         seconds, table = timed(lambda: naive.attention_received(hf, cells))
@@ -386,9 +386,9 @@ class Pretrain(Embed):
         return data.prepare_model(folder, cells, tokens, preset, genes, cells)
 
     def ours(self, folder, out, prepared=lambda model: model, steps=2, **options):
-        from geneformer_nb.cells import Cells
-        from geneformer_nb.model import Geneformer
-        from geneformer_nb.pretrain import masked_loss, pretrain
+        from geneformer_nb.data.cells import Cells
+        from geneformer_nb.model.bert import Geneformer
+        from geneformer_nb.train.pretraining import masked_loss, pretrain
         import torch
         model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
         rows = naive.masked(cells_of(folder), model.vocabulary.n_tokens)
@@ -425,9 +425,9 @@ class FinetuneGenes(Pretrain):
     threads, frozen, what, extra = 1, 4, 'backward through the layers that learn', {}
 
     def ours(self, folder, out, steps=3):
-        from geneformer_nb.cells import Cells
-        from geneformer_nb.gene_labels import GeneClassifier, finetune_genes
-        from geneformer_nb.model import Geneformer
+        from geneformer_nb.data.cells import Cells
+        from geneformer_nb.tasks.genes import GeneClassifier, finetune_genes
+        from geneformer_nb.model.bert import Geneformer
         import torch
         model, cells = Geneformer.from_pretrained(folder, device='cpu'), Cells.load(folder/'cells')
         v, word = model.vocabulary, naive.token_labels([range(model.vocabulary.n_tokens)], model.vocabulary.n_tokens)[0]
@@ -449,7 +449,7 @@ class FinetuneGenes(Pretrain):
 
     def flops(self, folder):
         layers = json.load(open(folder/'config.json'))['num_hidden_layers']
-        top = layers - min(self.frozen, layers - 1)  # learnt: there and back; the others only there
+        top = layers - min(self.frozen, layers - 1)  # learned: there and back; the others only there
         return sum(encoder_flops(folder, len(x), back=0) + 2 * encoder_flops(folder, len(x), back=layers - top) for x in cells_of(folder))
 
 
@@ -476,7 +476,7 @@ class Shift:
         return raw.astype({k: 'category' for k in ('kind', 'perturbation', 'gene_id')})
 
     def ours(self, folder, out):
-        from geneformer_nb.stats import goal_state_shift
+        from geneformer_nb.perturb.stats import goal_state_shift
         import scipy.stats  # noqa: F401 (not part of the work)
         raw = self.load(folder)
         seconds, t = timed(lambda: goal_state_shift(raw, 'healthy', official=True))

@@ -57,7 +57,7 @@ def prepare(folder, n_cells, n_genes=20_000, retired=0, detected=2470):
         names[n_genes - 1 - k] = f'ENSG{90_000_000 + k:011d}'
         aliases[names[n_genes - 1 - k]] = genes[k * 37]
     write_h5ad(folder/'counts.h5ad', make_counts(n_cells, n_genes, detected), names)
-    from geneformer_nb.genes import Vocabulary
+    from geneformer_nb.data.vocabulary import Vocabulary
     Vocabulary(genes, medians, cls=True, max_len=4096, aliases=aliases, name='bench').save(folder)
     return folder
 
@@ -89,9 +89,9 @@ def prepare_model(folder, n_cells, n_tokens, preset, n_genes, batch, variants=0,
     "A checkpoint with random weights, and cells of random genes, up to 4 % longer or shorter where there are several"
     folder = Path(folder) / f'model_{preset}_{n_cells}_{n_tokens}_{n_genes}_{variants}'
     if (folder/'cells.json').exists(): return folder
-    from geneformer_nb.cells import Cells, ragged
-    from geneformer_nb.genes import Vocabulary
-    from geneformer_nb.model import Geneformer
+    from geneformer_nb.data.cells import Cells, ragged
+    from geneformer_nb.data.vocabulary import Vocabulary
+    from geneformer_nb.model.bert import Geneformer
     genes, medians = make_vocabulary(n_genes)
     model = Geneformer.new(preset, Vocabulary(genes, medians, name='bench'), seed=seed)
     model.save_pretrained(folder)

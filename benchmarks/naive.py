@@ -36,7 +36,7 @@ def read_and_rank(h5ad, vocabulary):
     return rank_cells(a.X, gene, np.array(v['medians'])), v
 
 
-def tokenise(h5ad, vocabulary, folder, lists=True):
+def tokenize(h5ad, vocabulary, folder, lists=True):
     "From an .h5ad file to an Arrow folder of the `datasets` library: <cls>, the genes, <eos>"
     import anndata as ad
     from datasets import Dataset

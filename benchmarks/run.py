@@ -1,7 +1,7 @@
 """Ours against a plain reference, in alternating pairs, each in a process of its own.
 
   python benchmarks/run.py                      all benchmarks, 3 pairs each
-  python benchmarks/run.py tokenise_5k --pairs 5
+  python benchmarks/run.py tokenize_5k --pairs 5
   python benchmarks/run.py --write              and write benchmarks/RESULTS.md after each (other rows stay)
   python benchmarks/run.py --quick              tiny sizes, one pair: do the answers agree? The times mean nothing
 
@@ -17,16 +17,16 @@ import cases
 
 V1, small = dict(preset='V1-10M'), dict(preset='nano', genes=300)
 BENCHMARKS = {  # name: (title, case, size, tiny size)
-    'tokenise_5k': ('tokenise, file to folder, whole process', cases.Tokenise, dict(cells=5_000),
+    'tokenize_5k': ('tokenize, file to folder, whole process', cases.Tokenize, dict(cells=5_000),
                     dict(cells=60, genes=500, detected=100)),
-    'tokenise_20k': ('tokenise, file to folder, whole process', cases.Tokenise, dict(cells=20_000), None),
-    'tokenise_20k_arrays': ('the same, reference hands over numpy arrays, not lists', cases.TokeniseArrays,
+    'tokenize_20k': ('tokenize, file to folder, whole process', cases.Tokenize, dict(cells=20_000), None),
+    'tokenize_20k_arrays': ('the same, reference hands over numpy arrays, not lists', cases.TokenizeArrays,
                             dict(cells=20_000), None),
-    'tokenise_loop': ('ours file to folder, reference reads and ranks only, whole process', cases.TokeniseLoop,
+    'tokenize_loop': ('ours file to folder, reference reads and ranks only, whole process', cases.TokenizeLoop,
                       dict(cells=20_000), dict(cells=60, genes=500, detected=100)),
-    'tokenise_1_thread': ('tokenise, numpy arrays, one thread on both sides, whole process', cases.TokeniseOne, dict(cells=20_000), None),
-    'tokenise_500k': ('tokenise, ours alone: memory as cells grow', cases.TokeniseMany, dict(cells=500_000), None),
-    'tokenise_retired': ('tokenise, 60 retired ids to sum, whole process', cases.Tokenise,
+    'tokenize_1_thread': ('tokenize, numpy arrays, one thread on both sides, whole process', cases.TokenizeOne, dict(cells=20_000), None),
+    'tokenize_500k': ('tokenize, ours alone: memory as cells grow', cases.TokenizeMany, dict(cells=500_000), None),
+    'tokenize_retired': ('tokenize, 60 retired ids to sum, whole process', cases.Tokenize,
                          dict(cells=5_000, retired=60),
                          dict(cells=60, genes=500, detected=100, retired=6)),
     'rank': ('ranking alone, in memory', cases.Rank, dict(cells=5_000), dict(cells=60, genes=500, detected=100)),
@@ -173,7 +173,7 @@ ours / reference. **limit** is what the work cannot do without, measured in the 
 it. Whole-process rows include starting Python and all imports; nothing is compiled when it first runs. The other
 rows leave out starting, importing and loading. Rows with a model use {threads} thread(s), those of pretraining two,
 float32 where nothing else is said, and random weights; bfloat16 on a processor with instructions for it (AMD EPYC, avx512_bf16). On an AMD
-processor ours multiplies matrices with oneDNN and the reference with what torch takes by itself (nbs/07b_products.ipynb); the limit is that of the faster. Tokenising is one process on both sides; ours uses as many threads as there are cores, the reference is one
+processor ours multiplies matrices with oneDNN and the reference with what torch takes by itself (nbs/07b_cpu_kernels.ipynb); the limit is that of the faster. Tokenizing is one process on both sides; ours uses as many threads as there are cores, the reference is one
 loop, and one row has one thread on both sides.
 
 The reference, `benchmarks/naive.py`, is what a careful user would write: a numpy loop over cells that hands lists

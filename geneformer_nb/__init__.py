@@ -1,13 +1,13 @@
 __version__ = "0.0.1"
 
-# below nbdev's line, by hand: submodules load on first use, so that `import geneformer_nb` is light
-def _submodules():
-    from pkgutil import iter_modules
-    return [m.name for m in iter_modules(__path__) if not m.name.startswith('_')]
+# below nbdev's line, by hand: names load on first use, so that `import geneformer_nb` is light
+from .core import lazy
 
-def __getattr__(name):
-    from importlib import import_module
-    if name in _submodules(): return import_module(f'{__name__}.{name}')
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-def __dir__(): return sorted([*globals(), *_submodules()])
+__getattr__, __dir__, __all__ = lazy(__name__, {
+    'model.bert': 'Geneformer',
+    'data.vocabulary': 'Vocabulary',
+    'data.cells': 'Cells',
+    'perturb.actions': 'KO OE Dose drug each pairs',
+    'train.pretraining': 'pretrain',
+}, {'toy': 'data.toy', 'datasets': 'data.datasets'} | {part: part for part in (
+    'data', 'evaluate', 'plots', 'model', 'train', 'perturb', 'tasks', 'attention', 'screen', 'pp', 'tl', 'pl', 'get')})

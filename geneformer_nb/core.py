@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['GeneformerError', 'CountsError', 'GeneMatchError', 'VocabularyError', 'LeakError', 'MissingDataError', 'StorageError',
-           'later', 'pick_device', 'pick_dtype', 'seed_everything', 'progress', 'in_words', 'digest', 'versions',
-           'atomic', 'write_json', 'as_folder', 'check_folder', 'Manifest']
+           'later', 'lazy', 'pick_device', 'pick_dtype', 'seed_everything', 'progress', 'in_words', 'digest',
+           'versions', 'atomic', 'write_json', 'as_folder', 'check_folder', 'Manifest']
 
 # %% ../nbs/00_core.ipynb #391ee1cb
 import hashlib, json, os, shutil, tempfile, time
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-import numpy as np
 
 # %% ../nbs/00_core.ipynb #552d6c5c
 class GeneformerError(ValueError): "Base of every error the library raises about its input"
@@ -30,6 +29,28 @@ class later:
         name:str, # as in `import name`
     ): self.__name__ = name
     def __getattr__(self, k): return getattr(import_module(self.__name__), k)
+
+# %% ../nbs/00_core.ipynb #620ca6aa
+def lazy(
+    package:str, # `__name__` of the package
+    names:dict, # {file: names it shows, with blanks between them}
+    modules:dict=None, # {name: module inside the package} for whole modules that are shown
+)->tuple: # `__getattr__`, `__dir__` and `__all__` of the package
+    "Names of a package that are loaded when they are first used"
+    where = {name: file for file, several in names.items() for name in several.split()}
+    shown = sorted([*where, *(modules or {})])
+    def load(name):
+        if name in where: return getattr(import_module(f'{package}.{where[name]}'), name)
+        found = None if name.startswith('_') else _module(f'{package}.{(modules or {}).get(name, name)}')
+        if found is None: raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        return found
+    return load, lambda: shown, shown
+
+def _module(name):
+    "A module by its name, or None where there is none of that name"
+    try: return import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name != name: raise
 
 # %% ../nbs/00_core.ipynb #bdf728bd
 def pick_device(
@@ -64,7 +85,7 @@ def seed_everything(
     seed:int=0, # one number for python, numpy and torch
 )->int: # the same seed
     "Seed every generator the library draws from"
-    import random, torch
+    import random, numpy as np, torch
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     return seed
 
@@ -97,6 +118,7 @@ _as_json = json.JSONEncoder(sort_keys=True, default=str).encode
 
 def _feed(h, x):
     "Add one value to a running hash, with its kind, so that 1 and '1' differ"
+    import numpy as np
     if isinstance(x, Path):
         with open(x, 'rb') as f: h.update(hashlib.file_digest(f, 'sha256').digest())
     elif isinstance(x, np.ndarray):

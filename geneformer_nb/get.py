@@ -8,7 +8,7 @@ __all__ = ['embedding', 'match', 'targets', 'cells']
 # %% ../nbs/53_get.ipynb #79e6ef4c
 import numpy as np, pandas as pd
 from .core import GeneformerError
-from .pp import _need_adata, ranked_cells as cells
+from .pp import need_adata, ranked_cells as cells
 
 # %% ../nbs/53_get.ipynb #19dbb0d4
 _all_ = ['cells']
@@ -19,7 +19,7 @@ def embedding(
     key:str='X_geneformer', # name in obsm
 )->pd.DataFrame: # cells × dimensions, by barcode
     "The embedding of each cell; raises `GeneformerError` for a key that is not there"
-    if key not in _need_adata(adata).obsm: raise GeneformerError(f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): run tl.embed first.")
+    if key not in need_adata(adata).obsm: raise GeneformerError(f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): run tl.embed first.")
     X = adata.obsm[key]
     X = X if isinstance(X, pd.DataFrame) else X.toarray() if hasattr(X, 'toarray') else np.asarray(X)
     return pd.DataFrame(X, index=adata.obs_names)
@@ -30,14 +30,14 @@ def match(
     key:str='X_ranks', # name in uns
 )->pd.DataFrame: # one row a line of the report, one column `value`
     "The report of the gene match; raises `GeneformerError` when there is none"
-    if key not in _need_adata(adata).uns: raise GeneformerError(f"uns has no {key!r} (it has {', '.join(adata.uns) or 'nothing'}): run pp.tokenize "
+    if key not in need_adata(adata).uns: raise GeneformerError(f"uns has no {key!r} (it has {', '.join(adata.uns) or 'nothing'}): run pp.tokenize "
                                                    "first; ad.concat drops uns unless told uns_merge='same'.")
     said = adata.uns[key]
     return pd.DataFrame({'value': {'vocabulary': said['vocabulary'], **{k: v for k, v in said['match'].items()}}}, dtype=object)
 
 # %% ../nbs/53_get.ipynb #58d273a1
 def targets(
-    result, # a screen, or the result table of `summarise`
+    result, # a screen, or the result table of `summarize`
     n:int=20, # how many; None gives all
     *,
     state:str=None, # state to shift towards; needed when the table has several
@@ -47,8 +47,8 @@ def targets(
     "The best perturbations of a result; raises `GeneformerError`"
     table = getattr(result, 'table', result)
     if not isinstance(table, pd.DataFrame) or 'state' not in table: raise GeneformerError(
-        f"A screen or the table of stats.summarise holds targets, not {type(result).__name__}"
-        + (': run stats.summarise on this raw table first.' if isinstance(table, pd.DataFrame) and 'cosine' in table else '.'))
+        f"A screen or the table of stats.summarize holds targets, not {type(result).__name__}"
+        + (': run stats.summarize on this raw table first.' if isinstance(table, pd.DataFrame) and 'cosine' in table else '.'))
     for column, want in dict(state=state, kind=kind).items():
         there = list(pd.unique(table[column].astype(str)))
         if want is not None and want not in there: raise GeneformerError(f"No row has {column} {want!r}; there is {', '.join(there)}.")

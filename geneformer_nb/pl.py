@@ -10,8 +10,8 @@ from functools import wraps
 import numpy as np, pandas as pd
 from . import plots
 from .core import GeneformerError
-from .plots import recall_curve as recall
-from .pp import _need_adata
+from .plots.style import recall_curve as recall
+from .pp import need_adata
 
 # %% ../nbs/52_pl.ipynb #51c3860f
 def _two(X):
@@ -32,10 +32,10 @@ def embedding(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Cells by their embedding; raises `GeneformerError` for a key or column that is not there"
-    key = basis if basis in _need_adata(adata).obsm else f'X_{basis}'
+    key = basis if basis in need_adata(adata).obsm else f'X_{basis}'
     if key not in adata.obsm: raise GeneformerError(f"obsm has no {basis!r}; it has {', '.join(adata.obsm) or 'nothing'}.")
     if adata.obsm[key].shape[1] == 2: return plots.embedding(adata, basis, color, size=size, ax=ax)
-    if isinstance(color, str) and color not in adata.obs: raise GeneformerError(f"There is no column '{color}' in obs to colour by.")
+    if isinstance(color, str) and color not in adata.obs: raise GeneformerError(f"There is no column '{color}' in obs to color by.")
     xy, share = _two(adata.obsm[key])
     ax = plots.embedding(xy, color=adata.obs[color] if isinstance(color, str) else color, size=size, ax=ax)
     ax.set(xlabel='PC 1', ylabel='PC 2', title=f"{key.removeprefix('X_')}: {share:.0%} of the variance")
@@ -53,10 +53,10 @@ def ranks(
     **counts, # layer, logged as in `counts_of`
 ): # Axes
     "Counts per 10,000 over the gene's median, by rank; raises `GeneformerError` for a cell that is not there"
-    from geneformer_nb.counts import counts_of, gene_names
-    from geneformer_nb.matching import match_genes
+    from geneformer_nb.data.counts import counts_of, gene_names
+    from geneformer_nb.data.matching import match_genes
     names = [cell] if isinstance(cell, str) else list(cell)
-    if lost := [c for c in names if c not in _need_adata(adata).obs_names]: raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
+    if lost := [c for c in names if c not in need_adata(adata).obs_names]: raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
     one = counts_of(adata[names], **counts)
     at = match_genes(gene_names(one.var), vocabulary).index
     x = np.zeros((len(names), len(vocabulary)))
@@ -77,7 +77,7 @@ def confusion(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Confusion matrix of held-out cells; raises `GeneformerError`"
-    obs = _need_adata(adata).obs
+    obs = need_adata(adata).obs
     for c in [label, pred] + ([split] if split else []):
         if c not in obs: raise GeneformerError(f"obs has no column {c!r} (it has {', '.join(map(str, obs.columns))})"
                                                + (': pass split=None to count all cells.' if c == split else '.'))

@@ -9,16 +9,16 @@ __all__ = ['embed', 'finetune', 'predict', 'perturb', 'screen']
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import GeneformerError
-from .counts import counts_of
-from .embed import _place, embed as embed_counts, state_embeddings
-from .evaluate import baselines as plain_baselines
-from .finetune import CellClassifier, finetune as finetune_cells
-from .model import Geneformer
-from .perturb import _read_at, perturb as perturb_cells
-from .shards import perturb_to
-from .pp import _need_adata, ranked_cells, _said
-from .tokenizer import tokenize as rank_counts
-from .screen import screen
+from .data.counts import counts_of
+from .model.embed import store_embedding, embed as embed_counts, state_embeddings
+from .evaluate.splits import baselines as plain_baselines
+from .tasks.finetuning import CellClassifier, finetune as finetune_cells
+from .model.bert import Geneformer
+from .perturb.actions import layer_and_pool, perturb as perturb_cells
+from .perturb.shards import perturb_to
+from .pp import need_adata, ranked_cells, _said
+from .data.tokenizer import tokenize as rank_counts
+from .screen.run import screen
 
 # %% ../nbs/51_tl.ipynb #494915d0
 def _model(model, device=None):
@@ -29,7 +29,7 @@ def _model(model, device=None):
 
 def _there(adata, vocabulary, ranks):
     "Are there ranks of this vocabulary?"
-    said = _said(_need_adata(adata), ranks)
+    said = _said(need_adata(adata), ranks)
     return ranks in adata.obsm and said is not None and said['vocabulary_hash'] == vocabulary.hash
 
 def _cells(adata, vocabulary, ranks, counts):
@@ -59,7 +59,7 @@ def embed(
                             logged=logged, genes=genes, **kwargs)
     cells = ranked_cells(adata, model.vocabulary, key=ranks, obs=[])
     out = adata.copy() if copy else adata
-    _place(out, cells, model, layer, pool, key_added, dict(ranks=ranks), kwargs)
+    store_embedding(out, cells, model, layer, pool, key_added, dict(ranks=ranks), kwargs)
     return out if copy else None
 
 # %% ../nbs/51_tl.ipynb #2797b099
@@ -81,7 +81,7 @@ def finetune(
     "Fine-tune a cell classifier on donors it is not tested on; raises `LeakError`, `GeneformerError`, `CountsError`"
     model = _model(model)
     cells = _cells(adata, model.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
-    if isinstance(split, str): split = _need_adata(adata, [split]).obs[split].astype(str).to_numpy()
+    if isinstance(split, str): split = need_adata(adata, [split]).obs[split].astype(str).to_numpy()
     counts = dict(layer=counts_layer, logged=logged)
     if baselines: counts_of(adata[:50], **counts)
     clf = finetune_cells(model, cells, label, donor, split=split, **kwargs)
@@ -147,11 +147,11 @@ def perturb(
     rows = cells.lengths > 0
     if start is not None:
         if column is None: raise GeneformerError(f"start={start!r}: say in which obs column it stands (column=…).")
-        _need_adata(adata, [column])
+        need_adata(adata, [column])
         rows = rows & (adata.obs[column].astype(str) == str(start)).to_numpy()
         if not rows.any(): raise GeneformerError(f"No cell has {column} = {start!r}; the column holds "
                                                  f"{', '.join(sorted(set(adata.obs[column].astype(str)))[:8])}.")
-    how = dict(zip(('layer', 'pool'), _read_at(model, layer, pool)))
+    how = dict(zip(('layer', 'pool'), layer_and_pool(model, layer, pool)))
     states, rows = _states(cells, encoder, column, states, how), np.flatnonzero(rows)
     kwargs |= dict(states=states, genes=affected, **how)
     if folder is not None: raw, effects = perturb_to(folder, model, cells[rows], what, **kwargs), ()

@@ -3,10 +3,10 @@ import json, os
 from functools import lru_cache
 from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd, pytest
-from geneformer_nb.cells import Cells, ragged
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer
-from geneformer_nb.tokenizer import tokenize
+from geneformer_nb.data.cells import Cells, ragged
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.data.tokenizer import tokenize
 
 root = Path(os.environ.get('GENEFORMER_NB_DATA') or '/nowhere')
 golden = root/'golden'

@@ -2,14 +2,14 @@
 import copy
 import numpy as np, pandas as pd, pytest, torch
 from transformers import BertForMaskedLM
-from geneformer_nb.attention import attention_by_rank, head_map, plant_head, rank_habits, received, watch
-from geneformer_nb.attention_network import (beyond_degrees, best_head, edge_auroc, edge_baselines, gene_network, known_edges,
+from geneformer_nb.attention.received import attention_by_rank, head_map, plant_head, rank_habits, received, watch
+from geneformer_nb.attention.network import (beyond_degrees, best_head, edge_auroc, edge_baselines, gene_network, known_edges,
                                              mean_network, others_targets)
-from geneformer_nb.cells import Cells, ragged
+from geneformer_nb.data.cells import Cells, ragged
 from geneformer_nb.core import GeneformerError
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.head_tests import ablate, ablation, head_tests, layer_test
-from geneformer_nb.model import Geneformer
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.attention.heads import ablate, ablation, head_tests, layer_test
+from geneformer_nb.model.bert import Geneformer
 from sentences import says
 
 names = [f'G{i:02d}' for i in range(30)]
@@ -101,7 +101,7 @@ def test_planted_head_is_found_both_ways(world):
     mine = [v.genes[i] for i in np.random.default_rng(3).permutation(300)[:40]]
     r = head_tests(received(plant_head(Geneformer.new('nano', v), 2, mine, .5), cells)[0], mine)
     first = r[r.layer == 0].set_index('head')
-    assert first.favours[2] and first.favours_matched[2] and first.auc_matched[2] > .95
+    assert first.favors[2] and first.favors_matched[2] and first.auc_matched[2] > .95
     assert first.ratio_matched.idxmax() == 2 and first.ratio_matched.drop(2).max() < 1.1
     small = pd.Series(mine).str.lower()
     pd.testing.assert_frame_equal(head_tests(received(plant_head(Geneformer.new('nano', v), 2, mine, .5), cells)[0], small), r)
@@ -120,9 +120,9 @@ def test_layers_counted_out():
     layer = np.repeat([0, 1, 2], 3)
     yes = np.array([1, 0, 0, 1, 0, 0, 0, 1, 0], bool)
     want = np.mean([layer[list(c)].sum() <= layer[yes].sum() for c in combinations(range(9), 3)])
-    assert layer_test(pd.DataFrame(dict(layer=layer, favours=yes))).p == pytest.approx(want)
-    rng, late = np.random.default_rng(0), pd.DataFrame(dict(layer=np.repeat(range(18), 18), favours=False))
-    p = [layer_test(late.assign(favours=np.isin(np.arange(324), rng.permutation(324)[:20]))).p for _ in range(40)]
+    assert layer_test(pd.DataFrame(dict(layer=layer, favors=yes))).p == pytest.approx(want)
+    rng, late = np.random.default_rng(0), pd.DataFrame(dict(layer=np.repeat(range(18), 18), favors=False))
+    p = [layer_test(late.assign(favors=np.isin(np.arange(324), rng.permutation(324)[:20]))).p for _ in range(40)]
     assert .3 < np.mean(p) < .7
 
 # heads taken out

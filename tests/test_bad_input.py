@@ -2,19 +2,19 @@
 import os, pickle, shutil, tempfile, warnings
 import anndata as ad, numpy as np, pandas as pd, pytest
 from scipy import sparse
-from geneformer_nb.cells import Cells
+from geneformer_nb.data.cells import Cells
 from geneformer_nb.core import (CountsError, GeneformerError, GeneMatchError, LeakError, MissingDataError, StorageError,
                                 VocabularyError)
-from geneformer_nb.embed import embed, state_embeddings
-from geneformer_nb.evaluate import audit_split, split_donors
-from geneformer_nb.finetune import finetune
-from geneformer_nb.genes import Vocabulary, safe_unpickle
-from geneformer_nb.model import Geneformer
-from geneformer_nb.perturb import KO, OE, each, perturb
-from geneformer_nb.shards import perturb_to
-from geneformer_nb.pretrain import pretrain
-from geneformer_nb.tokenizer import tokenize
-from geneformer_nb.toy import simulate
+from geneformer_nb.model.embed import embed, state_embeddings
+from geneformer_nb.evaluate.splits import audit_split, split_donors
+from geneformer_nb.tasks.finetuning import finetune
+from geneformer_nb.data.vocabulary import Vocabulary, safe_unpickle
+from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.perturb.actions import KO, OE, each, perturb
+from geneformer_nb.perturb.shards import perturb_to
+from geneformer_nb.train.pretraining import pretrain
+from geneformer_nb.data.tokenizer import tokenize
+from geneformer_nb.data.toy import simulate
 from sentences import says
 
 small = dict(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2)
@@ -98,10 +98,10 @@ def test_bad_counts_name_the_cell_and_the_gene(cohort, vocab, value, words, wher
     if where == 'file': bad.write_h5ad(tmp_path/'bad.h5ad')
     with says(CountsError, cell, gene, *words): tokenize(bad if where == 'memory' else tmp_path/'bad.h5ad', vocab)
 
-def test_log_normalised(cohort, vocab, cells):
+def test_log_normalized(cohort, vocab, cells):
     X = cohort.X.astype(np.float64)
     log = with_X(cohort, sparse.csr_matrix(X.multiply(1e4/X.sum(1))).log1p())
-    with says(CountsError, 'log-normalised', 'logged=True'): tokenize(log, vocab)
+    with says(CountsError, 'log-normalized', 'logged=True'): tokenize(log, vocab)
     got = tokenize(log, vocab, logged=True)
     assert got.lengths.tolist() == cells.lengths.tolist()
     for i in range(len(cells)): same_but_for_ties(cohort.X[[i]], got[i].tokens, cells[i].tokens, vocab)
@@ -113,14 +113,14 @@ def same_but_for_ties(row, a, b, vocab):
     assert sorted(a) == sorted(b)
     np.testing.assert_allclose(value[a], value[b], rtol=1e-5)
 
-def test_normalised_without_log(cohort, vocab):
-    with says(CountsError, 'whole numbers', 'normalised'): tokenize(with_X(cohort, cohort.X*1.37), vocab)
+def test_normalized_without_log(cohort, vocab):
+    with says(CountsError, 'whole numbers', 'normalized'): tokenize(with_X(cohort, cohort.X*1.37), vocab)
 
 def test_counts_said_to_be_logs(cohort, vocab):
     with says(CountsError, 'logged=True', 'logged=False'): tokenize(cohort, vocab, logged=True)
 
 def test_scaled_real_cells_are_refused():
-    from geneformer_nb.realdata import load
+    from geneformer_nb.data.datasets import load
     a = load('pbmc68k_reduced')
     v = Vocabulary.from_counts(a, logged=True)
     with says(CountsError, 'negative', 'z-scored'): tokenize(ad.AnnData(a.X, a.obs, a.var), v)

@@ -12,7 +12,7 @@ def test_answers_agree(tmp_path):
     done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     agree = re.findall(r'^(\w+): answers agree', done.stdout, re.M)
-    assert {'tokenise_5k', 'tokenise_retired', 'rank', 'embed_256', 'delete_256', 'shift'} <= set(agree), done.stdout
+    assert {'tokenize_5k', 'tokenize_retired', 'rank', 'embed_256', 'delete_256', 'shift'} <= set(agree), done.stdout
 
 def test_table_has_its_columns():
     lines = [l for l in (ROOT/'benchmarks/RESULTS.md').read_text().splitlines() if l.startswith('|')]

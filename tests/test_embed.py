@@ -2,16 +2,16 @@
 import os, signal, subprocess, sys, time, tracemalloc, warnings
 import anndata as ad, numpy as np, pandas as pd, pytest
 from sentences import quiet, says
-from geneformer_nb.atlas import Embedded, embed_to
-from geneformer_nb.cells import Cells
-from geneformer_nb.context import _apart, batch_check, context, scib, umap
+from geneformer_nb.model.atlas import Embedded, embed_to
+from geneformer_nb.data.cells import Cells
+from geneformer_nb.model.gene_context import _apart, batch_check, context, scib, umap
 from geneformer_nb.core import CountsError, GeneformerError, StorageError, VocabularyError
-from geneformer_nb.embed import cell_embeddings, embed, encode_layers, gene_embeddings, gene_occurrences, pick_cells, state_embeddings
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer
-from geneformer_nb.stream import tokenize_to
-from geneformer_nb.tokenizer import tokenize
-from geneformer_nb.toy import simulate
+from geneformer_nb.model.embed import cell_embeddings, embed, encode_layers, gene_embeddings, gene_occurrences, pick_cells, state_embeddings
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.data.corpus import tokenize_to
+from geneformer_nb.data.tokenizer import tokenize
+from geneformer_nb.data.toy import simulate
 
 @pytest.fixture(scope='module')
 def adata(): return simulate(n_cells=90, n_donors=6, n_genes=80, seed=3)
@@ -91,9 +91,9 @@ def test_genes_against_one_by_one(adata, vocab, model, cells, cls):
         vecs = np.array([y for _, y in own], dtype=float)
         np.testing.assert_allclose(row, vecs.mean(0), atol=1e-5)
         u = vecs / np.linalg.norm(vecs, axis=1, keepdims=True)
-        centre = u.mean(0) / np.linalg.norm(u.mean(0))
+        center = u.mean(0) / np.linalg.norm(u.mean(0))
         n, spread = told.loc[(state, gene)]
-        assert n == len(own) and spread == pytest.approx(1 - (u @ centre).mean(), abs=1e-5)
+        assert n == len(own) and spread == pytest.approx(1 - (u @ center).mean(), abs=1e-5)
     assert len(occ) == sum(t in set(v.token(genes)) for _, t in every)
     for (name, gene, rank), row in occ.iterrows():
         r, y = every[list(c.obs.index).index(name), v.token(gene)]
@@ -135,7 +135,7 @@ def test_processes_give_the_same_bytes(files, model, tmp_path):
 
 def test_killed_and_resumed(files, model, tmp_path):
     model.save_pretrained(tmp_path/'m')
-    code = ("import sys, os, signal; from geneformer_nb import atlas\nwas, n = atlas._Shard.__call__, []\n"
+    code = ("import sys, os, signal; from geneformer_nb.model import atlas\nwas, n = atlas._Shard.__call__, []\n"
             "def slow(self, i, path):\n    n.append(i)\n    if len(n) == 3: open(path, 'w').write('half'); os.kill(os.getpid(), signal.SIGKILL)\n    was(self, i, path)\n"
             "atlas._Shard.__call__ = slow\natlas.embed_to(sys.argv[1], sys.argv[2], sys.argv[3], rows=20)")
     run = subprocess.run([sys.executable, '-c', code, str(files/'*.h5ad'), str(tmp_path/'m'), str(tmp_path/'out')], capture_output=True, text=True,

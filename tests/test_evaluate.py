@@ -1,14 +1,14 @@
 "Evaluation: folds without leaks, baselines that see what they say, scores from first principles"
 import numpy as np, pandas as pd, pytest, torch
 from geneformer_nb.core import GeneformerError, LeakError, MissingDataError
-from geneformer_nb.crossval import Comparison, cross_validate_cells, cross_validate_genes, fold_genes, untrained
-from geneformer_nb.evaluate import audit_split, baselines, calibration, chances, fold_donors, learners, split_balanced, split_donors
-from geneformer_nb.gene_baselines import auc_draws, gene_auc, gene_baselines, gene_learners, gene_matrix
-from geneformer_nb.gene_labels import finetune_genes, gene_labels
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer, weights_digest
-from geneformer_nb.tokenizer import tokenize
-from geneformer_nb.toy import simulate
+from geneformer_nb.tasks.compare import Comparison, cross_validate_cells, cross_validate_genes, fold_genes, untrained
+from geneformer_nb.evaluate.splits import audit_split, baselines, calibration, class_probabilities, fold_donors, learners, split_balanced, split_donors
+from geneformer_nb.evaluate.baselines import auc_draws, gene_auc, gene_baselines, gene_learners, gene_matrix
+from geneformer_nb.tasks.genes import finetune_genes, gene_labels
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer, weights_digest
+from geneformer_nb.data.tokenizer import tokenize
+from geneformer_nb.data.toy import simulate
 from sentences import says
 
 SHAPE = dict(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=32)
@@ -56,7 +56,7 @@ def test_chances_of_a_machine_rank_as_its_margins():
     X, y = rng.normal(size=(60, 3)), rng.integers(0, 3, 60)
     for labels in (y, y > 0):
         fit = SVC().fit(X, labels)
-        p = chances(fit, X)
+        p = class_probabilities(fit, X)
         np.testing.assert_allclose(p.sum(1), 1)
         assert (fit.classes_[p.argmax(1)] == fit.predict(X)).mean() > .9  # its own votes break ties another way
 
@@ -145,7 +145,7 @@ def test_every_gene_is_held_out_once(vocab, classes):
 
 def test_genes_and_donors_are_disjoint(model, cells, classes, monkeypatch):
     "In each fold no training gene is asked, and no training donor is read"
-    import geneformer_nb.crossval as module
+    import geneformer_nb.tasks.compare as module
     seen, plain = [], finetune_genes
     def watch(enc, cells, listed, **kw):
         clf = plain(enc, cells, listed, **kw)
@@ -166,7 +166,7 @@ def test_genes_are_compared_on_the_same_answers(model, cells, classes):
     want = c.of('pretrained')[['fold', 'id', 'truth', 'n']].reset_index(drop=True)
     for m in c.models: pd.testing.assert_frame_equal(c.of(m)[['fold', 'id', 'truth', 'n']].reset_index(drop=True), want)
     row = c.of('SVM, ranks')
-    by_fold = [gene_auc(c.truth(t), c.chances(t)) for _, t in row.groupby('fold')]
+    by_fold = [gene_auc(c.truth(t), c.class_probabilities(t)) for _, t in row.groupby('fold')]
     assert abs(c.scores.auc_genes['SVM, ranks'] - np.mean(by_fold)) < 1e-12
     per = c.folds[c.folds['model'] == 'SVM, ranks']
     assert abs(c.scores.auc_tokens['SVM, ranks'] - np.average(per['auc_tokens'], weights=per['n_tokens'])) < 1e-12
@@ -228,7 +228,7 @@ def test_answers_that_are_none():
             with says(GeneformerError, text): f(truth, q)
 
 def test_plots_of_scores_say_what_is_wrong():
-    from geneformer_nb.score_plots import calibration_plot, roc, score_plot
+    from geneformer_nb.plots.scores import calibration_plot, roc, score_plot
     t = pd.DataFrame(dict(donor_accuracy=[.8, .6], accuracy=[.7, .9], ci_low=[.7, .5], ci_high=[.9, .7]), ['a', 'b'])
     with says(GeneformerError, "'donor_accuracy' and not of 'accuracy'"): score_plot(t, 'accuracy')
     ax = score_plot(t.assign(donor_accuracy=[np.nan, .6]), 'donor_accuracy', mark='b')

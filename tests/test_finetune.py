@@ -1,20 +1,20 @@
 "Fine-tuning: what the official classifiers got wrong, and what a page has no room for"
 import copy, sys, warnings
 import numpy as np, pandas as pd, pytest, torch
-from geneformer_nb import finetune as module
-from geneformer_nb.adapters import add_lora, load_lora, merge_lora, quantize, save_lora, weight_bytes
-from geneformer_nb.cells import Cells, ragged
+from geneformer_nb.tasks import finetuning as module
+from geneformer_nb.tasks.adapters import add_lora, load_lora, merge_lora, quantize, save_lora, weight_bytes
+from geneformer_nb.data.cells import Cells, ragged
 from geneformer_nb.core import CountsError, GeneformerError, LeakError, MissingDataError
-from geneformer_nb.evaluate import log_cp10k, split_donors
-from geneformer_nb.finetune import CellClassifier, CellModel, finetune, freeze
-from geneformer_nb.gene_labels import GeneClassifier, audit_genes, finetune_genes, gene_auc, gene_labels, split_by_gene
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.heads import AttentionPool, Classes, Ordinal, Regression
-from geneformer_nb.model import Geneformer, pool_cells, weights_digest
-from geneformer_nb.multitask import MultiTask, finetune_tasks
-from geneformer_nb.search import search
-from geneformer_nb.tokenizer import tokenize
-from geneformer_nb.toy import simulate
+from geneformer_nb.evaluate.splits import log_cp10k, split_donors
+from geneformer_nb.tasks.finetuning import CellClassifier, CellModel, finetune, freeze
+from geneformer_nb.tasks.genes import GeneClassifier, audit_genes, finetune_genes, gene_auc, gene_labels, split_by_gene
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.tasks.heads import AttentionPool, Classes, Ordinal, Regression
+from geneformer_nb.model.bert import Geneformer, pool_cells, weights_digest
+from geneformer_nb.tasks.multitask import MultiTask, finetune_tasks
+from geneformer_nb.tasks.search import search_settings
+from geneformer_nb.data.tokenizer import tokenize
+from geneformer_nb.data.toy import simulate
 from sentences import quiet, says
 
 SHAPE = dict(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=32)
@@ -271,7 +271,7 @@ def test_only_training_genes_are_asked(model, cells, vocab, monkeypatch):
     train = set(vocab.token(list(clf.split.index[clf.split == 'train'])).tolist())
     assert asked and asked <= train
 
-def test_cells_without_a_labelled_gene_are_dropped_and_counted(model, vocab):
+def test_cells_without_a_labeled_gene_are_dropped_and_counted(model, vocab):
     c = Cells(*ragged([[2, 30, 31], [40, 41], [], [3, 12], [4, 13, 14]] * 4), vocabulary=vocab)
     clf = finetune_genes(model, c, {'a': vocab.genes[:3], 'b': vocab.genes[10:13]}, split={g: s for i in (0, 10)
         for g, s in zip(vocab.genes[i:i+3], ('train', 'train', 'test'))} , steps=2)
@@ -378,7 +378,7 @@ def test_adapters_for_genes_and_tasks(model, cells, vocab, tmp_path):
         encoder=model).predict(cells)['cell_type'].equals(m.predict(cells)['cell_type'])
 
 def test_packages_that_are_not_here(model, cells, monkeypatch):
-    for name, extra, call in (('peft', 'tune', lambda: add_lora(model)), ('optuna', 'tune', lambda: search(model,
+    for name, extra, call in (('peft', 'tune', lambda: add_lora(model)), ('optuna', 'tune', lambda: search_settings(model,
             cells, 'disease', 'donor')), ('bitsandbytes', 'quant', lambda: quantize(model))):
         monkeypatch.setitem(sys.modules, name, None)
         with says(MissingDataError, name, f"geneformer_nb[{extra}]"): call()
@@ -398,11 +398,11 @@ def test_small_weights(model, cells, bits):
 @optuna
 def test_search_never_shows_the_test_donors(model, cells, monkeypatch):
     seen, plain = [], finetune
-    import geneformer_nb.search as s
+    import geneformer_nb.tasks.search as s
     def watch(model, cells, label, donor, *, split, **kw):
         seen.append(np.asarray(split)); return plain(model, cells, label, donor, split=split, **kw)
     monkeypatch.setattr(s, 'finetune', watch)
-    got = search(model, cells, 'disease', 'donor', trials=2, folds=2, steps=1, space=dict(lr=(1e-4, 1e-2, 'log')),
+    got = search_settings(model, cells, 'disease', 'donor', trials=2, folds=2, steps=1, space=dict(lr=(1e-4, 1e-2, 'log')),
         show=False)
     outer = got.split == 'test'
     assert len(seen) == 2 * 2 + 1 and all((x[outer] == '').all() for x in seen[:-1]) and np.array_equal(seen[-1],
@@ -413,10 +413,10 @@ def test_search_never_shows_the_test_donors(model, cells, monkeypatch):
 @optuna
 def test_search_goes_on(model, cells, tmp_path):
     kw = dict(folds=2, steps=1, space=dict(lr=(1e-4, 1e-2, 'log'), balance=[True, False]), show=False)
-    search(model, cells, 'disease', 'donor', trials=1, folder=tmp_path/'s', **kw)
-    a, b = search(model, cells, 'disease', 'donor', trials=3, folder=tmp_path/'s', **kw), search(model, cells,
+    search_settings(model, cells, 'disease', 'donor', trials=1, folder=tmp_path/'s', **kw)
+    a, b = search_settings(model, cells, 'disease', 'donor', trials=3, folder=tmp_path/'s', **kw), search_settings(model, cells,
         'disease', 'donor', trials=3, **kw)
     pd.testing.assert_frame_equal(a.trials, b.trials)
     assert a.best == b.best and same(a.model.encoder, b.model.encoder)
     with says(GeneformerError, 'another run', 'seed'):
-        search(model, cells, 'disease', 'donor', trials=3, folder=tmp_path/'s', seed=1, **kw)
+        search_settings(model, cells, 'disease', 'donor', trials=3, folder=tmp_path/'s', seed=1, **kw)

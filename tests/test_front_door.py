@@ -3,9 +3,9 @@ import inspect, subprocess, sys
 import anndata as ad, numpy as np, pytest
 import geneformer_nb as gf
 from geneformer_nb.core import GeneformerError, VocabularyError
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer
-from geneformer_nb.perturb import KO
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.perturb.actions import KO
 
 small = dict(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2)
 
@@ -44,7 +44,7 @@ def test_every_public_name_says_what_it_does(module):
     for n in m.__all__: assert getattr(m, n).__doc__, n
 
 def test_cells_come_back(ranked, vocab):
-    assert equal(gf.get.cells(ranked, vocab), gf.tokenizer.tokenize(ranked, vocab))
+    assert equal(gf.get.cells(ranked, vocab), gf.data.tokenize(ranked, vocab))
     assert list(gf.get.cells(ranked, vocab).obs) == list(ranked.obs)
 
 ways = dict(
@@ -55,25 +55,25 @@ ways = dict(
 
 @pytest.mark.parametrize('way', list(ways))
 def test_ranks_follow_their_cells(ranked, vocab, way):
-    got, all_ = ways[way](ranked), gf.tokenizer.tokenize(ranked, vocab)
+    got, all_ = ways[way](ranked), gf.data.tokenize(ranked, vocab)
     assert equal(gf.get.cells(got, vocab), all_[all_.obs.index.get_indexer(got.obs_names)])
 
 @pytest.mark.parametrize('kind', ['h5ad', 'zarr', 'h5ad backed'])
 def test_ranks_survive_a_file(ranked, vocab, tmp_path, kind):
-    want = gf.tokenizer.tokenize(ranked, vocab)
+    want = gf.data.tokenize(ranked, vocab)
     del ranked.uns['toy']
     if kind == 'zarr': ranked.write_zarr(tmp_path/'a.zarr'); back = ad.read_zarr(tmp_path/'a.zarr')
     else: ranked.write_h5ad(tmp_path/'a.h5ad'); back = ad.read_h5ad(tmp_path/'a.h5ad', backed='r' if 'backed' in kind else None)
     assert equal(gf.get.cells(back, vocab), want) and back.uns['X_ranks']['vocabulary_hash'] == vocab.hash
     assert gf.get.match(back).value['matched'] == want.match.report()['matched']
 
-def test_normalising_afterwards_is_no_harm(ranked, vocab, model):
+def test_normalizing_afterwards_is_no_harm(ranked, vocab, model):
     want = gf.tl.embed(ranked, model=model, copy=True).obsm['X_geneformer']
     ranked.X = ranked.X.log1p() # the usual next step; the ranks are safe, the counts are gone
     gf.tl.embed(ranked, model=model)
     assert np.array_equal(ranked.obsm['X_geneformer'], want)
     del ranked.obsm['X_ranks']
-    with pytest.raises(GeneformerError, match='log-normalised'): gf.tl.embed(ranked, model=model)
+    with pytest.raises(GeneformerError, match='log-normalized'): gf.tl.embed(ranked, model=model)
 
 def test_copy_leaves_the_original_alone(adata, vocab, model):
     before = adata.copy()
@@ -104,7 +104,7 @@ def test_a_whole_day(ranked, model, tmp_path):
     assert ranked.obsm['geneformer_proba'].shape == (90, 3) and ranked.obs.geneformer_pred.notna().all()
     raw = gf.tl.perturb(ranked, model=clf.encoder, what=KO('TF01'), column='disease', start='dilated', states='non-failing', layer='last')
     assert (ranked.obs.disease.to_numpy()[raw.cell] == 'dilated').all() and 'shift_non-failing' in raw
-    table = gf.stats.summarise(raw, ranked.obs, donor='donor')
+    table = gf.perturb.summarize(raw, ranked.obs, donor='donor')
     assert list(gf.get.targets(table, 1).perturbation) == ['KO(TF01)'] and gf.get.embedding(ranked).shape == (90, 16)
     for ax in (gf.pl.embedding(ranked, color='disease'), gf.pl.confusion(ranked, label='disease'), gf.pl.targets(table), gf.pl.loss(clf)):
         assert isinstance(ax, matplotlib.axes.Axes)
@@ -121,7 +121,7 @@ def test_several_layers_from_ranks_and_from_counts(ranked, adata, model):
     assert not np.allclose(ranked.obsm['X_g_last'], ranked.obsm['X_g_-1'])
 
 def test_a_fine_tuned_model_is_perturbed_and_answers(ranked, model, tmp_path):
-    from geneformer_nb.finetune import CellClassifier
+    from geneformer_nb.tasks.finetuning import CellClassifier
     clf = CellClassifier(model, ['sick', 'well'])
     gene = ranked.var['symbol'].iloc[0] if 'symbol' in ranked.var else model.vocabulary.genes[0]
     kw = dict(model=clf, what=gf.perturb.OE(gene), column='disease', start='hypertrophic', states='non-failing')

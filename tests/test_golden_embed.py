@@ -1,7 +1,7 @@
 "Embeddings of cells, genes and states equal to the official ones: 1e-4 relative, 1e-5 absolute near zero"
 import numpy as np, pytest
 from golden import adata, cells, close, needed, of_json, sets, table, versions, model
-from geneformer_nb.embed import embed, gene_embeddings, state_embeddings
+from geneformer_nb.model.embed import embed, gene_embeddings, state_embeddings
 
 pytestmark = needed
 states = dict(kang_ifnb='condition', heart_embryo='region')

@@ -3,8 +3,8 @@ from functools import lru_cache
 import numpy as np, pandas as pd, pytest
 from scipy.stats import norm
 from golden import close, model, needed, of_json, official_order, perturbed, sets, table, versions, vocabulary
-from geneformer_nb.perturb import KO, OE, each, perturb
-from geneformer_nb.stats import goal_state_shift
+from geneformer_nb.perturb.actions import KO, OE, each, perturb
+from geneformer_nb.perturb.stats import goal_state_shift
 
 pytestmark = needed
 

@@ -1,8 +1,8 @@
 "Tokens equal to those of the official tokenizer, cell by cell and in order"
 import numpy as np
 from golden import adata, cells, needed, sets, table, versions, vocabulary
-from geneformer_nb.cells import Cells
-from geneformer_nb.tokenizer import tokenize
+from geneformer_nb.data.cells import Cells
+from geneformer_nb.data.tokenizer import tokenize
 
 pytestmark = needed
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import sparse
 from geneformer_nb.core import CountsError, GeneformerError, StorageError
-from geneformer_nb.medians import Medians, bin_middle, bin_of, corpus_medians, n_bins, nonzero_medians
+from geneformer_nb.data.medians import Medians, bin_middle, bin_of, corpus_medians, n_bins, nonzero_medians
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 ids = [f'ENSG{i:011d}' for i in range(8)]

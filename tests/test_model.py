@@ -4,12 +4,13 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
-from geneformer_nb import checkpoints, model as module
-from geneformer_nb.cells import Cells, ragged
-from geneformer_nb.checkpoints import official_files, read_checkpoint, read_tensors, verify
+from geneformer_nb.model import checkpoints
+from geneformer_nb.model import bert as module
+from geneformer_nb.data.cells import Cells, ragged
+from geneformer_nb.model.checkpoints import official_files, read_checkpoint, read_tensors, verify
 from geneformer_nb.core import GeneformerError, MissingDataError
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer, bert_config, weights_digest
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer, bert_config, weights_digest
 from golden import root
 from sentences import says
 
@@ -124,7 +125,7 @@ def test_attention_dropout_keeps_mean_and_spread(gf):
     (dict(tokens=[5, 6], offsets=[0, 3]), ('offsets', '(2)')),
     (dict(tokens=[5, 6], offsets=[0, 2, 1, 2]), ('never fall',)),
     (dict(tokens=[5, 6], offsets=[]), ('begin with 0',)),
-    (dict(tokens=[5] * 97, offsets=[0, 97]), ('97', '96', 'tokenise again')),
+    (dict(tokens=[5] * 97, offsets=[0, 97]), ('97', '96', 'tokenize again')),
     (dict(tokens=[5, 6], offsets=[0, 2], gate=torch.ones(1)), ('gate has 1',)),
     (dict(tokens=[5, 6], offsets=[0, 2], positions=[1]), ('positions has 1',)),
     (dict(tokens=[], offsets=[0], layer=3), ('layer 3',))])

@@ -2,11 +2,12 @@
 import importlib.util, sys
 import numpy as np, pandas as pd, pytest
 from scipy.stats import fisher_exact
-from geneformer_nb import pathways, toy
+from geneformer_nb.screen import pathways
+from geneformer_nb.data import toy
 from geneformer_nb.core import GeneformerError
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.pathways import drug_plan, drug_scores, enrich, enrichment_plot, gene_sets, read_drugs, read_gmt, running_sum
-from geneformer_nb.perturb import Plan
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.screen.pathways import drug_plan, drug_scores, enrich, enrichment_plot, gene_sets, read_drugs, read_gmt, running_sum
+from geneformer_nb.perturb.actions import Plan
 from sentences import says
 
 needs_decoupler = pytest.mark.skipif(not importlib.util.find_spec('decoupler'), reason="decoupler is not installed: pip install 'geneformer_nb[bio]'")

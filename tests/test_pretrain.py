@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from geneformer_nb.cells import Cells, ragged
+from geneformer_nb.data.cells import Cells, ragged
 from geneformer_nb.core import GeneformerError, VocabularyError
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.many import Batches, Rows, by_tokens, shares
-from geneformer_nb.model import Geneformer, weights_digest
-from geneformer_nb.pretrain import MaskedRanks, by_rank, pretrain, recipes
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.train.batching import Batches, Rows, by_tokens, shares
+from geneformer_nb.model.bert import Geneformer, weights_digest
+from geneformer_nb.train.pretraining import MaskedRanks, by_rank, pretrain, recipes
 
 SMALL = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64)
 
@@ -135,14 +135,14 @@ def test_epochs_are_whole_when_the_last_batch_is_short():
 
 def test_recipes():
     cells = cohort()
-    with pytest.raises(GeneformerError, match='house, V1, V2'): pretrain(cells, recipe='V3')
+    with pytest.raises(GeneformerError, match='small, V1, V2'): pretrain(cells, recipe='V3')
     v1 = pretrain(cells, recipe='V1', steps=1, num_hidden_layers=1)
     assert v1.config.hidden_size == 256 and v1.config.attention_probs_dropout_prob == .02
     house = pretrain(cells, steps=1, **SMALL)
     assert house.config.attention_probs_dropout_prob == 0.
     kept = pretrain(cells, steps=1, attention_dropout=None, **SMALL)
     assert kept.config.attention_probs_dropout_prob == .02, 'None leaves what the preset says'
-    assert set(recipes['V1']) == set(recipes['V2']) == set(recipes['house'])
+    assert set(recipes['V1']) == set(recipes['V2']) == set(recipes['small'])
 
 def test_other_vocabulary_and_longer_cells_are_refused():
     cells = cohort()

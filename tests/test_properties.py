@@ -4,11 +4,11 @@ import anndata as ad, numpy as np, pandas as pd
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import sparse
-from geneformer_nb.cells import Cells, ragged
-from geneformer_nb.engine import arrange, first_layer, singles
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer
-from geneformer_nb.tokenizer import tokenize
+from geneformer_nb.data.cells import Cells, ragged
+from geneformer_nb.perturb.engine import arrange, first_layer, singles
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.data.tokenizer import tokenize
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 n_genes = 12
@@ -170,7 +170,7 @@ def test_the_shared_first_layer_is_the_first_layer(own, hold, data):
 
 @few
 @given(st.lists(st.lists(st.integers(2, 40), min_size=1, max_size=9), min_size=1, max_size=5), st.integers(1, 60))
-def test_neighbours_and_budget_do_not_matter(toks, budget):
+def test_neighbors_and_budget_do_not_matter(toks, budget):
     m, c = nano(), Cells(*ragged(toks))
     alone = np.concatenate([m.encode(c[[i]]) for i in range(len(c))])
     np.testing.assert_allclose(m.encode(c, budget=budget), alone, atol=1e-5)

@@ -1,7 +1,7 @@
 "The main job from the command line: killed and called again it gives the table of a run left alone; its report opens in a browser"
 import json, re, shutil, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
-from geneformer_nb import toy
+from geneformer_nb.data import toy
 
 @pytest.fixture(scope='module')
 def cohort(tmp_path_factory):
@@ -40,7 +40,7 @@ def test_report_opens_in_a_browser(tmp_path):
     "every picture is drawn, nothing is fetched, no table runs off a narrow screen"
     browser = next((b for b in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if shutil.which(b)), None)
     if browser is None: pytest.skip('no Chromium on PATH to open the report in')
-    from geneformer_nb.screen import screen
+    from geneformer_nb.screen.run import screen
     cohort = toy.simulate(n_cells=360, n_donors=12, n_genes=60, seed=0)
     s = screen(cohort, disease='disease', donor='donor', start='hypertrophic', goal='non-failing', out=tmp_path/'s', max_cells=4, folds=2, pairs=2, seeds=2, say=None,
                known=['TF01'], directions='KO', pretraining=dict(steps=10), finetuning=dict(epochs=1), flags=dict(mine=['TF01']))

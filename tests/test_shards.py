@@ -3,14 +3,14 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from geneformer_nb.core import GeneformerError, StorageError
-from geneformer_nb.engine import Engine, fit_budget
-from geneformer_nb.finetune import CellClassifier
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer
-from geneformer_nb.perturb import KO, OE, Dose, drug, each, pairs, perturb
-from geneformer_nb.shards import gene_effects, perturb_to
-from geneformer_nb.tokenizer import tokenize
-from geneformer_nb.toy import simulate
+from geneformer_nb.perturb.engine import Engine, fit_budget
+from geneformer_nb.tasks.finetuning import CellClassifier
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.perturb.actions import KO, OE, Dose, drug, each, pairs, perturb
+from geneformer_nb.perturb.shards import gene_effects, perturb_to
+from geneformer_nb.data.tokenizer import tokenize
+from geneformer_nb.data.toy import simulate
 
 def toy(max_len=64):
     adata = simulate(n_cells=12, seed=3)
@@ -47,7 +47,7 @@ def test_a_fine_tuned_model_travels_to_processes(made, tmp_path):
 
 script = '''
 import sys; sys.path.insert(0, {here!r})
-import geneformer_nb.shards as s
+import geneformer_nb.perturb.shards as s
 from test_shards import toy, what
 cells, model = toy()
 run = s.perturb
@@ -80,7 +80,7 @@ def test_the_batch_size_of_the_first_run_stays(made, tmp_path, monkeypatch):
     cells, model = made
     perturb_to(tmp_path/'r', model, cells[:4], each(), shard=2, part=(0, 2))
     kept = json.loads((tmp_path/'r/manifest.json').read_text())['facts']['budget']
-    monkeypatch.setattr('geneformer_nb.shards.fit_budget', lambda m: kept//2)  # as on a device with less memory
+    monkeypatch.setattr('geneformer_nb.perturb.shards.fit_budget', lambda m: kept//2)  # as on a device with less memory
     perturb_to(tmp_path/'r', model, cells[:4], each(), shard=2)
     with pytest.raises(StorageError, match='budget was'): perturb_to(tmp_path/'r', model, cells[:4], each(), shard=2, budget=kept//2)
 
@@ -132,7 +132,7 @@ def test_budget_from_the_memory_of_a_gpu(made, monkeypatch, free, budget):
 
 def test_workers_take_gpus_in_turn(monkeypatch):
     import multiprocessing
-    from geneformer_nb.shards import _own_device
+    from geneformer_nb.perturb.shards import _own_device
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     for number, want in ((1, 'cuda:0'), (4, 'cuda:3'), (5, 'cuda:0')):
         class Worker: _identity = (number,)
@@ -168,7 +168,7 @@ def test_words_that_make_no_sense_are_told(made):
         with pytest.raises(GeneformerError): f()
 
 def test_pairs_that_do_more_than_their_parts(made):
-    from geneformer_nb.stats import excess
+    from geneformer_nb.perturb.stats import excess
     cells, model = made
     x = cells[0].tokens[:3]
     names = [model.vocabulary.symbol(int(t)) for t in x]

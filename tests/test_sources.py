@@ -5,11 +5,11 @@ import anndata as ad, h5py, numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy import sparse
 from geneformer_nb.core import CountsError, GeneformerError, GeneMatchError
-from geneformer_nb.counts import counts_of
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.sources import blocks, read_any, sources
-from geneformer_nb.stream import tokenize_to
-from geneformer_nb.tokenizer import tokenize
+from geneformer_nb.data.counts import counts_of
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.data.sources import blocks, read_any, sources
+from geneformer_nb.data.corpus import tokenize_to
+from geneformer_nb.data.tokenizer import tokenize
 from sentences import quiet, says, tokens
 
 n, g = 13, 10

@@ -2,7 +2,7 @@
 import os, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from geneformer_nb.stats import aggregate_gene_shifts, goal_state_shift, mixture_model, vs_null
+from geneformer_nb.perturb.stats import aggregate_gene_shifts, goal_state_shift, mixture_model, vs_null
 
 golden = Path(os.environ.get('GENEFORMER_NB_DATA', '/nowhere'))/'golden'
 pytestmark = pytest.mark.skipif(not golden.is_dir(), reason='GENEFORMER_NB_DATA names no folder with golden/: tables of the '
@@ -78,7 +78,7 @@ def test_aggregate_gene_shifts(name, v):
 # the official files, column by column
 
 from golden import perturbed, vocabulary
-from geneformer_nb.official_stats import official_form
+from geneformer_nb.perturb.official import official_form
 
 def with_ids(raw, v):
     "Golden tokens as the ids that `perturb` writes"
@@ -166,7 +166,7 @@ def test_form_aggregate_gene_shifts(name, v):
 def test_form_takes_what_perturb_gives(v):
     "The whole chain: pairs with an anchor, and effects on other genes as `perturb` returns them"
     from golden import model
-    from geneformer_nb.perturb import each, pairs, perturb
+    from geneformer_nb.perturb.actions import each, pairs, perturb
     voc, c = vocabulary(v), perturbed('kang20', v)
     names = [voc.gene(int(x)) for x in c[0].tokens[1:6]]
     raw = perturb(model(v), c[:3], [each(names), *pairs(names[1:], with_=names[0])[2:]], layer=-1)

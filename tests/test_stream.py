@@ -4,12 +4,12 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd, pyarrow as pa, pytest
 from scipy import sparse
 import geneformer_nb
-from geneformer_nb.cells import Cells
+from geneformer_nb.data.cells import Cells
 from geneformer_nb.cli import main
 from geneformer_nb.core import CountsError, GeneformerError, StorageError, VocabularyError
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.stream import Corpus, tokenize_to
-from geneformer_nb.tokenizer import tokenize
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.data.corpus import Corpus, tokenize_to
+from geneformer_nb.data.tokenizer import tokenize
 from test_sources import made, voc
 from sentences import quiet, says, tokens
 from test_tokenizer_bugs import by_hand, framed, held, six, three
@@ -68,8 +68,8 @@ def test_pandas_is_loaded_by_who_needs_it(tmp_path):
         a.obs = kinds_of_obs().drop(columns=['gaps', 'maybe', 'parts'])
         a.write_h5ad(tmp_path/f'{name}.h5ad')
     code = f"""import sys
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.stream import tokenize_to
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.data.corpus import tokenize_to
 c = tokenize_to({str(tmp_path/'*.h5ad')!r}, Vocabulary.load({str(tmp_path/'v.json')!r}), {str(tmp_path/'o')!r})
 print(c, 'pandas' in sys.modules, len(c.shards), 'pandas' in sys.modules)"""
     voc.save(tmp_path/'v.json')

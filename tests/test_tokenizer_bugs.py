@@ -4,13 +4,13 @@ from pathlib import Path
 import anndata as ad, h5py, numpy as np, pandas as pd, pyarrow as pa, pytest
 from scipy import sparse
 import geneformer_nb
-from geneformer_nb.cells import Cells
+from geneformer_nb.data.cells import Cells
 from geneformer_nb.core import CountsError, GeneformerError, GeneMatchError, StorageError, VocabularyError
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.matching import match_genes
-from geneformer_nb.sources import Source
-from geneformer_nb.stream import tokenize_to
-from geneformer_nb.tokenizer import tokenize
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.data.matching import match_genes
+from geneformer_nb.data.sources import Source
+from geneformer_nb.data.corpus import tokenize_to
+from geneformer_nb.data.tokenizer import tokenize
 from sentences import quiet, says, tokens
 
 # Six genes and three cells that can be ranked in the head: counts over medians are
@@ -101,7 +101,7 @@ def test_bug_22_a_missing_gene_is_never_none():
     assert got.how.tolist() == ['symbol or retired id', 'unknown', 'no id', 'no id', 'no id']
     with says(VocabularyError, '1 of 1', 'None'): six.token([None])
 
-chapters = 'core scale counts sources genes medians matching cells tokenizer stream cli'.split()
+chapters = [f'data/{f}' for f in 'counts sources vocabulary medians matching cells tokenizer corpus'.split()] + ['core', 'jobs', 'cli']
 
 @pytest.mark.parametrize('module', chapters)
 def test_bug_23_no_raise_without_an_error(module):
@@ -173,7 +173,7 @@ def test_bug_40_sixty_duplicate_rows_are_one_sum():
 
 def test_bug_42_partial_and_old_results_are_never_mixed(tmp_path, capsys, monkeypatch):
     "A run that stops keeps its shards and is no data set; half a file is no shard; the next run finishes it"
-    import geneformer_nb.stream as stream
+    import geneformer_nb.data.corpus as stream
     for k in ('IN_TEST', 'GENEFORMER_NB_QUIET'): monkeypatch.delenv(k, raising=False)
     a, done, old = three(X3[np.arange(60) % 3]), [], stream.write_shard
     def stops(i, *x, **k):
@@ -186,7 +186,7 @@ def test_bug_42_partial_and_old_results_are_never_mixed(tmp_path, capsys, monkey
     made = []
     monkeypatch.setattr(stream, 'write_shard', lambda i, *x, **k: (made.append(i), old(i, *x, **k)))
     got = tokenize_to(a, six, tmp_path/'o', rows=20)
-    assert made == [2] and tokens(got.cells()) == by_hand * 20 and 'tokenising' in capsys.readouterr().err
+    assert made == [2] and tokens(got.cells()) == by_hand * 20 and 'tokenizing' in capsys.readouterr().err
     assert not list((tmp_path/'o').glob('.*'))
 
 # --- the options of TranscriptomeTokenizer

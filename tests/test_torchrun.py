@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from geneformer_nb.cells import Cells, ragged
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer
-from geneformer_nb.pretrain import pretrain
+from geneformer_nb.data.cells import Cells, ragged
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.train.pretraining import pretrain
 
 SMALL = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, dropout=0.)
 BATCH, BUDGET = dict(epochs=2, batch=8, save_every=3), dict(epochs=2, budget=200, save_every=3)
@@ -21,7 +21,7 @@ def cohort():
 def job(folder):
     "What each process does: every run, the first two of them interrupted once; notes which cells it was given"
     from transformers import Trainer
-    from geneformer_nb.pretrain import MaskedRanks
+    from geneformer_nb.train.pretraining import MaskedRanks
     rank, step, draw = int(os.environ['RANK']), Trainer.training_step, MaskedRanks.__call__
     for name, kw in RUNS.items():
         seen = []
@@ -90,7 +90,7 @@ def test_command_line(tmp_path):
     env = os.environ | dict(OMP_NUM_THREADS='1', GENEFORMER_NB_QUIET='1')
     out = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=env)
     assert not out.returncode and 'BertForMaskedLM' in out.stdout, out.stdout + out.stderr
-    call = (f"from geneformer_nb.model import Geneformer; from geneformer_nb.pretrain import pretrain; pretrain({str(tmp_path/'cells')!r}, "
+    call = (f"from geneformer_nb.model.bert import Geneformer; from geneformer_nb.train.pretraining import pretrain; pretrain({str(tmp_path/'cells')!r}, "
             f"Geneformer.from_pretrained({str(tmp_path/'start')!r}), {str(tmp_path/'called')!r}, steps=2, batch=8, device='cpu', args=dict(max_grad_norm=.5))")
     subprocess.run([sys.executable, '-c', call], check=True, capture_output=True, env=env)  # a process like that of the command
     same, got = (Geneformer.from_pretrained(tmp_path/m) for m in ('called', 'm'))

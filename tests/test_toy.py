@@ -2,10 +2,10 @@
 import subprocess, sys
 import anndata, numpy as np, pytest
 from geneformer_nb.core import GeneformerError
-from geneformer_nb.toy import simulate, states, toy_network, true_effect, true_effects, truth_of
+from geneformer_nb.data.toy import simulate, states, toy_network, true_effect, true_effects, truth_of
 
 def test_same_seed_same_bytes_in_another_process():
-    code = ("import hashlib; from geneformer_nb.toy import simulate; a = simulate(400, seed=5); "
+    code = ("import hashlib; from geneformer_nb.data.toy import simulate; a = simulate(400, seed=5); "
             "print(hashlib.sha256(a.X.data.tobytes() + a.X.indices.tobytes()).hexdigest())")
     one, two = (subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout for _ in range(2))
     assert one == two
@@ -36,7 +36,7 @@ def test_the_lost_driver_is_the_best_or_next_best_activation(seed):
                 d=d, k=dict(lost='OE', activated='KO')[d.direction])).index[0]
             assert place < 4 and table['shift'][place] > .3
 
-def test_modelling_disease_is_the_mirror_of_treating_it():
+def test_modeling_disease_is_the_mirror_of_treating_it():
     truth = toy_network()
     for d in truth.drivers.itertuples():
         kind = dict(lost='KO', activated='OE')[d.direction]

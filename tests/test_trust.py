@@ -1,9 +1,9 @@
 "What the p of a screen is worth: levels, power, stability, permuted labels; simulated, and on a small model"
 import numpy as np, pandas as pd, pytest
 from geneformer_nb.core import GeneformerError
-from geneformer_nb.official_stats import goal_state_shift
-from geneformer_nb.stats import summarise
-from geneformer_nb.trust import (_labellings, donors_needed, permuted_states, permuted_test, power, simulated_run, spread, stability, tests as methods,
+from geneformer_nb.perturb.official import goal_state_shift
+from geneformer_nb.perturb.stats import summarize
+from geneformer_nb.perturb.trust import (_labelings, donors_needed, permuted_states, permuted_test, power, simulated_run, spread, stability, tests as methods,
                                  type_one)
 
 def test_type_one_under_a_permuted_label_in_tables():
@@ -52,25 +52,25 @@ def test_stability_by_hand():
 
 def test_stability_tells_noise_from_effects():
     truth = np.random.default_rng(1).normal(0, .02, 120)
-    runs = lambda e: [summarise(*simulated_run(genes=120, effect=e, by_rank=0., seed=i), donor='donor') for i in range(2)]
+    runs = lambda e: [summarize(*simulated_run(genes=120, effect=e, by_rank=0., seed=i), donor='donor') for i in range(2)]
     assert stability(runs(truth)).ci_low['spearman'] > .6 > .25 > abs(stability(runs(np.zeros(120))).value['spearman'])
 
-def test_labellings_keep_donors_whole():
+def test_labelings_keep_donors_whole():
     obs = pd.DataFrame(dict(donor=np.repeat(list('abcdefgh'), 3), state=np.repeat(['x']*4 + ['y']*4, 3)))
-    l = _labellings(obs, 'state', 'donor', 'x', 'y', 1000, 0)
+    l = _labelings(obs, 'state', 'donor', 'x', 'y', 1000, 0)
     assert len(l) == 70 and len(np.unique(l, axis=0)) == 70 # 8 over 4
     assert (l[0] == (obs.state == 'x')).all() and (l.sum(1) == 12).all()
     assert all((l[:, 3*i] == l[:, 3*i + k]).all() for i in range(8) for k in range(3))
     both = pd.DataFrame(dict(donor=np.repeat(list('abcde'), 2), state=['x', 'y']*5)) # cells of both states in each donor
-    l = _labellings(both, 'state', 'donor', 'x', 'y', 1000, 0)
+    l = _labelings(both, 'state', 'donor', 'x', 'y', 1000, 0)
     assert len(l) == 32 and (l[:, ::2] ^ l[:, 1::2]).all()
 
 @pytest.fixture(scope='module')
 def dealt():
-    "A table of a run with state vectors of 61 labellings; genes move along directions of their own, one hangs on the label"
+    "A table of a run with state vectors of 61 labelings; genes move along directions of their own, one hangs on the label"
     rng, genes, donors, cells, n = np.random.default_rng(0), 60, 12, 12, 120
     obs = pd.DataFrame(dict(donor=np.repeat([f'D{i:02d}' for i in range(donors)], cells), state=np.repeat(['x']*6 + ['y']*6, cells)))
-    labels = _labellings(obs, 'state', 'donor', 'x', 'y', n, 0)
+    labels = _labelings(obs, 'state', 'donor', 'x', 'y', n, 0)
     at = rng.normal(size=(donors, 8)); at[:6, 0] += 6 # donors differ in eight directions, the states in the first
     cell = at.repeat(cells, 0)
     moves = rng.normal(size=(genes, 8)); moves[:, 0] *= .2; moves[0, 0] = 5
@@ -98,19 +98,19 @@ def test_permuted_test_by_hand(dealt):
     t, s, _ = permuted_test(raw, obs, labels, 'donor', full=True)
     i = t.index[t.gene_id == 'G20'][0]
     assert np.isclose(t.p[i], (np.abs(s[i]) >= abs(s[i, 0])).mean()) and np.isclose(s[i, 0], t.score[i])
-    part = raw[labels[0][raw.cell]] # the true start cells; the score is the mean over donors of what summarise calls shift - null_shift
+    part = raw[labels[0][raw.cell]] # the true start cells; the score is the mean over donors of what summarize calls shift - null_shift
     part = part[['cell', 'kind', 'perturbation', 'gene_id', 'rank', 'cosine']].assign(shift_x=part['shift_goal 0'] - part['shift_start 0'])
-    u = summarise(part, obs, donor='donor').set_index('gene_id').loc[t.gene_id]
+    u = summarize(part, obs, donor='donor').set_index('gene_id').loc[t.gene_id]
     np.testing.assert_allclose(t.score, u['shift'] - u.null_shift); np.testing.assert_allclose(t.p_donors, u.p)
     assert (t.n_donors == 6).all() and (t.n_cells == 72).all()
     with pytest.raises(GeneformerError, match='one kind'): permuted_test(raw.assign(kind=np.where(raw.cell < 9, 'KO', 'OE')), obs, labels, 'donor')
 
 def test_states_of_a_model():
-    from geneformer_nb.embed import state_embeddings
-    from geneformer_nb.genes import Vocabulary
-    from geneformer_nb.model import Geneformer
-    from geneformer_nb.tokenizer import tokenize
-    from geneformer_nb.toy import simulate, toy_network
+    from geneformer_nb.model.embed import state_embeddings
+    from geneformer_nb.data.vocabulary import Vocabulary
+    from geneformer_nb.model.bert import Geneformer
+    from geneformer_nb.data.tokenizer import tokenize
+    from geneformer_nb.data.toy import simulate, toy_network
     adata = simulate(n_cells=72, n_donors=18, n_genes=60, truth=toy_network(60))
     vocab = Vocabulary.from_counts(adata, symbols='symbol', name='toy', max_len=64)
     cells = tokenize(adata, vocab, obs=['disease', 'donor'])
@@ -123,6 +123,6 @@ def test_states_of_a_model():
     two.obs = two.obs.assign(dealt=np.where(labels[7], 'dilated', 'non-failing'))
     np.testing.assert_allclose(states['goal 7'], state_embeddings(two, model, 'dealt', show=False)['non-failing'], atol=1e-5)
     few = np.flatnonzero(two.obs.donor.isin(two.obs.donor.unique()[:4]))
-    with pytest.raises(GeneformerError, match='labellings'): permuted_states(model, two[few], **ask)
+    with pytest.raises(GeneformerError, match='labelings'): permuted_states(model, two[few], **ask)
     with pytest.raises(GeneformerError, match="no column 'who'"): permuted_states(model, two, **{**ask, 'donor': 'who'})
     with pytest.raises(GeneformerError, match='has seen the labels'): permuted_states(type('Tuned', (), dict(encoder=model))(), two, **ask)

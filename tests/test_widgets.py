@@ -3,17 +3,17 @@ import importlib.util, os, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from geneformer_nb.core import GeneformerError
-from geneformer_nb.perturb import Dose, KO, perturb
-from geneformer_nb.widgets import _num, explore
+from geneformer_nb.perturb.actions import Dose, KO, perturb
+from geneformer_nb.explorer import _num, explore
 from sentences import says
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE = """import torch
-from geneformer_nb import toy
-from geneformer_nb.genes import Vocabulary
-from geneformer_nb.model import Geneformer
-from geneformer_nb.tokenizer import tokenize
-from geneformer_nb.widgets import explore
+from geneformer_nb.data import toy
+from geneformer_nb.data.vocabulary import Vocabulary
+from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.data.tokenizer import tokenize
+from geneformer_nb.explorer import explore
 torch.set_num_threads(1)
 adata = toy.simulate(n_cells=120, n_donors=6, n_genes=80, seed=0)
 vocabulary = Vocabulary.from_counts(adata, symbols='symbol', name='toy', max_len=90)
@@ -62,9 +62,9 @@ def test_cells_are_even_over_donors_and_the_cache_answers(hearts, made):
     a, b = (explore(made['model'], made['cells'], 'disease', max_cells=10, seed=s).cells.obs.index.tolist() for s in (0, 0))
     assert a == b
 
-def test_neighbours(hearts):
-    near = hearts.look('HK01').neighbours
-    assert set(near.gene) == {'HK01'} and 'HK01' not in list(near.neighbour) and near.cosine.is_monotonic_decreasing and near.cosine.between(-1, 1).all()
+def test_neighbors(hearts):
+    near = hearts.look('HK01').neighbors
+    assert set(near.gene) == {'HK01'} and 'HK01' not in list(near.neighbor) and near.cosine.is_monotonic_decreasing and near.cosine.between(-1, 1).all()
 
 def test_sentences(hearts, made):
     with says(GeneformerError, 'TF011', 'Did you mean', 'TF01'): hearts.look('TF011')
@@ -80,7 +80,7 @@ def test_sentences(hearts, made):
     few = explore(made['model'], made['cells'][:1], 'disease', nulls=2)
     lost = next(s for s, n in zip(made['vocabulary'].symbols.values(), few.seen[2:]) if not n)
     with says(GeneformerError, 'activate can put it there'): few.look(lost)
-    assert np.isfinite(few.look(lost, 'activate').shift) and not len(few.look(lost, 'activate').neighbours)
+    assert np.isfinite(few.look(lost, 'activate').shift) and not len(few.look(lost, 'activate').neighbors)
 
 def test_static_and_widgets_without_a_browser(hearts):
     page = hearts._repr_html_()

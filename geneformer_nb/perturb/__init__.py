@@ -1,0 +1,8 @@
+from ..core import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, dict(
+    actions='KO OE Dose drug each pairs perturb',
+    gradients='first_order shortlist',
+    shards='perturb_to estimate gene_effects',
+    stats='summarize wide',
+    official='official_form'))

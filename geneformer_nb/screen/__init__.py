@@ -1,0 +1,8 @@
+from ..core import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, dict(
+    run='Screen screen',
+    diseases='DiseaseScreen disease_screen',
+    score='score_targets recovery',
+    report='write_report',
+    pathways='enrich gene_sets drug_scores read_drugs'))
