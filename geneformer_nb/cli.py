@@ -54,8 +54,8 @@ def run_tokenize(a): # parsed arguments
     "Counts to an Arrow folder of ranked genes, in shards"
     from geneformer_nb.data.corpus import tokenize_to
     part = _part(a.shard) if a.shard else None
-    out = tokenize_to(a.data, _vocabulary(a.vocabulary), a.out, rows=a.rows, executor=a.executor, workers=a.workers, part=part, layer=a.layer,
-                      logged=a.logged, fractional=a.fractional, genes=a.gene_column, orthologs=a.orthologs, obs=_carry(a.obs), min_match=a.min_match,
+    out = tokenize_to(a.data, _vocabulary(a.vocabulary), a.out, rows=a.rows, executor=a.executor, workers=a.workers, part=part, counts_layer=a.layer,
+                      logged=a.logged, fractional=a.fractional, gene_ids=a.gene_column, orthologs=a.orthologs, obs=_carry(a.obs), min_match=a.min_match,
                       keep=None if a.keep_all else a.keep, special=False if a.no_special else None, max_len=a.max_len, counts=a.counts,
                       uncropped=a.uncropped, collapse=not a.no_collapse)
     if out is None: print(f"shards {part[0]}, {part[0] + part[1]}, … are done; '{Path(a.out).name}' waits for those of other tasks")

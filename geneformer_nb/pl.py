@@ -50,7 +50,7 @@ def ranks(
     cell, # barcode, or a list of them
     mark=(), # genes to point out in the last of them: ids or symbols
     ax=None, # Axes to draw into; None makes a figure
-    **counts, # layer, logged as in `counts_of`
+    **counts, # counts_layer, logged as in `counts_of`
 ): # Axes
     "Counts per 10,000 over the gene's median, by rank; raises `GeneformerError` for a cell that is not there"
     from geneformer_nb.data.counts import counts_of, gene_names

@@ -65,7 +65,7 @@ def tokenize(
     vocabulary:Vocabulary, # that of the model the cells are for: `model.vocabulary`
     key_added:str='X_ranks', # name in obsm and uns
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
-    **counts, # layer, logged, fractional, genes, min_match, block as in `tokenizer.tokenize`
+    **counts, # counts_layer, logged, fractional, genes, min_match, block as in `tokenizer.tokenize`
 ): # None, or the copy: adds obsm[key_added] (cells × genes of the vocabulary, CSR int32 ranks from 1), uns[key_added]
     "Rank the genes of every cell; a cell without a known gene is an empty row. Raises `CountsError`, `GeneMatchError`"
     cells = rank_counts(need_adata(adata), vocabulary, obs=[], keep=None, keep_empty=True, **counts)

@@ -80,9 +80,9 @@ def finetune(
 )->CellClassifier: # with `.scores`, `.split`, `.audit`; adds obs[key_added]
     "Fine-tune a cell classifier on donors it is not tested on; raises `LeakError`, `GeneformerError`, `CountsError`"
     model = _model(model)
-    cells = _cells(adata, model.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
+    cells = _cells(adata, model.vocabulary, ranks, dict(counts_layer=counts_layer, logged=logged, gene_ids=genes))
     if isinstance(split, str): split = need_adata(adata, [split]).obs[split].astype(str).to_numpy()
-    counts = dict(layer=counts_layer, logged=logged)
+    counts = dict(counts_layer=counts_layer, logged=logged)
     if baselines: counts_of(adata[:50], **counts)
     clf = finetune_cells(model, cells, label, donor, split=split, **kwargs)
     if baselines: clf.scores = pd.concat([clf.scores, plain_baselines(adata, label, clf.split, donor, **counts)[0]])
@@ -105,7 +105,7 @@ def predict(
     if not isinstance(classifier, (CellClassifier, str, Path)): raise GeneformerError(
         f"classifier is what finetune returned or the folder of a saved one, not {type(classifier).__name__}.")
     clf = classifier if isinstance(classifier, CellClassifier) else CellClassifier.load(classifier)
-    cells = _cells(adata, clf.encoder.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
+    cells = _cells(adata, clf.encoder.vocabulary, ranks, dict(counts_layer=counts_layer, logged=logged, gene_ids=genes))
     p = clf.predict(cells)
     out = adata.copy() if copy else adata
     out.obs[f'{key_added}_pred'] = pd.Categorical(p['predicted'], categories=clf.classes)
@@ -143,7 +143,7 @@ def perturb(
     "Perturb cells and measure where they go; raises `VocabularyError`, `GeneformerError`, `StorageError`"
     model = model if hasattr(model, 'cell_vectors') else _model(model)
     encoder = getattr(model, 'encoder', model)
-    cells = _cells(adata, encoder.vocabulary, ranks, dict(layer=counts_layer, logged=logged, genes=genes))
+    cells = _cells(adata, encoder.vocabulary, ranks, dict(counts_layer=counts_layer, logged=logged, gene_ids=genes))
     rows = cells.lengths > 0
     if start is not None:
         if column is None: raise GeneformerError(f"start={start!r}: say in which obs column it stands (column=…).")

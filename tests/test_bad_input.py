@@ -80,7 +80,7 @@ def test_missing_ids_are_counted(cohort, vocab):
     assert got.match.report()['no id'] == 2
 
 def test_a_column_of_ids_that_is_not_there(cohort, vocab):
-    with says(GeneMatchError, "'hugo'", 'symbol', "genes='index'"): tokenize(cohort, vocab, genes='hugo')
+    with says(GeneMatchError, "'hugo'", 'symbol', "gene_ids='index'"): tokenize(cohort, vocab, gene_ids='hugo')
 
 # --- counts
 
@@ -91,7 +91,7 @@ def bad_value(adata, value):
     return with_X(adata, X), cell, adata.var_names[X.indices[10]]
 
 @pytest.mark.parametrize('value,words', [(np.nan, ('NaN', 'set missing values to 0')), (np.inf, ('infinity',)),
-                                         (-1, ('negative', 'layer=…')), (.5, ('whole numbers', 'logged=True', 'fractional=True'))])
+                                         (-1, ('negative', 'counts_layer=…')), (.5, ('whole numbers', 'logged=True', 'fractional=True'))])
 @pytest.mark.parametrize('where', ['memory', 'file'])
 def test_bad_counts_name_the_cell_and_the_gene(cohort, vocab, value, words, where, tmp_path):
     bad, cell, gene = bad_value(cohort, value)
@@ -128,7 +128,7 @@ def test_scaled_real_cells_are_refused():
     assert len(tokenize(a, v, logged=True)) == 700
 
 def test_a_layer_that_is_not_there(cohort, vocab):
-    with says(CountsError, "'spliced'", 'layers here: none'): tokenize(cohort, vocab, layer='spliced')
+    with says(CountsError, "'spliced'", 'layers here: none'): tokenize(cohort, vocab, counts_layer='spliced')
 
 def test_few_counts_said_to_be_logs(cohort, vocab):
     "None is too large for a logarithm, but all are whole"

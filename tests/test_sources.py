@@ -100,7 +100,7 @@ def test_loom(cohort, want, tmp_path):
     same(got, want, obs=False)
     pd.testing.assert_frame_equal(got.obs, want.obs[['city', 'age', 'share', 'n_counts']].astype(dict(city=object)))
     twice = with_X(cohort, cohort.X * 0)
-    same(tokenize(loom(tmp_path/'b.loom', twice, spliced=cohort.X), voc, layer='spliced'), want, obs=False)
+    same(tokenize(loom(tmp_path/'b.loom', twice, spliced=cohort.X), voc, counts_layer='spliced'), want, obs=False)
 
 def tenx(path, a, version=3, antibodies=2):
     "A CellRanger .h5: the matrix by cells in columns; version 3 with antibody rows between the genes"
@@ -152,8 +152,8 @@ def test_where_the_counts_lie(cohort, want, tmp_path):
     named.layers['umi'] = cohort.X
     for a, layer in ((in_layer, None), (in_raw, None), (named, 'umi')):
         a.write_h5ad(tmp_path/'a.h5ad')
-        for data in (a, tmp_path/'a.h5ad'): same(tokenize(data, voc, layer=layer, block=5), want)
-    with says(CountsError, 'layer=…'): tokenize(named, voc)
+        for data in (a, tmp_path/'a.h5ad'): same(tokenize(data, voc, counts_layer=layer, block=5), want)
+    with says(CountsError, 'counts_layer=…'): tokenize(named, voc)
 
 def old_table(g, df, text):
     "A table as anndata 0.7 wrote it: categories in a group of their own, found by reference"

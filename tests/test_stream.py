@@ -213,7 +213,7 @@ def test_changed_input_is_refused(what, kind, tmp_path):
     assert held(tmp_path/'o') == before
 
 @pytest.mark.parametrize('other', [dict(max_len=5), dict(obs=['age']), dict(keep=None), dict(counts=True),
-                                   dict(uncropped=True), dict(genes='index'), dict(rows=3),
+                                   dict(uncropped=True), dict(gene_ids='index'), dict(rows=3),
                                    dict(orthologs={'ENSG00000000000': 'ENSG00000000000'}), dict(special=False)],
                                    ids=str)
 def test_another_option_is_refused(corpus, other, tmp_path):
@@ -359,8 +359,8 @@ wrong = [dict(rows=0), dict(rows=-1), dict(rows=1.5), dict(rows='x'), dict(block
          dict(executor=None), dict(min_match='x'),
          dict(min_match=2), dict(max_len='x'), dict(max_len=5.5), dict(max_len=0), dict(max_len=10**9),
          dict(special=True), dict(keep='passsed'), dict(obs='nope'),
-         dict(obs=5), dict(obs=dict(donor='n_counts')), dict(obs=dict(donor='x', city='x')), dict(genes='nope'),
-         dict(layer='nope'),
+         dict(obs=5), dict(obs=dict(donor='n_counts')), dict(obs=dict(donor='x', city='x')), dict(gene_ids='nope'),
+         dict(counts_layer='nope'),
          dict(orthologs='nope.csv'), dict(orthologs=5), dict(orthologs={}), dict(threads=1)]
 
 @pytest.mark.parametrize('options', wrong, ids=str)

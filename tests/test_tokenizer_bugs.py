@@ -232,7 +232,7 @@ def collapse_gene_ids(tmp): test_bug_05_without_collapsing()
 
 def use_h5ad_index(tmp):
     a = three(); a.var = pd.DataFrame(dict(ensembl_id=list(ids[::-1])), index=ids)
-    assert tokens(tokenize(a, six, genes='index')) == by_hand != tokens(tokenize(a, six))
+    assert tokens(tokenize(a, six, gene_ids='index')) == by_hand != tokens(tokenize(a, six))
 
 def keep_counts(tmp):
     got = on_disk(tokenize(three(), framed, counts=True), tmp)['counts']
@@ -307,7 +307,7 @@ def target_sum(tmp):
 
 options = {'custom_attr_name_dict': 'obs={…}', 'columns': 'folder', 'nproc': 'workers', 'chunk_size': 'block, rows',
            'model_input_size': 'max_len', 'special_token': 'special', 'collapse_gene_ids': 'collapse',
-           'use_h5ad_index': "genes='index'", 'keep_counts': 'counts', 'keep_uncropped_input_ids': 'uncropped',
+           'use_h5ad_index': "gene_ids='index'", 'keep_counts': 'counts', 'keep_uncropped_input_ids': 'uncropped',
            'filter_pass': 'keep', 'model_version': 'Vocabulary.official', 'gene_median_file': 'from_dicts medians',
            'token_dictionary_file': 'from_dicts tokens', 'gene_mapping_file': 'from_dicts aliases',
            'input_identifier': 'pattern', 'file_format': 'any ending', 'use_generator': 'iterator',

@@ -144,21 +144,21 @@ def tokenize_to(
     executor:str='serial', # "serial", "processes" or "dask"
     workers:int=None, # processes, or threads when serial; None: one a core
     part:tuple=None, # (i, k): do only shards i, i+k, i+2k …, as one task of a job array
-    layer:str=None, # as in `tokenize`, and so the next ones
+    counts_layer:str=None, # as in `tokenize`, and so the next ones
     logged:bool=False, fractional:bool=False, obs=None, min_match:float=.2, block:int=2048,
-    **options, # genes, orthologs, keep, special, max_len, counts, uncropped, collapse as in `tokenize`
+    **options, # gene_ids, orthologs, keep, special, max_len, counts, uncropped, collapse as in `tokenize`
 ): # `Corpus`; None while shards of other tasks are missing
     "Tokenize a corpus to an Arrow folder, shard by shard; raises `CountsError`, `GeneMatchError`, `StorageError`"
     check_options(min_match, rows=rows, block=block, workers=workers)
     folder = as_folder(folder)
     if folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir()) and not (folder/'manifest.json').exists(): raise StorageError(
         f"'{folder.name}' holds other things, which would be mixed with the cells: choose a new folder.")
-    if hasattr(data, '__next__'): return _from_stream(data, vocabulary, folder, executor, part, layer, logged, fractional, obs, min_match, block, workers, options)
-    inputs = sources(data, layer, logged, fractional)
+    if hasattr(data, '__next__'): return _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged, fractional, obs, min_match, block, workers, options)
+    inputs = sources(data, counts_layer, logged, fractional)
     if executor != 'serial' and any(s.path is None for s in inputs): raise GeneformerError(
         f"executor={executor!r} sends every worker to a file, and an AnnData in memory is none: write it with write_h5ad, or use executor='serial'.")
     encoder = _encoder(vocabulary, inputs, obs, options)
-    plan, facts = shards(inputs, rows), _facts(encoder, layer, logged, fractional, rows=rows) | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(inputs)}
+    plan, facts = shards(inputs, rows), _facts(encoder, counts_layer, logged, fractional, rows=rows) | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(inputs)}
     layout = _Layout(corpus_kinds(inputs, encoder), _lists(encoder))
     threads = min(4, workers or cores()) if executor == 'serial' else 1
     done = run_shards(_Shard(inputs, plan, encoder, layout, min_match, block, threads), len(plan), folder, facts, '.arrow', executor, workers, part,
@@ -169,17 +169,17 @@ def tokenize_to(
 # %% ../../nbs/04a_corpus.ipynb #40d2c6e0
 def _encoder(vocabulary, inputs, obs, options):
     "The encoder of all inputs; what would fail in a shard fails here"
-    if lost := set(options) - {'genes', 'orthologs', 'keep', 'special', 'max_len', 'counts', 'uncropped', 'collapse'}: raise GeneformerError(
+    if lost := set(options) - {'gene_ids', 'orthologs', 'keep', 'special', 'max_len', 'counts', 'uncropped', 'collapse'}: raise GeneformerError(
         f"tokenize_to knows no option {sorted(lost)[0]!r}.")
     encoder = Encoder(vocabulary, carried(inputs, obs, options.get('keep')), file=len(inputs) > 1, **options)
     for s in inputs:
         if not (encoder.match(s._var).index >= 0).any(): gate_file(encoder.match(s._var), vocabulary, 1, s.name)
     return encoder
 
-def _facts(encoder, layer, logged, fractional, **more):
+def _facts(encoder, counts_layer, logged, fractional, **more):
     "What the tokens depend on, options left at their defaults included"
-    o, own = encoder.orthologs, ('max_len', 'special', 'genes', 'keep', 'counts', 'uncropped', 'collapse')
-    return {k: getattr(encoder, k) for k in own} | dict(vocabulary=encoder.vocabulary.hash, carried=encoder.carry, layer=layer, logged=logged,
+    o, own = encoder.orthologs, ('max_len', 'special', 'gene_ids', 'keep', 'counts', 'uncropped', 'collapse')
+    return {k: getattr(encoder, k) for k in own} | dict(vocabulary=encoder.vocabulary.hash, carried=encoder.carry, counts_layer=counts_layer, logged=logged,
         fractional=fractional, orthologs=None if o is None else digest(Path(o) if isinstance(o, str) else o), **more)
 
 def _lists(encoder): return ['counts'] * encoder.counts + ['input_ids_uncropped'] * encoder.uncropped
@@ -198,16 +198,16 @@ def _bytes(inputs):
     return sum(4 * int(X.indptr[-1]) for s in inputs if hasattr(X := s._chosen[0], 'indptr') and isinstance(X.indptr, np.ndarray))
 
 # %% ../../nbs/04a_corpus.ipynb #e67c68ae
-def _from_stream(data, vocabulary, folder, executor, part, layer, logged, fractional, obs, min_match, block, workers, options):
+def _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged, fractional, obs, min_match, block, workers, options):
     "One shard for each AnnData that an iterator gives; a shard that is there is passed over when its cells are the same"
     if executor != 'serial' or part: raise GeneformerError("An iterator is gone through once, by one process: use executor='serial' and no part, or write files first.")
     encoder, n, folder = None, 0, check_folder(folder)
     for n, adata in enumerate(progress(data, 'tokenizing', unit='blocks'), 1):
-        source = Source(adata, layer, logged, fractional)
+        source = Source(adata, counts_layer, logged, fractional)
         if encoder is None:
             encoder = _encoder(vocabulary, [source], obs, options)
             layout = _Layout(corpus_kinds([source], encoder), _lists(encoder))
-            Manifest(folder, _facts(encoder, layer, logged, fractional, inputs='an iterator')).open()
+            Manifest(folder, _facts(encoder, counts_layer, logged, fractional, inputs='an iterator')).open()
             there = _lines(folder)
         path, mark = folder/f'shard-{n - 1:05d}.arrow', source.fingerprint()
         if path.exists() and n - 1 in there:

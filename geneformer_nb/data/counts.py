@@ -39,11 +39,11 @@ def check_counts(
                           "set missing values to 0 or drop those cells.")
     if (bad := d < 0).any():
         raise CountsError(f"The counts hold negative values, first at {_where(X, bad, obs_names, var_names)}: this looks "
-                          "like scaled (z-scored) data, which cannot be turned back. Pass the raw counts (layer=…).")
+                          "like scaled (z-scored) data, which cannot be turned back. Pass the raw counts (counts_layer=…).")
     if not fractional and (bad := d != np.rint(d)).any():
         hint = 'this looks log-normalized' if d.max() < 25 else 'this looks normalized'
         raise CountsError(f"The counts are not whole numbers, first at {_where(X, bad, obs_names, var_names)}: {hint}. Pass "
-                          "raw counts (layer=…), or logged=True for log1p values, or fractional=True for estimated counts.")
+                          "raw counts (counts_layer=…), or logged=True for log1p values, or fractional=True for estimated counts.")
 
 # %% ../../nbs/01_counts.ipynb #7f7dfdec
 @dataclass
@@ -161,13 +161,13 @@ def _whole(X):
     d = d.data if hasattr(d, 'indptr') else np.asarray(d).ravel()
     return bool(len(d) == 0 or d.dtype.kind in 'biuf' and (np.isfinite(d).all() and (d >= 0).all() and (d == np.rint(d)).all()))
 
-def _choose(adata, layer, logged):
+def _choose(adata, counts_layer, logged):
     "The matrix of counts (or logged counts), its genes, and its name"
-    if layer is not None:
-        if layer not in adata.layers:
+    if counts_layer is not None:
+        if counts_layer not in adata.layers:
             have = ', '.join(map(repr, adata.layers)) or 'none'
-            raise CountsError(f"There is no layer {layer!r} (layers here: {have}): name one of them, or leave layer out.")
-        return adata.layers[layer], adata.var, f'layers[{layer!r}]'
+            raise CountsError(f"There is no layer {counts_layer!r} (layers here: {have}): name one of them, or leave counts_layer out.")
+        return adata.layers[counts_layer], adata.var, f'layers[{counts_layer!r}]'
     if logged: return (adata.raw.X, adata.raw.var, 'raw.X') if adata.raw is not None else (adata.X, adata.var, 'X')
     if 'counts' in adata.layers: return adata.layers['counts'], adata.var, "layers['counts']"
     if adata.X is not None and _whole(adata.X): return adata.X, adata.var, 'X'
@@ -189,15 +189,15 @@ def _checked(X, obs, var, source, logged, fractional, name=None):
 
 def counts_of(
     adata, # AnnData: in memory, backed or lazy
-    layer:str=None, # layer with the counts; None follows the rule above
+    counts_layer:str=None, # layer with the counts; None follows the rule above
     logged:bool=False, # True says the values are log1p of normalized counts: they are turned back with expm1
     fractional:bool=False, # True accepts estimated counts that are not whole numbers
 )->Counts: # checked counts
     "Find and check the counts of an AnnData, which is not changed; raises `CountsError`"
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise CountsError(f"The AnnData is empty ({adata.n_obs} cells × {adata.n_vars} genes): nothing to do.")
-    X, var, source = _choose(adata, layer, logged)
-    if X is None: raise CountsError("The AnnData has no X and no layer was named: pass layer=…")
+    X, var, source = _choose(adata, counts_layer, logged)
+    if X is None: raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
     try: return _checked(X, adata.obs, var, source, logged, fractional)
     except CountsError as e:
         if source != 'X' or logged or adata.raw is None: raise
@@ -221,7 +221,7 @@ def gene_names(
     if column == 'index': return np.asarray(var.index).astype(str)
     if column not in var:
         raise GeneMatchError(f"var has no column {column!r} (it has {', '.join(map(str, var.columns)) or 'none'}): name one of "
-                             "them as genes=…, or genes='index'.")
+                             "them as gene_ids=…, or gene_ids='index'.")
     if isinstance(var, Table) and getattr(var[column], 'dtype', None) == object: return var[column]  # words, as they lay in the file
     return _frame(var)[column].astype(str).to_numpy()
 

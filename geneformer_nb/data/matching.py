@@ -110,4 +110,4 @@ def gate(self:GeneMatch,
     raise GeneMatchError(f"Only {share:.1%} of the {'genes' if self.counts_matched is None else 'counts'} fall on genes of the vocabulary {vocabulary.name!r}. The data names "
         f"genes like {', '.join(lost)}; the vocabulary knows ids like {', '.join(vocabulary.genes[:5])}"
         + (f" and symbols like {', '.join(list(vocabulary.symbols.values())[:5])}." if vocabulary.symbols else f".{_no_symbols(vocabulary)}")
-        + " Another species (orthologs=…) or another column (genes=…) is the usual reason.")
+        + " Another species (orthologs=…) or another column (gene_ids=…) is the usual reason.")

@@ -237,9 +237,9 @@ class _Shard:
 def corpus_medians(
     data, # AnnData, a path, or several of them: whatever `sources` takes
     *,
-    genes:str=None, # column of var that names genes; None as in `gene_names`
+    gene_ids:str=None, # column of var that names genes; None as in `gene_names`
     keep='filter_pass', # obs column: cells with 1 or True count, all of a file without it; a boolean a cell; None: all
-    layer:str=None, # as in `counts_of`
+    counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
     out=None, # folder for one Parquet a shard, a manifest, and `medians.parquet`; None works in memory
@@ -250,13 +250,13 @@ def corpus_medians(
     aliases:dict=None, # {UPPER-CASE old id or symbol: id}, such as `vocabulary.aliases`; None changes no name
 )->Medians: # of all shards there are
     "Non-zero medians of a corpus (official: obtain_nonzero_median_digests); the same call again resumes"
-    src = sources(data, layer=layer, logged=logged, fractional=fractional)
-    job = _Shard(src, shards(src, rows), _split(keep, src), genes, aliases)
+    src = sources(data, counts_layer=counts_layer, logged=logged, fractional=fractional)
+    job = _Shard(src, shards(src, rows), _split(keep, src), gene_ids, aliases)
     if out is None:
         total = Medians()
         for i in progress(range(len(job.shards)), 'medians', unit='shards'): total.update(job.count(i))
         return total
-    facts = dict(medians=_bits, data=digest([s.fingerprint() for s in src]), rows=rows, genes=genes, layer=layer,
+    facts = dict(medians=_bits, data=digest([s.fingerprint() for s in src]), rows=rows, gene_ids=gene_ids, counts_layer=counts_layer,
                  logged=logged, fractional=fractional, aliases=aliases and digest(aliases),
                  keep=digest(np.asarray(keep)) if isinstance(job.keep, list) else keep)
     paths = run_shards(job, len(job.shards), out, facts, '.parquet', executor, workers, part, 'medians')

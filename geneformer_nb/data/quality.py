@@ -198,14 +198,14 @@ def check_quality(
     cell_line=None, # the same for immortalised lines
     tissue=None, # obs column of tissues; None looks under the usual names, False does not look
     max_share:float=.25, # largest share of one tissue among the cells that pass; only reported
-    layer:str=None, # as in `counts_of`
+    counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
 )->Quality: # nothing is changed
     "The paper's quality control (Methods), data set by data set; raises `CountsError` or `GeneMatchError`"
     if not n_sd > 0: raise GeneformerError(f"n_sd={n_sd} lets no cell through: pass a number above 0.")
     asked = dict(dataset=dataset, doublet=doublet, malignant=malignant, cell_line=cell_line, tissue=tissue)
-    seen, plans = _scan(pieces(data, 2048, layer, logged, fractional), asked, mito, coding)
+    seen, plans = _scan(pieces(data, 2048, counts_layer, logged, fractional), asked, mito, coding)
     limits = _limits(seen, n_sd)
     cells = _decide(seen, limits, min_genes)
     sizes = dict(zip([p.name for p in plans], seen.groupby('_source').size()))

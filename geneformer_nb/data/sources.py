@@ -221,7 +221,7 @@ class Source:
     "The counts of one file or AnnData, by blocks of cells"
     def __init__(self,
         data, # AnnData or path
-        layer:str=None, # as in `counts_of`
+        counts_layer:str=None, # as in `counts_of`
         logged:bool=False, # as in `counts_of`
         fractional:bool=False, # as in `counts_of`
     ):
@@ -229,7 +229,7 @@ class Source:
             raise CountsError(f"Counts come from an AnnData or the path of one, not {type(data).__name__}.")
         if isinstance(data, str) and not data: raise CountsError("The path of the data is empty.")
         self.path = Path(data).expanduser() if isinstance(data, (str, Path)) else None
-        self.name, self._data, self.how = self.path.stem if self.path else 'AnnData', data, (layer, logged, fractional)
+        self.name, self._data, self.how = self.path.stem if self.path else 'AnnData', data, (counts_layer, logged, fractional)
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
 
     @property
@@ -248,7 +248,7 @@ class Source:
     def _choice(self, o):
         if 0 in (o.n_obs, o.n_vars): raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing to do.")
         X, var, where = _choose(o, *self.how[:2])
-        if X is None: raise CountsError("The AnnData has no X and no layer was named: pass layer=…")
+        if X is None: raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
         if tuple(X.shape) != (o.n_obs, len(var)): raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × {X.shape[1]:,} genes, obs "
                                                                     f"{o.n_obs:,} rows and var {len(var):,}. Write or copy it again.")
         return X, var, where
@@ -315,7 +315,7 @@ def _expand(data):
 
 def sources(
     data, # AnnData, path, folder, pattern like "atlas/*.h5ad", `Source`, or a list of these
-    layer:str=None, # as in `counts_of`
+    counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
 )->list: # of `Source`
@@ -325,7 +325,7 @@ def sources(
     if not found: raise CountsError("There is no input: the list is empty.")
     paths = [p.resolve() for p in found if isinstance(p, Path)]
     if len(set(paths)) < len(paths): raise CountsError(f"'{next(p for p in paths if paths.count(p) > 1).name}' is named twice: its cells would count double.")
-    out = [d if isinstance(d, Source) else Source(d, layer, logged, fractional) for d in found]
+    out = [d if isinstance(d, Source) else Source(d, counts_layer, logged, fractional) for d in found]
     for s in out: s.n_obs, s.columns  # what cannot be opened is said now, before the work
     return _named(out)
 
@@ -348,23 +348,23 @@ def shards(
 def pieces(
     data, # as `sources` takes it, or an iterator of AnnData
     size:int=2048, # cells in a piece
-    layer:str=None, # as in `counts_of`
+    counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
 ): # (Source, first cell, last cell not included), one after the other, in order; nothing is read yet
     "Blocks of cells to be read, perhaps by several threads; raises `CountsError`"
     if size < 1: raise CountsError(f"A block holds one cell or more, not {size}.")
     stream = hasattr(data, '__next__')
-    for s in (Source(a, layer, logged, fractional) for a in data) if stream else sources(data, layer, logged, fractional):
+    for s in (Source(a, counts_layer, logged, fractional) for a in data) if stream else sources(data, counts_layer, logged, fractional):
         s._chosen
         for i in range(0, s.n_obs, size): yield s, i, min(i + size, s.n_obs)
 
 def blocks(
     data, # as `sources` takes it, or an iterator of AnnData
     size:int=2048, # cells in a block
-    layer:str=None, # as in `counts_of`
+    counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
 ): # `Counts`, one block after the other, in order
     "Checked counts in blocks of cells; raises `CountsError`"
-    for s, a, b in pieces(data, size, layer, logged, fractional): yield s.block(a, b)
+    for s, a, b in pieces(data, size, counts_layer, logged, fractional): yield s.block(a, b)

@@ -124,7 +124,7 @@ class Encoder:
     "From a block of counts to cells; made by `tokenize` and `tokenize_to`, whose options these are"
     vocabulary: Vocabulary
     carry: dict # {obs column: name among the cells}
-    genes: str = None # column of var that names the genes
+    gene_ids: str = None # column of var that names the genes
     keep: str = 'filter_pass' # obs column that says which cells to keep
     special: bool = None # <cls> and <eos> around each cell? None as the vocabulary says
     max_len: int = None # longest cell in tokens; None as the vocabulary says
@@ -152,7 +152,7 @@ class Encoder:
         "Where the genes of some data stand; looked up once for all blocks of a file"
         last = self.__dict__.get('_last')
         if last is None or last[0] is not var:
-            m = match_genes(gene_names(var, self.genes), self.vocabulary, self.orthologs)
+            m = match_genes(gene_names(var, self.gene_ids), self.vocabulary, self.orthologs)
             if m.summed and not self.collapse: raise GeneMatchError(f"collapse=False, but {m.summed} genes stand in several rows, "
                 f"such as {', '.join(m.twice()[:5])}: give every gene one row, or let collapse sum them.")
             self._last = last = var, m
@@ -294,9 +294,9 @@ def tokenize(
     data, # AnnData with raw counts; a file (.h5ad, .zarr, .loom, 10x), folder or pattern; a list of these; an iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
     *,
-    genes:str=None, # column of var that names the genes; None tries ensembl_id, gene_ids, the index
+    gene_ids:str=None, # column of var that names the genes; None tries ensembl_id, gene_ids, the index
     orthologs=None, # for another species: table of its genes and the human ones, as in `match_genes`
-    layer:str=None, # layer with the counts; None: layers["counts"], X or raw.X, whichever holds counts
+    counts_layer:str=None, # layer with the counts; None: layers["counts"], X or raw.X, whichever holds counts
     logged:bool=False, # True: the values are log1p of normalized counts, and are turned back first
     fractional:bool=False, # True accepts estimated counts that are not whole numbers
     obs=None, # obs columns to carry: a list, or {name: new name}; None carries all that every input has
@@ -313,8 +313,8 @@ def tokenize(
 )->Cells: # cells in the order of the data; `.match` tells how the genes met the vocabulary
     "Rank value encoding (paper, Methods; official `TranscriptomeTokenizer`); raises `CountsError` and `GeneMatchError`"
     check_options(min_match, block=block, workers=workers)
-    inputs = None if hasattr(data, '__next__') else sources(data, layer, logged, fractional)
-    enc = Encoder(vocabulary, None, genes, keep, special, max_len, counts, uncropped, collapse, orthologs, keep_empty, file=len(inputs or '1') > 1)
+    inputs = None if hasattr(data, '__next__') else sources(data, counts_layer, logged, fractional)
+    enc = Encoder(vocabulary, None, gene_ids, keep, special, max_len, counts, uncropped, collapse, orthologs, keep_empty, file=len(inputs or '1') > 1)
     if inputs: enc.carry = carried(inputs, obs, keep)
     own = local()  # a thread reads into the same memory again
     def one(piece):
@@ -322,7 +322,7 @@ def tokenize(
         if enc.carry is None: enc.carry = carried([s], obs, keep)  # the first of an iterator decides
         return s, enc.match(s._var), *enc(s.block(a, b, enc.columns, own.__dict__))
     parts, books, matches = [], {}, {}
-    for s, m, cells, seen in prefetch(one, pieces(inputs or data, block, layer, logged, fractional), workers or min(4, cores())):
+    for s, m, cells, seen in prefetch(one, pieces(inputs or data, block, counts_layer, logged, fractional), workers or min(4, cores())):
         parts.append(cells)
         matches.setdefault(s.name, m)
         books[s.name] = add_books(books.get(s.name, {}), seen)

@@ -240,10 +240,10 @@ def official(cls:Vocabulary,
                           read('ensembl_mapping_dict', False), o['max_len'], version)
 
 # %% ../../nbs/02_vocabulary.ipynb #5eb7cda5
-def _exact_table(c, genes):
+def _exact_table(c, gene_ids):
     "Exact median and number of cells of each gene of an AnnData, in the order of the data"
     from scipy import sparse
-    ids = pd.Index([plain_id(g) for g in gene_names(c.var, genes)])
+    ids = pd.Index([plain_id(g) for g in gene_names(c.var, gene_ids)])
     code, upper = pd.factorize(ids.str.upper())
     S = sparse.csr_matrix((np.ones(len(code)), (np.arange(len(code)), code)))
     med, n = nonzero_medians((c.X @ S).tocsr())
@@ -253,28 +253,28 @@ def _exact_table(c, genes):
 @patch(cls_method=True)
 def from_counts(cls:Vocabulary,
     data, # AnnData with counts; files as `sources` takes them; or the `Medians` of a corpus
-    genes:str=None, # column of var that names genes; None as in `gene_names`
+    gene_ids:str=None, # column of var that names genes; None as in `gene_names`
     symbols:str=None, # column of var with symbols, kept for reading and typing
     cls_token:bool=False, # True frames cells with <cls> and <eos>, as V2 does
     max_len:int=2048, # longest cell, specials included
     min_cells:int=1, # a gene seen in fewer cells is left out
-    layer:str=None, # as in `counts_of`
+    counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     name:str='from counts', # word for messages
 )->Vocabulary:
     "A vocabulary of all genes seen in the data; rows of one id, in any case, are summed; raises `VocabularyError`"
     if hasattr(data, 'obs'):
-        c = counts_of(data, layer, logged)
-        table, tables = _exact_table(c, genes), [c.var]
+        c = counts_of(data, counts_layer, logged)
+        table, tables = _exact_table(c, gene_ids), [c.var]
     else:
-        inputs = [] if isinstance(data, Medians) else sources(data, layer, logged)
-        table = (corpus_medians(inputs, genes=genes) if inputs else data).table()
+        inputs = [] if isinstance(data, Medians) else sources(data, counts_layer, logged)
+        table = (corpus_medians(inputs, gene_ids=gene_ids) if inputs else data).table()
         tables = [s.var for s in inputs]
     table = table[table['n_cells'] >= max(1, min_cells)]
     if not len(table): raise VocabularyError(f"No gene is seen in {min_cells} cells or more: there is no vocabulary to make.")
     sym = {}
     for var in tables if symbols is not None else ():
-        for g, s in zip(gene_names(var, genes), gene_names(var, symbols)):
+        for g, s in zip(gene_names(var, gene_ids), gene_names(var, symbols)):
             if s.upper() not in _no_id: sym.setdefault(plain_id(g).upper(), s)
     sym = {g: sym[g.upper()] for g in table.index if g.upper() in sym}
     says = Counter(map(str.upper, sym.values()))

@@ -174,7 +174,7 @@ def calibration(
 # %% ../../nbs/10_splits.ipynb #eb181467
 def log_cp10k(
     adata, # AnnData with counts
-    **kwargs, # layer, logged as in `counts_of`
+    **kwargs, # counts_layer, logged as in `counts_of`
 ): # cells × genes, CSR float32
     "Log of 1 + counts per 10,000"
     return _logged(counts_of(adata, **kwargs).X)
@@ -232,7 +232,7 @@ def baselines(
     C:float=.01, # inverse strength of the penalty
     which=('majority class', 'logistic regression, log CP10k'), # names of `learners`, or "all"
     seed:int=0, # as in `learners`
-    **kwargs, # layer, logged as in `counts_of`
+    **kwargs, # counts_layer, logged as in `counts_of`
 )->tuple: # (table of scores, {baseline: table of `predicted` and the probability of each class, by barcode of the test cells})
     "What no model at all, and simple models of the counts, achieve on the same split; raises `LeakError`, `GeneformerError`"
     need_obs(adata.obs, label, *([donor] if donor else []))
@@ -257,7 +257,7 @@ def de_ranking(
     start:str, # state of the cells to be treated
     goal:str, # state to reach
     donor:str, # column of donors
-    **kwargs, # layer, logged as in `counts_of`
+    **kwargs, # counts_layer, logged as in `counts_of`
 )->pd.DataFrame: # gene, log_fold_change (goal over start), t, p; strongest first
     "Welch's t-test between donors of the two states, on mean log CP10k a donor"
     from scipy.stats import ttest_ind

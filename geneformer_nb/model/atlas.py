@@ -72,7 +72,7 @@ class _Counted:
     def place(self, k, a): return self.names[k], a
     def facts(self):
         e, o = self.encoder, self.encoder.orthologs
-        return dict(genes=e.genes, max_len=e.max_len, collapse=e.collapse, orthologs=None if o is None else digest(Path(o) if isinstance(o, str) else o)
+        return dict(gene_ids=e.gene_ids, max_len=e.max_len, collapse=e.collapse, orthologs=None if o is None else digest(Path(o) if isinstance(o, str) else o)
             ) | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(self.inputs)}
 
 # %% ../../nbs/09b_atlas.ipynb #9518b450

@@ -97,7 +97,7 @@ def embed(
     if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}: Geneformer.from_pretrained(…).")
     if vocabulary is not None and vocabulary.hash != model.vocabulary.hash:
         raise VocabularyError(f"The vocabulary given ({vocabulary.name!r}) is not the model's ({model.vocabulary.name!r}): leave it out.")
-    cells = tokenize(adata, model.vocabulary, layer=counts_layer, logged=logged, genes=genes, obs=[], keep=None, keep_empty=True)
+    cells = tokenize(adata, model.vocabulary, counts_layer=counts_layer, logged=logged, gene_ids=genes, obs=[], keep=None, keep_empty=True)
     out = adata.copy() if copy else adata
     store_embedding(out, cells, model, layer, pool, key_added, dict(genes=str(cells.match)), kwargs)
     return out if copy else None

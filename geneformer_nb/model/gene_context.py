@@ -108,7 +108,7 @@ def log_pca(
     n:int=50, # components
     genes:int=2000, # most variable genes that are kept, where there are more
     seed:int=0, # of the decomposition
-    **counts, # layer, logged as in `counts_of`
+    **counts, # counts_layer, logged as in `counts_of`
 )->np.ndarray: # cells × n, float32
     "Principal components of log counts: what everybody has without a model; raises `CountsError`"
     import anndata as ad, scanpy as sc
@@ -129,7 +129,7 @@ def batch_check(
     k:int=15, # neighbors looked at
     max_cells:int=3000, # more are drawn from at random, since every pair is compared
     seed:int=0, # which are drawn
-    **counts, # layer, logged as in `counts_of`
+    **counts, # counts_layer, logged as in `counts_of`
 )->pd.DataFrame: # a row a representation: the four measures, cells, batches, labels
     "Are cells together by type or by batch? Beside log counts and chance; raises `GeneformerError`"
     keys = [keys] if isinstance(keys, str) else list(keys)

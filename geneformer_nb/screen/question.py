@@ -94,13 +94,13 @@ def small_vocabulary(
     top:int=None, # only the most variable genes, labels unseen; None takes all
     known=(), # genes that stay whatever their variance
     min_cells:int=3, # a gene seen in fewer cells is no word
-    counts:dict={}, # layer, logged as in `counts_of`
+    counts:dict={}, # counts_layer, logged as in `counts_of`
 )->Vocabulary:
     "A vocabulary of these counts: all genes, or the most variable ones and those named"
     names, sym = gene_names(adata.var), 'symbol' if 'symbol' in adata.var else None
     table = adata.var.assign(_id=names, _symbol=adata.var[sym] if sym else adata.var.index)
     v = Vocabulary.from_counts(ad.AnnData(adata.X, adata.obs, table, layers=dict(adata.layers)) if adata.raw is None else adata,
-                               genes='_id' if adata.raw is None else None, symbols='_symbol' if adata.raw is None else None,
+                               gene_ids='_id' if adata.raw is None else None, symbols='_symbol' if adata.raw is None else None,
                                min_cells=min_cells, name='small', **counts)
     if top is None or top >= len(v): return v
     X = log_cp10k(adata, **counts)
@@ -174,7 +174,7 @@ def prepare(
     whole = p['adata'] if isinstance(p['adata'], ad.AnnData) else read_any(p['adata'])
     whole = whole.to_memory() if whole.isbacked else whole
     adata, inside = select_cells(whole, *(p[k] for k in ('disease', 'donor', 'start', 'goal', 'where', 'groups')))
-    out, counts, seed = check_folder(p['out'], need=200_000_000), dict(layer=p['layer'], logged=p['logged']), p['seed']
+    out, counts, seed = check_folder(p['out'], need=200_000_000), dict(counts_layer=p['layer'], logged=p['logged']), p['seed']
     kept = check_folder(p['shared']) if p['shared'] else out
     pre, fine = small_pretraining | (p['pretraining'] or {}), small_finetuning | (p['finetuning'] or {})
     if 'steps' in fine: fine.pop('epochs')

@@ -64,7 +64,7 @@ def ambient_genes(
     inside, # AnnData of the cells that were asked about
     outside, # AnnData of the other cells of the same samples
     fold:float=4., # how many times larger the mean share of the counts must be outside
-    **kwargs, # layer, logged as in `counts_of`
+    **kwargs, # counts_layer, logged as in `counts_of`
 )->list: # gene names, as in var, that are seen inside and belong outside
     "Genes whose counts may come from other cells; raises `GeneformerError` for cells of other genes"
     if not inside.var_names.equals(outside.var_names): raise GeneformerError("Both sides need the same genes in the same order: select cells of one AnnData.")
@@ -98,7 +98,7 @@ def count_controls(
     donor:str, # obs column of donors
     vocabulary, # its genes are told apart
     C:float=.01, # inverse strength of the penalty of the regression
-    **kwargs, # layer, logged as in `counts_of`
+    **kwargs, # counts_layer, logged as in `counts_of`
 )->pd.DataFrame: # by gene id: expression (Welch's t between donors, goal over start; NaN with too few), coefficient (of goal, standardized log CP10k)
     "What counts alone say of each gene; all cells of the two states are used. Raises `GeneformerError`"
     from sklearn.linear_model import LogisticRegression

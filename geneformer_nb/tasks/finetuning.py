@@ -329,7 +329,7 @@ def merge(self:CellModel)->CellModel: # a copy without adapters
 def predict_adata(self:CellModel,
     adata, # AnnData with counts; gets the columns
     key:str=None, # name of the column; None: geneformer_ and the label that was learned
-    **kwargs, # layer, logged, genes … as in `tokenize`
+    **kwargs, # counts_layer, logged, genes … as in `tokenize`
 )->pd.DataFrame: # the table of `predict`; adds obs[key], and obs[key + "_probability"] where there are classes
     "Predict for every cell of an AnnData, in its order; raises `CountsError`, `GeneMatchError`"
     table, key = self.predict(_cells_of(adata, self.encoder, kwargs)), key or f"geneformer_{self.label or 'predicted'}"

@@ -66,7 +66,7 @@ def predict(self:MultiTask,
 def predict_adata(self:MultiTask,
     adata, # AnnData with counts; gets the columns
     prefix:str='geneformer_', # before the name of each task
-    **kwargs, # layer, logged, genes … as in `tokenize`
+    **kwargs, # counts_layer, logged, genes … as in `tokenize`
 )->dict: # the tables of `predict`; adds obs[prefix + label], and the same + "_probability" where there are classes
     "Predict every task for every cell of an AnnData, in its order"
     tables = self.predict(_cells_of(adata, self.encoder, kwargs))
