@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['GeneformerError', 'CountsError', 'GeneMatchError', 'VocabularyError', 'LeakError', 'MissingDataError', 'StorageError',
-           'later', 'lazy', 'pick_device', 'pick_dtype', 'seed_everything', 'progress', 'in_words', 'digest',
-           'versions', 'atomic', 'write_json', 'as_folder', 'check_folder', 'Manifest']
+           'later', 'lazy', 'comments_beside', 'described', 'verb', 'pick_device', 'pick_dtype', 'seed_everything',
+           'progress', 'in_words', 'digest', 'versions', 'atomic', 'write_json', 'as_folder', 'check_folder',
+           'Manifest']
 
 # %% ../nbs/00_core.ipynb #391ee1cb
-import hashlib, json, os, shutil, tempfile, time
+import ast, difflib, hashlib, inspect, io, json, os, re, shutil, tempfile, textwrap, time, tokenize
 from contextlib import contextmanager
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 
@@ -51,6 +53,63 @@ def _module(name):
     try: return import_module(name)
     except ModuleNotFoundError as e:
         if e.name != name: raise
+
+# %% ../nbs/00_core.ipynb #f75af0f7
+def comments_beside(
+    fn, # function
+)->dict: # {parameter, or 'return': its comment}; parameters of one line share it
+    "The comments beside the parameters of a function, and after its closing bracket"
+    source = textwrap.dedent(inspect.getsource(fn))
+    node = next(x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef))
+    said = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
+            if t.type == tokenize.COMMENT}
+    args = node.args.posonlyargs + node.args.args + node.args.kwonlyargs + [x for x in (node.args.vararg, node.args.kwarg) if x]
+    found = {x.arg: said[x.end_lineno] for x in args if x.end_lineno in said}
+    last, body = max((x.end_lineno for x in args), default=node.lineno), node.body[0].lineno
+    back = ' '.join(said[k] for k in range(last + 1, body) if k in said)
+    return found | ({'return': back} if back else {})
+
+def described(
+    fn, # function with comments beside its parameters
+)->str: # docstring, then each parameter with its comment, then what is returned
+    "The docstring of a function with its parameters spelled out"
+    try: said = comments_beside(fn)
+    except OSError: return inspect.getdoc(fn) or ''  # no source at hand
+    lines = [inspect.getdoc(fn) or '', '', 'Parameters']
+    for name, p in inspect.signature(fn).parameters.items():
+        lines.append('  ' + re.sub(r'<function (\w+) at \w+>', r'\1', str(p)))
+        if name in said: lines.append(f'      {said[name]}')
+    if 'return' in said: lines += ['', 'Returns', f'  {said["return"]}']
+    return '\n'.join(lines)
+
+def verb(
+    fn=None, # function with docments
+    *,
+    also=(), # functions that `**kwargs` of `fn` are handed to: their names are right as well
+): # the same function, with its parameters in `help()`
+    "A function that people call: its comments become its help; raises `GeneformerError` for a misspelt argument"
+    if fn is None: return partial(verb, also=also)
+    own = inspect.signature(fn).parameters
+    names = [n for n, p in own.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names += [n for f in also for n in inspect.signature(f).parameters if n not in own]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in own.values()) and not also
+    several = any(p.kind is p.VAR_POSITIONAL for p in own.values())
+    places = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in own.values())
+    @wraps(fn)
+    def checked(*args, **kwargs):
+        odd = [] if open_ended else [k for k in kwargs if k not in names]
+        if odd: raise GeneformerError(f"{fn.__name__} has no argument {odd[0]!r}{_nearest(odd[0], names)}")
+        if len(args) > places and not several: raise GeneformerError(
+            f"{fn.__name__} takes {places} arguments without a name ({', '.join(list(own)[:places])}) and was given {len(args)}: "
+            "write the others as name=value.")
+        return fn(*args, **kwargs)
+    checked.__doc__ = described(fn)
+    return checked
+
+def _nearest(word, names):
+    "The end of a sentence that names the nearest right word"
+    near = difflib.get_close_matches(word, names, 1, .5)
+    return f": did you mean {near[0]!r}?" if near else f"; it takes {', '.join(names)}."
 
 # %% ../nbs/00_core.ipynb #bdf728bd
 def pick_device(

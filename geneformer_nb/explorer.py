@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .data.cells import Cells
 from .core import GeneformerError
 from .model.embed import gene_embeddings, pick_cells, state_embeddings
-from .perturb.actions import Dose, KO, OE, Plan, make_engine, layer_and_pool, perturb
+from .perturb.actions import Dose, KO, OE, ActionPlan, make_engine, layer_and_pool, perturb
 from .plots.style import gray, styled, palette
 from .screen.report import picture, table_html
 from .jobs import whole
@@ -150,7 +150,7 @@ class Look:
 @patch
 def _run(self:Explorer, perturbations):
     "Tables of cell and shifts for perturbations, from the cache or computed together"
-    key = [Plan([p], self.encoder.vocabulary).words(0)[::2] for p in perturbations]
+    key = [ActionPlan([p], self.encoder.vocabulary).words(0)[::2] for p in perturbations]
     todo = [p for p, k in zip(perturbations, key) if k not in self.cache]
     if todo:
         t = perturb(self.model, self.cells, todo, states=self.states, show=False, **self.asked)

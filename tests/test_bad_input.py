@@ -367,7 +367,7 @@ def test_a_folder_of_something_else_is_not_replaced(cells, tmp_path):
 
 def test_results_of_another_run(model, cells, tmp_path):
     perturb_to(tmp_path/'r', model, cells[:2], each())
-    with says(StorageError, "'r'", 'what was', 'another folder'): perturb_to(tmp_path/'r', model, cells[:2], each(op=OE))
+    with says(StorageError, "'r'", 'actions was', 'another folder'): perturb_to(tmp_path/'r', model, cells[:2], each(op=OE))
 
 # --- files
 

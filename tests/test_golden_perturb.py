@@ -13,7 +13,7 @@ def tokens_of(gene_id, v): return ','.join(str(v.token(g)) for g in gene_id.spli
 def ours(name, version, what, genes):
     "Our answers by official key: (official number of the cell, perturbed tokens, affected) → value"
     v, c = vocabulary(version), perturbed(name, version)
-    raw, of_genes = perturb(model(version), c, what, layer=-1, genes=True)
+    raw, of_genes = perturb(model(version), c, what, layer=-1, affected=True)
     text = {g: tokens_of(g, v) for g in raw.gene_id.unique()}
     key = list(zip(raw.cell.map(official_order(c)), raw.gene_id.astype(str).map(text)))
     out = {(*k, 'cell'): x for k, x in zip(key, raw.cosine)}
@@ -34,7 +34,7 @@ def test_all(name, version, run, what):
 @pytest.mark.parametrize('run,op', [('delete_group', KO), ('overexpress_group', OE)], ids=['delete_group', 'overexpress_group'])
 def test_group(version, run, op):
     gold = table(f'heart_embryo_{version}_isp_{run}.parquet').set_index(['perturbed', 'affected'])['values']
-    mine = ours('heart_embryo', version, op(*of_json('meta.json')['heart_embryo'][version]['group_genes']), genes=True)
+    mine = ours('heart_embryo', version, op(*of_json('meta.json')['heart_embryo'][version]['group_genes']), affected=True)
     assert {k[1:] for k in mine} == set(gold.index) and len(mine) == gold.str.len().sum()
     for key, want in gold.items(): close([mine[(c, *key)] for c in range(3) if (c, *key) in mine], want, rtol=0)
 

@@ -312,7 +312,7 @@ def test_a_pointer_in_place_of_weights(tmp_path):
     (lambda f: os.truncate(f/'model.safetensors', 100_000), ('model.safetensors', 'incomplete')),
     (lambda f: (f/'model.safetensors').unlink(), ('no weights',)),
     (lambda f: (f/'config.json').write_text('{"vocab'), ('config.json', 'damaged')),
-    (lambda f: (f/'config.json').unlink(), ('no config.json', 'subfolder=')),
+    (lambda f: (f/'config.json').unlink(), ('no config.json', 'V2-104M')),
     (lambda f: save_file({'bert.pooler.dense.bias': torch.ones(128)}, f/'model.safetensors'), ('lack', 'tensors'))])
 def test_damaged_folders(tmp_path, spoil, words):
     folder = write(tmp_path/'worn', small())
@@ -367,8 +367,8 @@ def hub(tmp_path, monkeypatch):
     ('fine_tuned_models/heart', None, {'fine_tuned_models/heart/pytorch_model.bin'}), ('large', 'main', None)])
 def test_a_hub_id_fetches_one_checkpoint_and_no_more(hub, sub, revision, weights):
     asked, fetched = hub
-    what = dict(subfolder=sub, revision=revision, vocabulary=WORDS, device='cpu')
-    got = Geneformer.from_pretrained('someone/Geneformer', **what)
+    what = dict(revision=revision, vocabulary=WORDS, device='cpu')
+    got = Geneformer.from_pretrained(f"someone/Geneformer/{sub or ''}", **what)
     assert set(asked) == {('someone/Geneformer', revision)} and got.vocabulary is WORDS
     files = fetched() - {'geneformer/token_dictionary_gc104M.pkl'}
     conf = f'{sub}/config.json' if sub else 'config.json'
@@ -384,7 +384,7 @@ def test_a_hub_that_does_not_answer(hub, monkeypatch):
     with says(MissingDataError, 'nowhere', 'config.json'): Geneformer.from_pretrained('/nowhere/at/all/nowhere')
 
 def test_a_hub_id_with_a_wrong_subfolder_names_the_right_ones(hub):
-    with says(MissingDataError, 'no config.json'): Geneformer.from_pretrained('someone/Geneformer', subfolder='V3')
+    with says(MissingDataError, 'no config.json'): Geneformer.from_pretrained('someone/Geneformer/V3')
 
 def test_the_names_that_snapshot_download_takes():
     import inspect
@@ -413,7 +413,7 @@ def test_official_folders(tmp_path, name, how, layers):
     v1 = conf['vocab_size'] == 25_426
     write(tmp_path/name, hf, how, conf, position_ids=v1)
     (tmp_path/'geneformer').symlink_to(root/'data/official/geneformer')
-    got = Geneformer.from_pretrained(tmp_path, subfolder=name, device='cpu')
+    got = Geneformer.from_pretrained(tmp_path/name, device='cpu')
     assert got.vocabulary.name == ('V1' if v1 else 'V2') and type(got.hf) is kind
     if layers == 6 and v1:
         assert (tmp_path/name/'model.safetensors').stat().st_size == official_files[name]['model.safetensors'][0]

@@ -7,7 +7,7 @@ from geneformer_nb.data import toy
 from geneformer_nb.core import GeneformerError
 from geneformer_nb.data.vocabulary import Vocabulary
 from geneformer_nb.screen.pathways import drug_plan, drug_scores, enrich, enrichment_plot, gene_sets, read_drugs, read_gmt, running_sum
-from geneformer_nb.perturb.actions import Plan
+from geneformer_nb.perturb.actions import ActionPlan
 from sentences import says
 
 needs_decoupler = pytest.mark.skipif(not importlib.util.find_spec('decoupler'), reason="decoupler is not installed: pip install 'geneformer_nb[bio]'")
@@ -168,7 +168,7 @@ def test_plan(capsys):
     assert [repr(p) for p in plan] == ['x'] and [(o.act, o.gene) for o in plan[0].ops] == [('KO', 'A'), ('OE', 'B')]
     said = capsys.readouterr().out
     assert 'Z of x' in said and 'Left without a target: y' in said
-    Plan(plan, v)
+    ActionPlan(plan, v)
     with says(GeneformerError, 'two names'): drug_plan(drugs(('x', 'A', 'inhibitor'), ('x', 'OLDA', 'agonist')), v)
     with says(GeneformerError, 'None of'): drug_plan(drugs(('x', 'Z', 'inhibitor')), v, say=None)
 

@@ -24,7 +24,7 @@ def system(request):
 def test_scores_are_those_of_perturb(system, ranks):
     model, cells = system
     s = knockout_scores(model, cells, ranks=ranks, least=1)
-    raw, per = perturb(model, cells, each('detected', KO, ranks=ranks), genes=True, show=False)
+    raw, per = perturb(model, cells, each('detected', KO, ranks=ranks), affected=True, show=False)
     k = len(model.vocabulary.specials)
     per = per.assign(moved=1 - per.cosine.astype(float), gene=[model.vocabulary.genes[t - k] for t in per.affected],
                      knocked=raw.gene_id.astype(str).to_numpy()[per.row])

@@ -28,12 +28,12 @@ what = [each(), each(['TF01', 'TF02'], Dose, down=.5), KO('TF01') + OE('TF03')]
 def serial(made, tmp_path_factory):
     cells, model = made
     folder = tmp_path_factory.mktemp('serial')/'r'
-    return perturb_to(folder, model, cells, what, shard=3, genes=2), bytes_of(folder)
+    return perturb_to(folder, model, cells, what, shard=3, affected=2), bytes_of(folder)
 
 @pytest.mark.parametrize('executor', ['processes', 'dask'])
 def test_same_bytes_by_any_executor(made, serial, tmp_path, executor):
     cells, model = made
-    table = perturb_to(tmp_path/'r', model, cells, what, shard=3, genes=2, executor=executor, workers=2)
+    table = perturb_to(tmp_path/'r', model, cells, what, shard=3, affected=2, executor=executor, workers=2)
     pd.testing.assert_frame_equal(table, serial[0])
     assert bytes_of(tmp_path/'r') == serial[1] and len(serial[1]) == 4
 
@@ -56,7 +56,7 @@ def slow(*a, **kw):
     print('shard', flush=True); time.sleep(.4)
     return run(*a, **kw)
 s.perturb = slow
-s.perturb_to({folder!r}, model, cells, what, shard=3, genes=2)
+s.perturb_to({folder!r}, model, cells, what, shard=3, affected=2)
 '''
 
 def test_killed_and_resumed(made, serial, tmp_path):
@@ -67,13 +67,13 @@ def test_killed_and_resumed(made, serial, tmp_path):
     os.kill(run.pid, signal.SIGKILL); run.wait()
     done = bytes_of(folder)
     assert 0 < sum(len(Path(n).parts) for n in done) and not (folder/'shard-00003.parquet').exists()
-    pd.testing.assert_frame_equal(perturb_to(folder, model, cells, what, shard=3, genes=2), serial[0])
+    pd.testing.assert_frame_equal(perturb_to(folder, model, cells, what, shard=3, affected=2), serial[0])
     assert bytes_of(folder) == serial[1]
     assert not list(folder.rglob('.shard-00003*'))
 
 def test_tasks_of_a_job_array(made, serial, tmp_path):
     cells, model = made
-    for i in range(3): perturb_to(tmp_path/'r', model, cells, what, shard=3, genes=2, part=(i, 3))
+    for i in range(3): perturb_to(tmp_path/'r', model, cells, what, shard=3, affected=2, part=(i, 3))
     assert bytes_of(tmp_path/'r') == serial[1]
 
 def test_the_batch_size_of_the_first_run_stays(made, tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_long_lists_that_differ_in_the_middle_are_another_run(made, tmp_path):
     cells, model = made
     names = [g for g in model.vocabulary.genes]
     perturb_to(tmp_path/'r', model, cells[:2], each(names, OE))
-    with pytest.raises(StorageError, match='what was'): perturb_to(tmp_path/'r', model, cells[:2], each(names[:100] + names[101:], OE))
+    with pytest.raises(StorageError, match='actions was'): perturb_to(tmp_path/'r', model, cells[:2], each(names[:100] + names[101:], OE))
 
 def test_no_memory(made, monkeypatch):
     cells, model = made
@@ -179,11 +179,11 @@ def test_pairs_that_do_more_than_their_parts(made):
 
 def test_gene_effects_in_shards(made, serial, tmp_path):
     cells, model = made
-    perturb_to(tmp_path/'r', model, cells[:4], each(), shard=3, genes=True)
+    perturb_to(tmp_path/'r', model, cells[:4], each(), shard=3, affected=True)
     got = pd.concat(gene_effects(tmp_path/'r', model), ignore_index=True)
-    table, want = perturb(model, cells[:4], each(), genes=True)
+    table, want = perturb(model, cells[:4], each(), affected=True)
     np.testing.assert_allclose(got.cosine, want.cosine, atol=1e-6)
     assert got.cell.tolist() == table.cell[want.row].tolist() and got.affected.tolist() == list(model.vocabulary.gene(want.affected.to_numpy()))
     some = pd.concat(gene_effects(tmp_path/'r', model, affected=['TF01']), ignore_index=True)
     assert set(some.affected) == {model.vocabulary.gene(model.vocabulary.token('TF01'))}
-    with pytest.raises(StorageError, match='genes=True'): list(gene_effects(tmp_path, model))
+    with pytest.raises(StorageError, match='affected=True'): list(gene_effects(tmp_path, model))

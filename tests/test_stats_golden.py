@@ -181,7 +181,7 @@ def test_form_takes_what_perturb_gives(v):
         a, b, both_ = d.mean()
         assert np.allclose([r.Anchor_shift, r.Test_token_shift, r.Combo_shift, r.Sum_of_indiv_shifts, r.Combo_minus_sum_shift], [a, b, both_, a + b - 1, both_ - a - b + 1])
         assert r.N_Detections == len(d)
-    raw, effects = perturb(model(v), c[:2], each(names[:2]), layer=-1, genes=True)
+    raw, effects = perturb(model(v), c[:2], each(names[:2]), layer=-1, affected=True)
     t = official_form(raw, 'aggregate_gene_shifts', effects=effects, vocabulary=voc)
     assert (t.Affected == 'cell_emb').sum() == raw.gene_id.nunique() and len(t) > 100
     one = t[(t.Ensembl_ID == names[0]) & (t.Affected != 'cell_emb')].iloc[0]

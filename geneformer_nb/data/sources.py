@@ -17,7 +17,7 @@ from weakref import ref
 import numpy as np
 from fastcore.basics import patch
 from ..core import CountsError, digest, later
-from .counts import Coded, Counts, Rows, Table, _checked, _choose, _frame, _rows, _sane
+from .counts import Coded, Counts, Rows, Table, other_matrices, _checked, _choose, _frame, _rows, _sane
 pd = later('pandas')
 
 # %% ../../nbs/01a_sources.ipynb #1af02953
@@ -248,7 +248,7 @@ class Source:
     def _choice(self, o):
         if 0 in (o.n_obs, o.n_vars): raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing to do.")
         X, var, where = _choose(o, *self.how[:2])
-        if X is None: raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
+        if X is None: raise CountsError(f"The AnnData has no X and no layer was named: pass counts_layer=….{other_matrices(o, where)}")
         if tuple(X.shape) != (o.n_obs, len(var)): raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × {X.shape[1]:,} genes, obs "
                                                                     f"{o.n_obs:,} rows and var {len(var):,}. Write or copy it again.")
         return X, var, where
@@ -281,8 +281,7 @@ def block(self:Source,
     except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
     try: return _checked(rows, obs, var, where, logged, fractional, self.name)
     except CountsError as e:
-        hint = " There is a raw.X too: if it holds log1p values, logged=True takes those." if where == 'X' and not logged and self._got.raw else ''
-        raise _in_file(CountsError(f"{e}{hint}"), self.path) from e
+        raise _in_file(CountsError(f"{e}{other_matrices(self._got, where, logged)}"), self.path) from e
 
 @patch
 def fingerprint(self:Source)->str: # 16 hexadecimal characters

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..core import MissingDataError, VocabularyError, atomic, digest, later
+from .hub import dictionary_files, fetch, hub_place, official_repo
 from .counts import _no_id, counts_of, gene_names, plain_id
 from .medians import Medians, corpus_medians, nonzero_medians
 from .sources import sources
@@ -97,6 +98,17 @@ def symbol(self:Vocabulary,
     if np.ndim(genes) == 0: return self.symbol(self.gene(genes))
     return [self.symbol(g) for g in genes]
 
+@patch
+def subset(self:Vocabulary,
+    keep:np.ndarray, # numbers of the genes to keep, ascending
+    name:str=None, # word for messages; None keeps the name
+)->Vocabulary:
+    "A vocabulary of some of the genes, in the same order"
+    genes = [self.genes[i] for i in keep]
+    here = set(genes)
+    return Vocabulary(genes, self.medians[keep], self.cls, self.max_len, {g: s for g, s in self.symbols.items() if g in here},
+                      {a: g for a, g in self.aliases.items() if g in here}, name or self.name)
+
 # %% ../../nbs/02_vocabulary.ipynb #d15698b2
 def _no_symbols(v):
     "What to bring when a vocabulary knows no symbols"
@@ -143,10 +155,29 @@ def save(self:Vocabulary,
 )->Path: # the file
     "Write the vocabulary"
     file = _vocab_file(path)
-    text = json.dumps(dict(name=self.name, hash=self.hash, cls=self.cls, max_len=self.max_len, genes=self.genes,
-                           medians=self.medians.tolist(), symbols=self.symbols, aliases=self.aliases))
-    with atomic(file) as tmp: tmp.write_text(text)
+    with atomic(file) as tmp: tmp.write_text(self.to_json())
     return file
+
+@patch
+def to_json(self:Vocabulary)->str:
+    "The vocabulary as text, with its hash"
+    return json.dumps(dict(name=self.name, hash=self.hash, cls=self.cls, max_len=self.max_len, genes=self.genes,
+                           medians=self.medians.tolist(), symbols=self.symbols, aliases=self.aliases))
+
+@patch(cls_method=True)
+def from_json(cls:Vocabulary,
+    text:str, # what `to_json` gave
+    name:str='The text', # word for messages
+)->Vocabulary:
+    "Read a vocabulary; raises `VocabularyError` when its content and its hash disagree"
+    try:
+        fields = json.loads(text)
+        want = fields.pop('hash')
+        v = cls(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise VocabularyError(f"{name} holds no vocabulary ({type(e).__name__}: {e}): pass vocabulary=… instead.") from e
+    if v.hash != want: raise VocabularyError(f"{name} was changed after it was written: its hash is {v.hash}, not {want}.")
+    return v
 
 @patch(cls_method=True)
 def load(cls:Vocabulary,
@@ -155,11 +186,7 @@ def load(cls:Vocabulary,
     "Read a vocabulary; raises `VocabularyError` when its content and its hash disagree"
     file = _vocab_file(path)
     if not file.exists(): raise VocabularyError(f"There is no {file.name} in '{file.parent}': pass vocabulary=… instead.")
-    try: d = json.loads(file.read_text()); want = d.pop('hash'); v = cls(**d)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise VocabularyError(f"{file.name} holds no vocabulary ({type(e).__name__}: {e}): pass vocabulary=… instead.") from e
-    if v.hash != want: raise VocabularyError(f"{file.name} was changed after it was written: its hash is {v.hash}, not {want}.")
-    return v
+    return cls.from_json(file.read_text(), file.name)
 
 # %% ../../nbs/02_vocabulary.ipynb #1fe99f70
 def _number_type(name, *_):
@@ -224,11 +251,12 @@ def from_dicts(cls:Vocabulary,
 @patch(cls_method=True)
 def official(cls:Vocabulary,
     version:str, # "V1" (30M cells, 2021) or "V2" (104M cells, 2024)
-    folder, # folder that holds `geneformer/` as in the official repository
+    folder=official_repo, # folder that holds `geneformer/` as in the official repository, or a repository on the hub
 )->Vocabulary:
     "The dictionaries of an official generation, those of symbols where they are; raises `MissingDataError` for the others"
     if version not in _official: raise VocabularyError(f"version {version!r} is neither 'V1' nor 'V2'.")
-    o, root = _official[version], Path(folder)
+    place = hub_place(str(folder))
+    o, root = _official[version], fetch(place, dictionary_files) if place else Path(folder).expanduser()
     root = root/'geneformer' if (root/'geneformer').is_dir() else root
     def read(kind, need=True):
         f = root/f"{o['sub']}{kind}_{o['tag']}.pkl"
@@ -260,14 +288,15 @@ def from_counts(cls:Vocabulary,
     min_cells:int=1, # a gene seen in fewer cells is left out
     counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
+    fractional:bool=False, # as in `counts_of`
     name:str='from counts', # word for messages
 )->Vocabulary:
     "A vocabulary of all genes seen in the data; rows of one id, in any case, are summed; raises `VocabularyError`"
     if hasattr(data, 'obs'):
-        c = counts_of(data, counts_layer, logged)
+        c = counts_of(data, counts_layer, logged, fractional)
         table, tables = _exact_table(c, gene_ids), [c.var]
     else:
-        inputs = [] if isinstance(data, Medians) else sources(data, counts_layer, logged)
+        inputs = [] if isinstance(data, Medians) else sources(data, counts_layer, logged, fractional)
         table = (corpus_medians(inputs, gene_ids=gene_ids) if inputs else data).table()
         tables = [s.var for s in inputs]
     table = table[table['n_cells'] >= max(1, min_cells)]

@@ -287,14 +287,13 @@ def save_pretrained(self:Geneformer,
 
 @patch(cls_method=True)
 def from_pretrained(cls:Geneformer,
-    path, # a folder, or a hub id such as "ctheodoris/Geneformer"
-    subfolder:str=None, # such as "Geneformer-V1-10M"
+    name, # a folder, a path on the hub such as "ctheodoris/Geneformer/Geneformer-V2-104M", or a short name: "V2-104M"
     vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one of that size
     device=None, # as in `pick_device`
     revision:str=None, # of the hub: branch, tag or commit; None is the newest
 )->Geneformer:
     "Load a checkpoint, ours or official, with any head; raises the errors of `read_checkpoint`"
-    return cls(*read_checkpoint(path, subfolder, vocabulary, revision)).to(device)
+    return cls(*read_checkpoint(name, vocabulary, revision)).to(device)
 
 def weights_digest(
     model:Geneformer, # any

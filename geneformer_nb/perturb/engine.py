@@ -194,12 +194,12 @@ class Engine:
         pool:str=None, # as in `Geneformer.pooling`
         layer='second_to_last', # as in `Geneformer.n_run`
         states:dict=None, # {state: vector (d,)}
-        genes=False, # True: also the cosine of each remaining gene; a number: of so many that changed most
+        affected=False, # True: also the cosine of each remaining gene; a number: of so many that changed most
         dtype=None, # "bfloat16" computes in half precision
     ):
         self.model, self.encoder = model, getattr(model, 'encoder', model)
         self.pool = model.pool if model is not self.encoder else self.encoder.pooling(pool)
-        self.cells, self.layer, self.genes, self.dtype = cells, layer, genes, pick_dtype(dtype)
+        self.cells, self.layer, self.affected, self.dtype = cells, layer, affected, pick_dtype(dtype)
         self.states = {k: F.normalize(torch.as_tensor(s, dtype=torch.float64).cpu(), dim=0) for k, s in (states or {}).items()}
         self.depth, self.seen = self.encoder.n_run(layer), {}
         task = getattr(model, 'task', None)
@@ -232,7 +232,7 @@ def before(self:Engine, keys): # (cell, tokens cut from its end) of each cell a 
         off = np.concatenate([[0], np.cumsum([*map(len, flat)])])
         x = self.hidden(np.concatenate(flat), off)
         vec, said = self.read(x, off)
-        unit = _unit(x) if self.genes or self.pool == 'mean' else None
+        unit = _unit(x) if self.affected or self.pool == 'mean' else None
         for i, k in enumerate(new):
             self.seen[k] = Before(None if unit is None else unit[off[i]:off[i+1]], vec[i], None if said is None else said[i])
     return [self.seen[k] for k in keys]
@@ -245,7 +245,7 @@ def after(self:Engine, batch, offsets): # `Variants`, and where each of their fo
         x = first_layer(self.encoder, self.cells[v.cell].tokens, *v.single)
         below = None if x is None else (1, x)
     tokens, positions = (np.concatenate([getattr(v, k) for v in batch]) for k in ('tokens', 'positions'))
-    if self.pool != 'cls' or self.genes or not self.depth: return self.hidden(tokens, offsets, positions=positions, below=below), offsets
+    if self.pool != 'cls' or self.affected or not self.depth: return self.hidden(tokens, offsets, positions=positions, below=below), offsets
     depth = self.depth - 1 - self.encoder.config.num_hidden_layers  # as `layer` says it
     x = below[1] if below and self.depth == 1 else self.encoder.hidden(tokens, offsets, positions=positions, below=below, layer=depth)
     return first_tokens(self.encoder.hf.base_model.encoder.layer[self.depth - 1], x, offsets), np.arange(len(offsets))
@@ -262,7 +262,7 @@ def effects(self:Engine, batch): # `Variants`
     x, ends = self.after(batch, off)
     u1, said = self.read(x, ends)
     u0, out, per_gene = torch.stack([b.vector for b in was])[own], {}, None
-    if self.genes or self.pool == 'mean':
+    if self.affected or self.pool == 'mean':
         start = np.concatenate([[0], np.cumsum([len(b.tokens) for b in was])])
         src, moved = (np.concatenate([getattr(v, k) for v in batch]) for k in ('src', 'moved'))
         inside = (src >= 0) & ~moved
@@ -271,7 +271,7 @@ def effects(self:Engine, batch): # `Variants`
         here, ours = (torch.as_tensor(y, device=dev) for y in (src[inside] + start[own[seg]], np.flatnonzero(inside)))
         far = torch.cat([b.tokens for b in was])[here] - (_unit(x) if inside.all() else _unit(x[ours]))
         cos = 1 - far.square().sum(-1).cpu().numpy().astype(float)/2  # of unit vectors; a sum of fast_matmul would round near 1
-        if self.genes: per_gene = self.strongest(cos, seg, np.concatenate([v.tokens for v in batch])[inside])
+        if self.affected: per_gene = self.strongest(cos, seg, np.concatenate([v.tokens for v in batch])[inside])
     out['cosine'] = np.bincount(seg, cos, n)/np.bincount(seg, minlength=n) if self.pool == 'mean' else (u0 * u1).sum(-1).numpy()
     for k, s in self.states.items(): out[f'shift_{k}'] = (u1 @ s - u0 @ s).numpy()
     if said is not None: out |= dict(zip(self.answers, (said - torch.stack([b.answer for b in was])[own]).numpy().T))
@@ -282,10 +282,10 @@ def effects(self:Engine, batch): # `Variants`
 @patch
 def strongest(self:Engine, cos, form, token): # flat
     "The genes to report: all, or those that changed most in each form"
-    if self.genes is True: return cos, form, token
+    if self.affected is True: return cos, form, token
     order = np.lexsort((token, cos, form))
     place = np.arange(len(form)) - np.searchsorted(form, form)  # forms are in order, so places within a form count up
-    order = order[place < self.genes]
+    order = order[place < self.affected]
     return cos[order], form[order], token[order]
 
 # %% ../../nbs/30a_engine.ipynb #9743dfa8

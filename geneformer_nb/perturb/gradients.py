@@ -11,7 +11,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from ..data.cells import Cells
 from ..core import GeneformerError, progress
 from ..model.embed import pick_cells
-from .actions import KO, Plan, make_engine, _joined, each, perturb
+from .actions import KO, ActionPlan, joined_shifts, make_engine, with_obs, each, perturb
 
 # %% ../../nbs/30b_gradients.ipynb #3d2fa4cf
 @contextmanager
@@ -80,7 +80,7 @@ def first_order(
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0: raise GeneformerError(f"steps={steps!r} is a number from 0 up.")
     engine = make_engine(model, cells, states, layer, pool, False, None)
     if not engine.columns: raise GeneformerError("There is nothing to differentiate: pass states=state_embeddings(…), or a fine-tuned model.")
-    plan, front, parts = Plan([each(ranks=ranks)], engine.encoder.vocabulary), int(cells.special), []
+    plan, front, parts = ActionPlan([each(ranks=ranks)], engine.encoder.vocabulary), int(cells.special), []
     rows = pick_cells(cells.obs, where)
     for c in progress(rows, 'differentiating', unit='cells', show=show):
         x = cells[c].tokens
@@ -92,7 +92,7 @@ def first_order(
         parts.append(dict(cell=np.full(len(at), c), label=x[at].astype(np.int64), rank=at - front, cosine=np.zeros(len(at)),
                           **dict(zip(engine.columns, shift))))
     if not parts: raise GeneformerError(f"Nothing to perturb: none of the {len(rows)} cells has two genes.")
-    return plan.table(parts, engine.columns).drop(columns='cosine')
+    return with_obs(plan.table(parts, engine.columns).drop(columns='cosine'), cells.obs)
 
 # %% ../../nbs/30b_gradients.ipynb #5efdacef
 def shortlist(
@@ -114,4 +114,4 @@ def shortlist(
         exact = perturb(model, cells[[c]], each(list(part.gene_id), ranks=ranks), show=False, **how)
         exact['first_order'] = exact.gene_id.astype(str).map(dict(zip(part.gene_id, part[column])))
         parts.append(exact.assign(cell=c))
-    return _joined(parts)
+    return joined_shifts(parts)

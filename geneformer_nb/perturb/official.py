@@ -246,7 +246,7 @@ def _mixture(raw, vocabulary, official, goal, anchor, **_):
 
 # %% ../../nbs/31b_official.ipynb #9e19d7d3
 def _gene_shifts(raw, vocabulary, effects, **_):
-    if effects is None: raise GeneformerError("aggregate_gene_shifts needs effects=: the second table of perturb(…, genes=True), or gene_effects.")
+    if effects is None: raise GeneformerError("aggregate_gene_shifts needs effects=: the second table of perturb(…, affected=True), or gene_effects.")
     if 'row' in effects and vocabulary is None: raise GeneformerError("Genes are tokens in this table of effects: pass vocabulary= to name them.")
     e = effects if 'row' not in effects else pd.DataFrame(dict(cosine=effects.cosine.to_numpy(), gene_id=raw.gene_id.to_numpy()[effects['row']],
                                                                affected=vocabulary.gene(effects.affected.to_numpy(int))))
@@ -277,7 +277,7 @@ def official_form(
     alt=(), # alternative states (goal_state_shift): columns of their own
     genes='all', # or a list of ids perturbed together (goal_state_shift: means only; aggregate_data); a list of lists for several
     null:pd.DataFrame=None, # raw table of the null cells (vs_null)
-    effects:pd.DataFrame=None, # effects on other genes (aggregate_gene_shifts): of `perturb(…, genes=True)` or `gene_effects`
+    effects:pd.DataFrame=None, # effects on other genes (aggregate_gene_shifts): of `perturb(…, affected=True)` or `gene_effects`
     anchor:str=None, # id of the gene that was paired with every other (mixture_model; official `combos=1`)
     vocabulary=None, # names tokens and symbols; None repeats the id
     official:bool=True, # False: the same columns by our statistics

@@ -24,7 +24,7 @@ def knockout_scores(
 )->pd.DataFrame: # deleted gene × gene: movement (1 - cosine), 1 being the mean of that deletion in that cell
     "How far each gene moves when another is deleted; raises as `perturb` does"
     v, what = model.vocabulary, each('detected' if genes is None else list(genes), KO, ranks=ranks)
-    raw, per = perturb(model, cells, what, layer=layer, genes=True, budget=budget, show=False)
+    raw, per = perturb(model, cells, what, layer=layer, affected=True, budget=budget, show=False)
     row, moved = per['row'].to_numpy(), 1 - per['cosine'].to_numpy(float)
     mean = np.bincount(row, moved) / np.maximum(np.bincount(row), 1)
     moved /= np.maximum(mean[row], 1e-12)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['meanings', 'columns', 'sign', 'nearest_genes', 'matched_null', 't_interval', 'matching_properties', 'genes_at_once',
-           'summarize', 'wide']
+           'together', 'summarize', 'wide']
 
 # %% ../../nbs/31_stats.ipynb #b916afdb
 import warnings
@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 from ..core import GeneformerError
 from .official import (aggregate_data, aggregate_gene_shifts, bh, excess, goal_state_shift, mixture_model, official_form,
                                           rank_sums, vs_null, shift_column, perturbation_codes, _states)
+from .actions import joined_shifts
 
 # %% ../../nbs/31_stats.ipynb #6c44d1fc
 def nearest_genes(match, size):
@@ -195,7 +196,7 @@ def genes_at_once(raw):
     n = ids.cat.categories.astype(str).str.count(r'\+').to_numpy()[ids.cat.codes]
     return np.where(raw.kind.astype(str) == 'drug', 0, n)
 
-def _finish(table, symbols, witnesses, donor):
+def _finish(table, symbols, units, donor):
     "Symbols, order, and a word about what was counted"
     if symbols is None: symbols = {}
     table['symbol'] = ['+'.join(str(symbols.get(g, g)) for g in str(k).split('+')) for k in table.gene_id]
@@ -203,13 +204,28 @@ def _finish(table, symbols, witnesses, donor):
     out = table.reindex(columns=columns)
     out = out.sort_values(['state', 'cell_type', 'shift'], ascending=[True, True, False], kind='stable',
                           ignore_index=True)
-    out.attrs['witnesses'] = witnesses
+    out.attrs['unit'] = units
     return out
 
 # %% ../../nbs/31_stats.ipynb #907e61b5
+def together(
+    shifts, # table of shifts, or several of them
+    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table carries
+)->tuple: # one table, and the obs of its cells
+    "Tables of shifts as one, with their cells; raises `GeneformerError` where one of several carries no cells"
+    if isinstance(shifts, pd.DataFrame): return shifts, getattr(shifts, 'obs', None) if obs is None else obs
+    tables = list(shifts)
+    if not tables or not all(isinstance(t, pd.DataFrame) for t in tables): raise GeneformerError(
+        "shifts is what gf.tl.perturb or gf.get.shifts returned, or a list of such tables.")
+    if obs is not None: return joined_shifts(tables), obs
+    of = [getattr(t, 'obs', None) for t in tables]
+    if any(o is None for o in of): raise GeneformerError("One of the tables carries no table of cells: pass obs=…, or read it with gf.get.shifts(folder).")
+    start = np.cumsum([0] + [len(o) for o in of])
+    return joined_shifts([t.assign(cell=t['cell'] + s) for t, s in zip(tables, start)]), pd.concat(of)
+
 def summarize(
-    raw:pd.DataFrame, # raw table of a perturbation run
-    obs:pd.DataFrame=None, # obs of the perturbed cells, in the order `cell` counts
+    shifts, # what `perturb` returned, or several such tables
+    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table carries
     states=None, # states to report; None means all; a run without states gives state "" and shift 1 - cosine
     *,
     donor:str=None, # column of obs that names the donor; None counts cells
@@ -221,18 +237,19 @@ def summarize(
     symbols=None, # {gene_id: symbol}; None repeats the id
     how:str='aggregate', # a donor is its mean; "mixed": a random effect with cells below it, for uneven donors
     moderated:bool=False, # shrink variances over genes (limma); helps with 3 to 5 donors; not for "mixed"
-)->pd.DataFrame: # the one result table; attrs["witnesses"] is "donors" or "cells" for each cell type
+)->pd.DataFrame: # the one result table; attrs["unit"] is "donors" or "cells" for each cell type
     "The tidy result of a perturbation run; raises `GeneformerError` for tables that do not fit together"
     if how not in ('aggregate', 'mixed') or how == 'mixed' and moderated:
         raise GeneformerError(f"how={how!r}, moderated={moderated}: how is 'aggregate' or 'mixed', moderated for 'aggregate' only.")
+    raw, obs = together(shifts, obs)
     states = [states] if isinstance(states, str) else list(states if states is not None else _states(raw) or [''])
     x = {s: 1 - raw[shift_column(raw, None)] if s == '' else raw[shift_column(raw, s)] for s in states}
     work = raw.assign(_donor=_obs_column(raw, obs, donor, 'donor'), _type=_obs_column(raw, obs, cell_type, 'cell type'))
-    rows, witnesses = [], {}
+    rows, units = [], {}
     for (ct, *_), part in work.groupby(['_type', 'kind', genes_at_once(raw)], sort=False, observed=True):
         (code, table), who = perturbation_codes(part), pd.factorize(part['_donor'])[0]
         few = donor is None or who.max() + 1 < min_donors
-        witnesses[ct], match = 'cells' if few else 'donors', matching_properties(part, code, table, rank)
+        units[ct], match = 'cells' if few else 'donors', matching_properties(part, code, table, rank)
         for s in states:
             v = x[s].loc[part.index].to_numpy(float)
             got = _over_cells(code, who, v, match, min_cells) if few else \
@@ -240,7 +257,7 @@ def summarize(
             new = [table.assign(donor='all', n_cells=np.bincount(code), fdr=bh(got['p']), **got)]
             if by_donor: new += _donor_rows(part, code, table, v, rank, min_cells)
             rows += [r.assign(cell_type=ct, state=s) for r in new]
-    return _finish(pd.concat(rows, ignore_index=True), symbols, witnesses, donor)
+    return _finish(pd.concat(rows, ignore_index=True), symbols, units, donor)
 
 # %% ../../nbs/31_stats.ipynb #f3c4d359
 def wide(

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np, pandas as pd
 from ..data.cells import Cells, ragged
 from ..core import GeneformerError
-from ..perturb.actions import Dose, KO, OE, Plan
+from ..perturb.actions import Dose, KO, OE, ActionPlan
 from ..perturb.shards import perturb_to
 from ..perturb.stats import shift_column, t_interval
 from .score import agreement
@@ -122,7 +122,7 @@ def perturbed_cells(
     vocabulary, # names the genes
 )->Cells: # those that could be perturbed, with their obs; position in `cells` as obs["_cell"]
     "Cells after a perturbation, to be embedded or looked at; genes held in rank are refused. Raises `GeneformerError`"
-    plan, made, at = Plan([what], vocabulary), [], []
+    plan, made, at = ActionPlan([what], vocabulary), [], []
     for c in range(len(cells)):
         for form in plan.forms(cells, c):
             if not np.array_equal(form.positions, np.arange(len(form.tokens))):

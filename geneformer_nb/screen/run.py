@@ -131,7 +131,7 @@ def _rank(raw, run):
             fast = summarize(run['fast'], obs, [a['goal']], **kw).set_index('perturbation')
             table['first_order'] = table.perturbation.astype(str).map(fast['shift'] - fast.null_shift)
     table['away'] = -table.perturbation.astype(str).map(away)
-    return table, by, next(iter(table.attrs['witnesses'].values()))
+    return table, by, next(iter(table.attrs['unit'].values()))
 
 def _with_controls(table, run, adata, other, p_permuted):
     "The table with every reading of the same actions"
