@@ -10,7 +10,7 @@ from functools import wraps
 import numpy as np, pandas as pd
 from . import plots
 from .core import GeneformerError
-from .plots.style import recall_curve as recall
+from .plots.screen import recall_curve as recall
 from .pp import need_adata
 
 # %% ../nbs/52_pl.ipynb #51c3860f
@@ -54,7 +54,7 @@ def ranks(
 ): # Axes
     "Counts per 10,000 over the gene's median, by rank; raises `GeneformerError` for a cell that is not there"
     from geneformer_nb.data.counts import counts_of, gene_names
-    from geneformer_nb.data.matching import match_genes
+    from geneformer_nb.data.vocabulary import match_genes
     names = [cell] if isinstance(cell, str) else list(cell)
     if lost := [c for c in names if c not in need_adata(adata).obs_names]: raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
     one = counts_of(adata[names], **counts)

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from .core import GeneformerError
 from .data.counts import counts_of
 from .model.embed import store_embedding, embed as embed_counts, state_embeddings
-from .evaluate.splits import baselines as plain_baselines
+from .evaluate.baselines import cell_baselines as plain_baselines
 from .tasks.finetuning import CellClassifier, finetune as finetune_cells
 from .model.bert import Geneformer
 from .perturb.actions import layer_and_pool, perturb as perturb_cells
