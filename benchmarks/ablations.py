@@ -17,7 +17,8 @@ from geneformer_nb import __version__
 from geneformer_nb.data.cells import Cells
 from geneformer_nb.core import GeneformerError, MissingDataError, versions
 from geneformer_nb.model.embed import gene_embeddings
-from geneformer_nb.evaluate.splits import fold_donors, log_cp10k
+from geneformer_nb.evaluate.splits import fold_donors
+from geneformer_nb.evaluate.baselines import log_cp10k
 from geneformer_nb.data.vocabulary import Vocabulary
 from geneformer_nb.train.small_model import RankFrequency, begin, cut, gene_vectors, hold_out, small_model_cells, load_small_model, small_model_recipe, evaluate_masked
 from geneformer_nb.train.pretraining import pretrain

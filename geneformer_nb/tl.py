@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import GeneformerError, verb
 from .data.ranks import find_record, need_adata, ranked_cells, recorded_counts
-from .evaluate.splits import baselines as cell_baselines
+from .evaluate.baselines import cell_baselines
 from .model.bert import Geneformer
 from .model.embed import state_embeddings, store_embedding
 from .perturb.actions import ActionPlan, layer_and_pool, perturb as perturb_cells

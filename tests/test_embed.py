@@ -4,7 +4,8 @@ import anndata as ad, numpy as np, pandas as pd, pytest
 from sentences import quiet, says
 from geneformer_nb.model.atlas import Embedded, embed_to
 from geneformer_nb.data.cells import Cells
-from geneformer_nb.model.gene_context import _apart, batch_check, context, scib, umap
+from geneformer_nb.model.gene_context import _apart, context, umap
+from geneformer_nb.evaluate.metrics import batch_check, scib
 from geneformer_nb.core import CountsError, GeneformerError, StorageError, VocabularyError
 from geneformer_nb.model.embed import cell_embeddings, embed, encode_layers, gene_embeddings, gene_occurrences, pick_cells, state_embeddings
 from geneformer_nb.data.vocabulary import Vocabulary

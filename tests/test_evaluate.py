@@ -2,8 +2,9 @@
 import numpy as np, pandas as pd, pytest, torch
 from geneformer_nb.core import GeneformerError, LeakError, MissingDataError
 from geneformer_nb.tasks.compare import Comparison, cross_validate_cells, cross_validate_genes, fold_genes, untrained
-from geneformer_nb.evaluate.splits import audit_split, baselines, calibration, class_probabilities, fold_donors, learners, split_balanced, split_donors
-from geneformer_nb.evaluate.baselines import auc_draws, gene_auc, gene_baselines, gene_learners, gene_matrix
+from geneformer_nb.evaluate.splits import audit_split, fold_donors, split_balanced, split_donors
+from geneformer_nb.evaluate.baselines import cell_baselines, predict_proba, learners, gene_baselines, gene_learners, gene_matrix
+from geneformer_nb.evaluate.metrics import calibration, auc_draws, gene_auc
 from geneformer_nb.tasks.genes import finetune_genes, gene_labels
 from geneformer_nb.data.vocabulary import Vocabulary
 from geneformer_nb.model.bert import Geneformer, weights_digest
@@ -33,13 +34,13 @@ def test_baselines_see_training_cells_only(cohort, split):
     changed, te = cohort.copy(), np.flatnonzero(split == 'test')
     changed.X = changed.X.toarray(); changed.X[te[0]] = changed.X[te[0]][::-1] * 3
     for name in learners():
-        a, b = (baselines(x, 'disease', split, 'donor', which=[name])[1][name] for x in (cohort, changed))
+        a, b = (cell_baselines(x, 'disease', split, 'donor', which=[name])[1][name] for x in (cohort, changed))
         pd.testing.assert_frame_equal(a.iloc[1:], b.iloc[1:])
 
 def test_baselines_are_what_they_are_called(cohort, split):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
-    table, pred = baselines(cohort, 'disease', split, 'donor', which='all')
+    table, pred = cell_baselines(cohort, 'disease', split, 'donor', which='all')
     assert list(table.index) == list(pred) == list(learners())
     y, tr = cohort.obs['disease'].astype(str).to_numpy(), split == 'train'
     most = pd.Series(y[tr]).value_counts().sort_index().idxmax()  # the first of equals
@@ -56,7 +57,7 @@ def test_chances_of_a_machine_rank_as_its_margins():
     X, y = rng.normal(size=(60, 3)), rng.integers(0, 3, 60)
     for labels in (y, y > 0):
         fit = SVC().fit(X, labels)
-        p = class_probabilities(fit, X)
+        p = predict_proba(fit, X)
         np.testing.assert_allclose(p.sum(1), 1)
         assert (fit.classes_[p.argmax(1)] == fit.predict(X)).mean() > .9  # its own votes break ties another way
 

@@ -5,7 +5,8 @@ from geneformer_nb.tasks import finetuning as module
 from geneformer_nb.tasks.adapters import add_lora, load_lora, merge_lora, quantize, save_lora, weight_bytes
 from geneformer_nb.data.cells import Cells, ragged
 from geneformer_nb.core import CountsError, GeneformerError, LeakError, MissingDataError
-from geneformer_nb.evaluate.splits import log_cp10k, split_donors
+from geneformer_nb.evaluate.baselines import log_cp10k
+from geneformer_nb.evaluate.splits import split_donors
 from geneformer_nb.tasks.finetuning import CellClassifier, CellModel, finetune, freeze
 from geneformer_nb.tasks.genes import GeneClassifier, audit_genes, finetune_genes, gene_auc, gene_labels, split_by_gene
 from geneformer_nb.data.vocabulary import Vocabulary

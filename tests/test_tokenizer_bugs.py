@@ -6,8 +6,7 @@ from scipy import sparse
 import geneformer_nb
 from geneformer_nb.data.cells import Cells
 from geneformer_nb.core import CountsError, GeneformerError, GeneMatchError, StorageError, VocabularyError
-from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.data.matching import match_genes
+from geneformer_nb.data.vocabulary import Vocabulary, match_genes
 from geneformer_nb.data.sources import Source
 from geneformer_nb.data.corpus import tokenize_to
 from geneformer_nb.data.tokenizer import tokenize
@@ -101,7 +100,7 @@ def test_bug_22_a_missing_gene_is_never_none():
     assert got.how.tolist() == ['symbol or retired id', 'unknown', 'no id', 'no id', 'no id']
     with says(VocabularyError, '1 of 1', 'None'): six.token([None])
 
-chapters = [f'data/{f}' for f in 'counts sources vocabulary medians matching cells tokenizer corpus'.split()] + ['core', 'jobs', 'cli']
+chapters = [f'data/{f}' for f in 'counts sources vocabulary medians cells arrow tokenizer corpus'.split()] + ['core', 'jobs', 'cli']
 
 @pytest.mark.parametrize('module', chapters)
 def test_bug_23_no_raise_without_an_error(module):

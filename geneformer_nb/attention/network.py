@@ -13,7 +13,7 @@ from ..data.cells import Cells, need_cells
 from ..core import GeneformerError
 from ..evaluate.baselines import gene_matrix
 from .heads import _heads
-from ..perturb.readouts import rank_area
+from ..evaluate.metrics import rank_area
 from ..model.bert import Geneformer
 
 # %% ../../nbs/40b_attention_network.ipynb #3d1fe8b8

@@ -12,7 +12,8 @@ from functools import cached_property
 from itertools import islice
 from threading import local
 import numpy as np
-from .cells import Cells, obs_kinds, _Layout
+from .cells import Cells
+from .arrow import obs_kinds, _Layout
 from ..core import CountsError, GeneformerError, Manifest, StorageError, as_folder, atomic, check_folder, digest, later, progress, write_json
 from .vocabulary import Vocabulary
 from ..jobs import prefetch, cores, run_shards

@@ -15,8 +15,7 @@ from ..core import CountsError, GeneformerError, VocabularyError, versions
 from .cells import Cells
 from .counts import Counts, counts_of, gene_names
 from .tokenizer import Sequences
-from .matching import GeneMatch, match_genes
-from .vocabulary import Vocabulary
+from .vocabulary import GeneMatch, Vocabulary, match_genes
 
 # %% ../../nbs/03b_ranks.ipynb #f8a24ad6
 def to_ranks(

@@ -14,8 +14,7 @@ from fastcore.basics import patch
 from .cells import Cells
 from ..core import CountsError, GeneMatchError, GeneformerError, VocabularyError, later
 from .counts import _frame, _rows, as_flags, gene_names
-from .vocabulary import Vocabulary
-from .matching import match_genes
+from .vocabulary import Vocabulary, match_genes
 from ..jobs import prefetch, cores, whole
 from .sources import pieces, sources
 pd = later('pandas')

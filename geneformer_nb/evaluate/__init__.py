@@ -1,5 +1,6 @@
 from ..core import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, dict(
-    splits='split_donors fold_donors split_balanced audit_split scores calibration baselines de_ranking',
-    baselines='gene_baselines gene_auc'))
+    splits='split_donors fold_donors split_balanced audit_split',
+    metrics='scores calibration gene_auc auc_draws batch_check scib',
+    baselines='cell_baselines gene_baselines de_ranking log_cp10k'))

@@ -5,4 +5,4 @@ __getattr__, __dir__, __all__ = lazy(__name__, dict(
     checkpoints='verify read_checkpoint',
     embed='cell_embeddings gene_embeddings gene_occurrences state_embeddings encode_layers pick_cells',
     atlas='embed_to',
-    gene_context='batch_check context'))
+    gene_context='context umap heat_map'))

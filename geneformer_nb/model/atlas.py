@@ -10,7 +10,8 @@ import json, shutil, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from fastcore.basics import patch
-from ..data.cells import Cells, obs_array, obs_columns, cells_from_table, obs_kinds, arrow_tables
+from ..data.cells import Cells
+from ..data.arrow import obs_array, obs_columns, cells_from_table, obs_kinds, arrow_tables
 from ..core import GeneformerError, StorageError, as_folder, atomic, digest
 from .embed import _match, _occurrences, _wanted, encode_layers
 from .bert import Geneformer, weights_digest

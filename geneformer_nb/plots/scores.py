@@ -66,7 +66,7 @@ def calibration_plot(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Accuracy against confidence, as `evaluate.calibration`"
-    from geneformer_nb.evaluate.splits import calibration
+    from geneformer_nb.evaluate.metrics import calibration
     need_columns(table, ['model', 'truth', 'predicted'], 'A calibration plot')
     p, ax = [c for c in table if c.startswith('p(')], axes_of(ax, (4.6, 4.2))
     for i, m in enumerate(_models(table, models)):

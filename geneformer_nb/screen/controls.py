@@ -170,9 +170,9 @@ def map_plot(
 ): # Axes
     "Start and goal cells, and where the start cells go"
     from geneformer_nb import plots
-    @plots.styled
+    @plots.style.styled
     def draw(ax):
-        ax = plots.axes_of(ax, (5.4, 4))
+        ax = plots.style.axes_of(ax, (5.4, 4))
         before = where[~where.after]
         for i, (s, t) in enumerate(before.groupby('state', sort=False)):
             ax.scatter(t.x, t.y, s=16, lw=0, alpha=.7, color=plots.palette[i], label=s)

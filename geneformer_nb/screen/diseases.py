@@ -56,7 +56,7 @@ def venn_plot(
 ): # Axes
     "Two circles with their numbers; they are not drawn to size"
     from matplotlib.patches import Circle
-    ax = plots.axes_of(ax, (4, 2.6))
+    ax = plots.style.axes_of(ax, (4, 2.6))
     for x, color, name in ((-.5, plots.palette[0], names[0]), (.5, plots.palette[1], names[1])):
         ax.add_patch(Circle((x, 0), 1, color=color, alpha=.35, lw=0))
         ax.text(x*1.9, 1.08, name, ha='center', va='bottom')

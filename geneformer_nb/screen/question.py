@@ -11,9 +11,9 @@ import time
 import anndata as ad, numpy as np, pandas as pd
 from ..core import GeneformerError, Manifest, check_folder, digest, in_words
 from ..data.counts import gene_names
-from ..evaluate.splits import need_obs, fold_donors, log_cp10k
-from ..data.vocabulary import Vocabulary
-from ..data.matching import match_genes
+from ..evaluate.splits import need_obs, fold_donors
+from ..evaluate.baselines import log_cp10k
+from ..data.vocabulary import Vocabulary, match_genes
 from ..model.bert import Geneformer, weights_digest
 from ..perturb.actions import each
 from ..train.pretraining import MaskedRanks, masked_loss, pretrain

@@ -14,7 +14,9 @@ from .. import plots
 from ..core import GeneformerError, atomic, digest, in_words, versions, write_json
 from ..tasks.compare import untrained
 from ..model.embed import state_embeddings
-from ..evaluate.splits import audit_split, baselines, log_cp10k, scores
+from ..evaluate.splits import audit_split
+from ..evaluate.baselines import cell_baselines, log_cp10k
+from ..evaluate.metrics import scores
 from ..tasks.finetuning import CellClassifier, finetune
 from ..perturb.gradients import first_order
 from ..data.vocabulary import Vocabulary
@@ -74,7 +76,7 @@ def _fold(k, run, adata):
     p = clf.predict(cells[held])
     pred = pd.DataFrame(dict(truth=cells.obs[a['disease']].astype(str).to_numpy()[held], predicted=p['predicted'].to_numpy(),
                              donor=cells.obs[a['donor']].astype(str).to_numpy()[held]), index=p.index)
-    base = {n: x['predicted'] for n, x in baselines(adata, a['disease'], split, a['donor'], **run['counts'])[1].items()}
+    base = {n: x['predicted'] for n, x in cell_baselines(adata, a['disease'], split, a['donor'], **run['counts'])[1].items()}
     rows, how = held[np.isin(held, run['screened'])], dict(states=states, layer='last', pool=clf.pool)
     out = dict(pred=pred, base=base, audit=audit, rows=rows, raw=None, fast=None)
     if not len(rows): return out

@@ -9,8 +9,9 @@ __all__ = ['score_targets', 'ambient_genes', 'flag_genes', 'count_controls', 'or
 import numpy as np, pandas as pd
 from ..core import GeneformerError
 from ..data.counts import counts_of, gene_names
-from ..evaluate.splits import need_obs, de_ranking, log_cp10k
-from ..data.matching import match_genes
+from ..evaluate.splits import need_obs
+from ..evaluate.baselines import de_ranking, log_cp10k
+from ..data.vocabulary import match_genes
 from ..perturb.stats import perturbation_codes, matching_properties, nearest_genes, genes_at_once, summarize
 
 # %% ../../nbs/35c_score.ipynb #68f45340

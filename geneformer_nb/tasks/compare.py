@@ -13,9 +13,10 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from ..data.cells import Cells, need_cells
 from ..core import GeneformerError, LeakError, MissingDataError, atomic, progress, write_json
-from ..evaluate.splits import need_obs, baselines as cell_baselines, calibration, fold_donors, scores
+from ..evaluate.splits import need_obs, fold_donors
+from ..evaluate.baselines import cell_baselines, gene_baselines
+from ..evaluate.metrics import calibration, scores, auc_draws, gene_auc
 from .finetuning import finetune
-from ..evaluate.baselines import auc_draws, gene_auc, gene_baselines
 from .genes import finetune_genes, gene_labels
 from ..model.bert import Geneformer
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from .adapters import add_lora, load_lora, merge_lora, save_lora
 from ..data.cells import Cells, need_cells
 from ..core import GeneformerError, LeakError, MissingDataError, write_json
-from ..evaluate.splits import audit_split, baselines, split_donors
+from ..evaluate.splits import audit_split, split_donors
+from ..evaluate.baselines import cell_baselines
 from .heads import AttentionPool, Classes, Head, make_head, number_baselines
 from ..model.bert import Geneformer, pool_cells
 from ..train.pretraining import set_attention_dropout, flat_forward, make_trainer, trainer_args
@@ -190,7 +191,7 @@ def _baseline_rows(adata, cells, label, donor, split, classes):
                               "or tokenize with keep_empty=True.")
     used = np.isin(split, ['train', 'test'])
     if not used.all(): adata, split = adata[used], split[used]
-    if classes: return baselines(adata, label, split, donor)[0].T.to_dict()
+    if classes: return cell_baselines(adata, label, split, donor)[0].T.to_dict()
     return number_baselines(adata, label, split, donor)
 
 # %% ../../nbs/11_finetuning.ipynb #97ebe436

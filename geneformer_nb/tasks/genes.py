@@ -14,7 +14,8 @@ from ..data.cells import Cells, need_cells
 from ..core import GeneformerError, LeakError, VocabularyError, write_json
 from ..evaluate.splits import audit_split, split_donors
 from .finetuning import _Labeled, _fit, _learner, _load_parts, _plan, _said, _save_parts, _saved_encoder
-from ..evaluate.baselines import auc_draws, gene_auc, gene_baselines
+from ..evaluate.metrics import auc_draws, gene_auc
+from ..evaluate.baselines import gene_baselines
 from ..data.vocabulary import find_gene
 from ..model.bert import Geneformer
 

@@ -9,7 +9,9 @@ __all__ = ['AttentionPool', 'Head', 'Classes', 'Regression', 'number_baselines',
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from ..core import GeneformerError
-from ..evaluate.splits import need_obs, log_cp10k, scores
+from ..evaluate.splits import need_obs
+from ..evaluate.baselines import log_cp10k
+from ..evaluate.metrics import scores
 from ..model.bert import pool_cells
 
 # %% ../../nbs/11a_heads.ipynb #2b2a0f17
