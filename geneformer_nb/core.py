@@ -56,13 +56,15 @@ def _module(name):
 
 # %% ../nbs/00_core.ipynb #f75af0f7
 def comments_beside(
-    fn, # function
+    fn, # function, or dataclass
 )->dict: # {parameter, or 'return': its comment}; parameters of one line share it
     "The comments beside the parameters of a function, and after its closing bracket"
     source = textwrap.dedent(inspect.getsource(fn))
-    node = next(x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef))
+    node = next(x for x in ast.walk(ast.parse(source)) if isinstance(x, (ast.FunctionDef, ast.ClassDef)))
     said = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
             if t.type == tokenize.COMMENT}
+    if isinstance(node, ast.ClassDef):
+        return {x.target.id: said[x.end_lineno] for x in node.body if isinstance(x, ast.AnnAssign) and x.end_lineno in said}
     args = node.args.posonlyargs + node.args.args + node.args.kwonlyargs + [x for x in (node.args.vararg, node.args.kwarg) if x]
     found = {x.arg: said[x.end_lineno] for x in args if x.end_lineno in said}
     last, body = max((x.end_lineno for x in args), default=node.lineno), node.body[0].lineno
@@ -71,6 +73,7 @@ def comments_beside(
 
 def described(
     fn, # function with comments beside its parameters
+    also=(), # functions that its `**kwargs` are handed to
 )->str: # docstring, then each parameter with its comment, then what is returned
     "The docstring of a function with its parameters spelled out"
     try: said = comments_beside(fn)
@@ -79,8 +82,20 @@ def described(
     for name, p in inspect.signature(fn).parameters.items():
         lines.append('  ' + re.sub(r'<function (\w+) at \w+>', r'\1', str(p)))
         if name in said: lines.append(f'      {said[name]}')
+    for other in also: lines += _more_parameters(other, inspect.signature(fn).parameters)
     if 'return' in said: lines += ['', 'Returns', f'  {said["return"]}']
     return '\n'.join(lines)
+
+def _more_parameters(other, own):
+    "Lines on the parameters of a function that `**kwargs` are handed to"
+    try: said = comments_beside(other)
+    except OSError: said = {}
+    more = [(n, p) for n, p in inspect.signature(other).parameters.items() if n not in own and p.kind is not p.VAR_KEYWORD]
+    lines = ['', f'More parameters, of {other.__name__}']
+    for name, p in more:
+        lines.append('  ' + re.sub(r'<function (\w+) at \w+>', r'\1', str(p)))
+        if name in said: lines.append(f'      {said[name]}')
+    return lines
 
 def verb(
     fn=None, # function with docments
@@ -103,7 +118,7 @@ def verb(
             f"{fn.__name__} takes {places} arguments without a name ({', '.join(list(own)[:places])}) and was given {len(args)}: "
             "write the others as name=value.")
         return fn(*args, **kwargs)
-    checked.__doc__ = described(fn)
+    checked.__doc__ = described(fn, also)
     return checked
 
 def _nearest(word, names):

@@ -10,7 +10,7 @@ def cohort(tmp_path_factory):
     return path
 
 def command(cohort, out):
-    return [sys.executable, '-c', 'from geneformer_nb.cli import main; raise SystemExit(main())', 'screen', str(cohort), '--disease', 'disease',
+    return [sys.executable, '-c', 'from geneformer_nb.cli import main; raise SystemExit(main())', 'screen', str(cohort), '--label', 'disease',
             '--donor', 'donor', '--start', 'hypertrophic', '--goal', 'non-failing', '--where', 'cell_type=cardiomyocyte', '--max-cells', '12',
             '--folds', '2', '--steps', '20', '--epochs', '1', '--directions', 'KO,up', '--controls', 'first_order', '--pairs', '2', '--out', str(out)]
 
@@ -34,7 +34,7 @@ def test_killed_screen_goes_on(cohort, tmp_path):
     cmd = command(cohort, tmp_path/'whole'); cmd[cmd.index('non-failing')] = 'dilated'
     other = subprocess.run(cmd, capture_output=True, text=True, timeout=300)
     assert other.returncode == 2 and 'another run' in other.stderr and 'Traceback' not in other.stderr
-    assert json.loads((tmp_path/'killed'/'summary.json').read_text())['asked']['n_units'] == 3
+    assert json.loads((tmp_path/'killed'/'summary.json').read_text())['plan']['n_donors'] == 3
 
 def test_report_opens_in_a_browser(tmp_path):
     "every picture is drawn, nothing is fetched, no table runs off a narrow screen"

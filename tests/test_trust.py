@@ -115,7 +115,7 @@ def test_states_of_a_model():
     vocab = Vocabulary.from_counts(adata, symbols='symbol', name='toy', max_len=64)
     cells = tokenize(adata, vocab, obs=['disease', 'donor'])
     model = Geneformer.new('nano', vocab, initializer_range=.25)
-    ask = dict(column='disease', donor='donor', start='dilated', goal='non-failing')
+    ask = dict(label='disease', donor='donor', start='dilated', goal='non-failing')
     two, states, labels = permuted_states(model, cells, n=30, **ask)
     true = state_embeddings(two, model, 'disease', show=False)
     np.testing.assert_allclose(states['start 0'], true['dilated'], atol=1e-5); np.testing.assert_allclose(states['goal 0'], true['non-failing'], atol=1e-5)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_ranks', 'from_ranks', 'Record', 'records', 'need_adata', 'find_record', 'ranked_cells', 'recorded_counts',
-           'recorded_match', 'symbol_column', 'variable_genes', 'vocabulary_of']
+           'plain_counts', 'recorded_match', 'symbol_column', 'variable_genes', 'vocabulary_of']
 
 # %% ../../nbs/03b_ranks.ipynb #76501926
 import json, warnings
@@ -167,6 +167,13 @@ def recorded_counts(
     if changed.any(): raise CountsError(f"{record.source} has changed since the cells were tokenized: {changed.sum():,} of {len(was):,} cells "
         f"have another sum of counts, {adata.obs_names[changed.argmax()]!r} first ({was[changed.argmax()]:g}, now {now[changed.argmax()]:g}). {advice}")
     return counts
+
+def plain_counts(
+    counts:Counts, # of some cells
+)->ad.AnnData: # the counts in X, the table of the cells, and genes numbered "0", "1" …, since names of genes may stand twice
+    "Counts as the AnnData that baselines and tests take"
+    var = pd.DataFrame(index=[str(i) for i in range(counts.X.shape[1])])
+    return ad.AnnData(counts.X, obs=counts.obs, var=var)
 
 def recorded_match(
     adata, # AnnData that `pp.tokenize` has been over

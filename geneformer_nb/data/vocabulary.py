@@ -110,6 +110,17 @@ def subset(self:Vocabulary,
     return Vocabulary(genes, self.medians[keep], self.cls, self.max_len, {g: s for g, s in self.symbols.items() if g in here},
                       {a: g for a, g in self.aliases.items() if g in here}, name or self.name)
 
+@patch
+def unique_name(self:Vocabulary,
+    token:int, # of a gene
+)->str:
+    "The symbol of a gene, or its id where several genes have that symbol"
+    if '_several' not in self.__dict__:
+        of = Counter(self.symbols.get(g, g) for g in self.genes)
+        object.__setattr__(self, '_several', {s for s, n in of.items() if n > 1})
+    name = self.symbol(token)
+    return self.gene(token) if name in self._several else name
+
 # %% ../../nbs/02_vocabulary.ipynb #d15698b2
 def _no_symbols(v):
     "What to bring when a vocabulary knows no symbols"

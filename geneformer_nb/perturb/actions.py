@@ -170,7 +170,7 @@ class ActionPlan:
         v, (i, token) = self.vocabulary, divmod(int(label), self.vocabulary.n_tokens)
         w, (ops, _) = self.actions[i], self.parts[i]
         form, of = w.form if isinstance(w, Each) else w, [token if t is None else t for _, t, *_ in ops]
-        said = Perturbation(tuple(o._replace(gene=v.symbol(t)) for o, t in zip(form.ops, of)))
+        said = Perturbation(tuple(o._replace(gene=v.unique_name(t)) for o, t in zip(form.ops, of)))
         return form.kind, repr(said), '+'.join(v.gene(t) for t in of)
 
 # %% ../../nbs/30_perturb.ipynb #ba081a52

@@ -164,15 +164,15 @@ def permuted_states(
     model, # `Geneformer`, not fine-tuned: fine-tuning has seen the labels
     cells, # `Cells`; those of other states are left out
     *,
-    column:str, donor:str, start:str, goal:str, # obs columns of state and donor; two of the states
+    label:str, donor:str, start:str, goal:str, # obs columns of state and donor; two of the states
     n:int=200, # labelings beside the true one, or as many as there are
     seed:int=0, layer='second_to_last', pool:str=None, # of the labelings; as in `perturb`
 )->tuple: # cells of the two states, {name: vector} for `perturb(…, states=…)`, labels (n + 1, cells) for `permuted_test`
     "State vectors under labels dealt anew to whole donors; raises `GeneformerError`"
     if not hasattr(model, 'vocabulary') or hasattr(model, 'encoder'): raise GeneformerError("A fine-tuned model has seen the labels: pass its pretrained encoder.")
-    if lacks := [c for c in (column, donor) if c not in cells.obs]: raise GeneformerError(f"obs has no column {lacks[0]!r}.")
-    cells = cells[cells.obs[column].astype(str).isin([start, goal]).to_numpy()]
-    labels = _labelings(cells.obs, column, donor, start, goal, n, seed)
+    if lacks := [c for c in (label, donor) if c not in cells.obs]: raise GeneformerError(f"obs has no label {lacks[0]!r}.")
+    cells = cells[cells.obs[label].astype(str).isin([start, goal]).to_numpy()]
+    labels = _labelings(cells.obs, label, donor, start, goal, n, seed)
     if len(labels) < 20: raise GeneformerError(f"The donors allow {len(labels)} labelings and p would never be below 1/{len(labels)}: "
                                                "three donors of each state or more are needed, or five with both.")
     x = np.nan_to_num(model.encode(cells, layer=layer, pool=pool, show=False))

@@ -40,15 +40,15 @@ def permuted_p(
     what, # perturbations, as in `perturb`
     folder, # for the shards, so that it can be interrupted
     *,
-    disease:str, donor:str, start:str, goal:str, # obs columns of state and donor; two of the states
+    label:str, donor:str, start:str, goal:str, # obs columns of states and donors; two of the states
     n:int=99, # labelings beside the true one
     most:int=5, # cells of each donor and state that are perturbed
     seed:int=0, # of the labelings and of the cells
 )->pd.Series: # p by perturbation
     "Does the shift of each action hang on the label of the donor? Raises as `permuted_states`"
-    two, states, labels = permuted_states(model, cells, column=disease, donor=donor, start=start, goal=goal, n=n, seed=seed)
+    two, states, labels = permuted_states(model, cells, label=label, donor=donor, start=start, goal=goal, n=n, seed=seed)
     order = np.random.default_rng(seed).permutation(len(two))
-    kept = np.sort(two.obs.iloc[order].assign(_at=order).groupby([donor, disease], observed=True).head(most)['_at'].to_numpy())
+    kept = np.sort(two.obs.iloc[order].assign(_at=order).groupby([donor, label], observed=True).head(most)['_at'].to_numpy())
     two, labels = two[kept], labels[:, kept]
     raw = perturb_to(folder, model, two, what, states=states)
     return pd.concat([permuted_test(r.reset_index(drop=True), two.obs, labels, donor, min_cells=1).set_index('perturbation')['p']

@@ -8,17 +8,16 @@ __all__ = ['score_targets', 'ambient_genes', 'flag_genes', 'count_controls', 'or
 # %% ../../nbs/35c_score.ipynb #ac97fdd3
 import numpy as np, pandas as pd
 from ..core import GeneformerError
-from ..data.counts import counts_of, gene_names
 from ..evaluate.splits import need_obs
 from ..evaluate.baselines import de_ranking, log_cp10k
-from ..data.vocabulary import match_genes
+from ..data.vocabulary import GeneMatch
 from ..perturb.stats import perturbation_codes, matching_properties, nearest_genes, genes_at_once, summarize
 
 # %% ../../nbs/35c_score.ipynb #68f45340
 def _beyond(raw, table, size=12):
     "Share of the matched genes that each perturbation of `table` outruns, in the direction of its excess"
-    shift, out = table.set_index('perturbation')['shift'], {}
-    side = np.sign(table.set_index('perturbation')['excess'])
+    own = table.assign(perturbation=table.perturbation.astype(str)).set_index('perturbation')
+    shift, side, out = own['shift'], np.sign(own['excess']), {}
     for _, part in raw.groupby(['kind', genes_at_once(raw)], sort=False, observed=True):
         code, t = perturbation_codes(part)
         names = t.perturbation.astype(str)
@@ -62,19 +61,18 @@ _marks = {'mitochondrial': r'^MT-', 'ribosomal': r'^RP[LS]\d', 'hemoglobin': r'^
           'sex-linked': r'^(XIST|TSIX|DDX3Y|EIF1AY|KDM5D|NLGN4Y|RPS4Y[12]|TMSB4Y|TXLNGY|TTTY\d+|USP9Y|UTY|ZFY)$'} # by symbol
 
 def ambient_genes(
-    inside, # AnnData of the cells that were asked about
-    outside, # AnnData of the other cells of the same samples
+    inside, # cells × genes, counts of the cells that were asked about
+    outside, # cells × genes, counts of the other cells of the same samples
     fold:float=4., # how many times larger the mean share of the counts must be outside
-    **kwargs, # counts_layer, logged as in `counts_of`
-)->list: # gene names, as in var, that are seen inside and belong outside
-    "Genes whose counts may come from other cells; raises `GeneformerError` for cells of other genes"
-    if not inside.var_names.equals(outside.var_names): raise GeneformerError("Both sides need the same genes in the same order: select cells of one AnnData.")
-    def share(a):
-        c = counts_of(a, **kwargs)
-        x = np.asarray(c.X.sum(0)).ravel()
-        return np.asarray(c.var.index), x/max(x.sum(), 1e-9)
-    (names, a), (_, b) = share(inside), share(outside)
-    return list(names[(a > 0) & (b > fold*a)])
+)->np.ndarray: # for each gene: is it seen inside, and does it belong outside?
+    "Genes whose counts may come from other cells; raises `GeneformerError` for matrices of other genes"
+    if inside.shape[1] != outside.shape[1]:
+        raise GeneformerError("Both sides need the same genes in the same order: select cells of one AnnData.")
+    def share(X):
+        x = np.asarray(X.sum(0), float).ravel()
+        return x/max(x.sum(), 1e-9)
+    a, b = share(inside), share(outside)
+    return (a > 0) & (b > fold*a)
 
 def flag_genes(
     genes, # gene ids
@@ -92,29 +90,31 @@ def flag_genes(
 
 # %% ../../nbs/35c_score.ipynb #1016b976
 def count_controls(
-    adata, # AnnData with counts
-    disease:str, # obs column of states
+    counts, # AnnData with counts in X, as `plain_counts` makes
+    match:GeneMatch, # which gene of the vocabulary each column is
+    vocabulary, # names the genes
+    label:str, # obs column of states
     start:str, # state of the cells to treat
     goal:str, # state to reach
     donor:str, # obs column of donors
-    vocabulary, # its genes are told apart
     C:float=.01, # inverse strength of the penalty of the regression
-    **kwargs, # counts_layer, logged as in `counts_of`
 )->pd.DataFrame: # by gene id: expression (Welch's t between donors, goal over start; NaN with too few), coefficient (of goal, standardized log CP10k)
     "What counts alone say of each gene; all cells of the two states are used. Raises `GeneformerError`"
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
-    need_obs(adata.obs, disease, donor)
-    state, X = adata.obs[disease].astype(str).to_numpy(), log_cp10k(adata, **kwargs)
-    if lost := [s for s in (start, goal) if s not in state]: raise GeneformerError(f"No cell has {disease} = {lost[0]!r}.")
-    names, two = np.asarray(counts_of(adata, **kwargs).var.index), np.isin(state, [start, goal])
-    fit = LogisticRegression(C=C, max_iter=1000, class_weight='balanced').fit(StandardScaler().fit_transform(X[two].toarray()), state[two] == goal)
-    out = pd.DataFrame(dict(expression=np.nan, coefficient=fit.coef_[0]), index=names)
-    try: out['expression'] = de_ranking(adata, disease, start, goal, donor, **kwargs).set_index('gene')['t'].reindex(names)
-    except GeneformerError: pass  # too few donors for a test
-    m = match_genes(gene_names(adata.var) if adata.raw is None else names, vocabulary)
-    out = out[m.index >= 0].assign(gene_id=[vocabulary.genes[i] for i in m.index if i >= 0])
-    return out.sort_values('coefficient', key=np.abs, ascending=False, kind='stable').drop_duplicates('gene_id').set_index('gene_id').sort_index()
+    need_obs(counts.obs, label, donor)
+    state, X = counts.obs[label].astype(str).to_numpy(), log_cp10k(counts, fractional=True)
+    if lost := [s for s in (start, goal) if s not in state]: raise GeneformerError(f"No cell has {label} = {lost[0]!r}.")
+    two = np.isin(state, [start, goal])
+    scaled = StandardScaler().fit_transform(X[two].toarray())
+    fit = LogisticRegression(C=C, max_iter=1000, class_weight='balanced').fit(scaled, state[two] == goal)
+    out = pd.DataFrame(dict(expression=np.nan, coefficient=fit.coef_[0]), index=counts.var_names)
+    try: tested = de_ranking(counts, label, start, goal, donor, fractional=True).set_index('gene')['t']
+    except GeneformerError: tested = None  # too few donors for a test
+    if tested is not None: out['expression'] = tested.reindex(counts.var_names)
+    out = out[match.index >= 0].assign(gene_id=[vocabulary.genes[i] for i in match.index if i >= 0])
+    strongest = out.sort_values('coefficient', key=np.abs, ascending=False, kind='stable')
+    return strongest.drop_duplicates('gene_id').set_index('gene_id').sort_index()
 
 def _sign(kind):
     "+1 for an action that brings a gene up, -1 for one that takes it down, NaN for mixed ones"
