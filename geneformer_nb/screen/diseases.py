@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from .. import plots
-from ..core import GeneformerError, atomic, check_folder
+from ..core import GeneformerError, atomic, check_folder, verb
+from .question import Settings
 from .report import page, para, picture, table_html, _said
 from .run import screen
 from .score import _sign
@@ -69,7 +70,7 @@ def venn_plot(
 @dataclass
 class DiseaseScreen:
     "Screens of one cohort into and out of its diseases"
-    screens: dict        # {"start → goal": `Screen`}
+    screens: dict        # {"start → goal": `Result`}
     shared: pd.DataFrame # one row a pair of screens: hits in one, in both, in the other, and what chance gives
     genes: pd.DataFrame  # one row a gene and disease that is a hit both ways: taken down it leads into the disease, brought up out of it, or the reverse
     folder: Path         # where everything lies
@@ -88,10 +89,12 @@ def _both_ways(model, treat, of, alpha):
 # %% ../../nbs/35e_diseases.ipynb #89513ed8
 def _slug(text): return re.sub(r'[^\w.]+', '-', text).strip('-')
 
+@verb(also=[screen, Settings])
 def disease_screen(
-    adata, # AnnData with raw counts, or a path
+    adata, # AnnData that `pp.tokenize` has been over
+    model=None, # as in `screen`
     *,
-    disease:str, # obs column of states
+    label:str, # obs column of states
     donor:str, # obs column of donors
     healthy:str, # the state to lose and to reach
     diseases, # one or more other states
@@ -100,27 +103,34 @@ def disease_screen(
     treatment=('KO', 'OE', 'up'), # actions on diseased cells
     alpha:float=.05, # false discovery rate of a hit
     say=print, # function that is told what happens; None is silent
-    **kwargs, # anything else `screen` takes: where, model, folds, controls, pairs, seeds, flags …
+    **more, # anything else `screen` takes: where, folds, controls, pairs, seeds, flags …
 )->DiseaseScreen: # also written to `out`
     "Both questions about each disease, one after the other; resumable. Raises as `screen`"
     diseases = [diseases] if isinstance(diseases, str) else list(diseases)
     if not diseases or healthy in diseases: raise GeneformerError(f"diseases names states other than {healthy!r}, one or more.")
     for name in ('start', 'goal', 'directions', 'shared', 'title'):
-        if name in kwargs: raise GeneformerError(f"{name} is set by disease_screen: use healthy, diseases, modeling and treatment.")
+        if name in more: raise GeneformerError(f"{name} is set by disease_screen: use healthy, diseases, modeling and treatment.")
     tell, out = say or (lambda *_: None), check_folder(out)
-    asked = [(healthy, d, modeling) for d in diseases if modeling] + [(d, healthy, treatment) for d in diseases if treatment]
+    into = [(healthy, d, modeling) for d in diseases if modeling]
+    out_of = [(d, healthy, treatment) for d in diseases if treatment]
     screens = {}
-    for start, goal, directions in asked:
-        tell(f'{start} → {goal}')
-        screens[f'{start} → {goal}'] = screen(adata, disease=disease, donor=donor, start=start, goal=goal, directions=directions,
-            out=out/_slug(f'{start}-to-{goal}'), shared=out/'shared', say=say, **kwargs)
-    both = [_both_ways(screens[f'{healthy} → {d}'].table, screens[f'{d} → {healthy}'].table, d, alpha) for d in diseases if modeling and treatment]
-    s = DiseaseScreen(screens, _shared(screens, healthy, diseases, alpha), pd.concat(both, ignore_index=True) if both else pd.DataFrame(), out)
-    s.shared.to_csv(out/'shared.csv')
-    s.genes.to_csv(out/'both_ways.csv', index=False)
-    _index(s, alpha)
+    for start, goal, directions in into + out_of:
+        name = f'{start} → {goal}'
+        tell(name)
+        screens[name] = screen(adata, model, label=label, donor=donor, start=start, goal=goal, directions=directions,
+                               out=out/_slug(f'{start}-to-{goal}'), shared=out/'shared', say=say, **more)
+    result = DiseaseScreen(screens, _shared(screens, healthy, diseases, alpha), _all_both_ways(screens, healthy, diseases, alpha), out)
+    result.shared.to_csv(out/'shared.csv')
+    result.genes.to_csv(out/'both_ways.csv', index=False)
+    _index(result, alpha)
     tell(f"Wrote index.html to '{out.name}'.")
-    return s
+    return result
+
+def _all_both_ways(screens, healthy, diseases, alpha):
+    "Genes that are hits both ways, of all diseases that were asked about both ways"
+    ways = {d: (screens.get(f'{healthy} → {d}'), screens.get(f'{d} → {healthy}')) for d in diseases}
+    tables = [_both_ways(a.table, b.table, d, alpha) for d, (a, b) in ways.items() if a is not None and b is not None]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 def _shared(screens, healthy, diseases, alpha):
     "Hits of every two diseases, into them and out of them"

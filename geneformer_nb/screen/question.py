@@ -315,7 +315,7 @@ def _shown(plan, small):
 
 def _with_model(plan, vocabulary, say):
     "The plan with the model that was given, or with a small one made of these cells, after the time was forecast"
-    q, s, small = plan.question, plan.settings, not isinstance(plan.model, Geneformer)
+    s, small = plan.settings, not isinstance(plan.model, Geneformer)
     shape = {k: x for k, x in s.pretraining.items() if k in _shape}
     model = Geneformer.new('nano', vocabulary, s.seed, **shape) if small else plan.model
     f = forecast(model, plan.cells, len(plan.screened), plan.actions, _shown(plan, small))
