@@ -62,7 +62,7 @@ class _Shard:
     "Perturb the cells of one shard; an object, so that processes can receive it"
     def __init__(self, model, cells, rows, what, size, genes, kwargs):
         self.model, self.cells, self.rows, self.what, self.size, self.genes, self.kwargs = model, cells, rows, what, size, genes, kwargs
-        self.device, self.home = getattr(model, 'encoder', model).device, os.getpid()
+        self.device, self.home = model.encoder.device, os.getpid()
 
     def __getstate__(self):
         "Weights travel by way of the processor's memory"
@@ -77,7 +77,7 @@ class _Shard:
         try: got = perturb(self.model, self.cells[rows], self.what, genes=self.genes, show=False, **self.kwargs)
         except GeneformerError as e:
             if 'Nothing to perturb' not in str(e): raise
-            empty = Plan([self.what], getattr(self.model, 'encoder', self.model).vocabulary)
+            empty = Plan([self.what], self.model.encoder.vocabulary)
             got = empty.table([], []), empty.gene_table([], [])
             if not self.genes: got = got[0]
         table, genes = got if self.genes else (got, None)
@@ -87,8 +87,8 @@ class _Shard:
 
 def _move(model, device):
     "A model, or a fine-tuned one with all its parts, to a device"
-    getattr(model, 'encoder', model).to(device)
-    for part in getattr(model, 'parts', {}).values(): part.to(device)
+    model.encoder.to(device)
+    for part in model.parts.values(): part.to(device)
     return model
 
 def _own_device(device):
@@ -129,8 +129,7 @@ def perturb_to(
 
 def _weights(model):
     "Fingerprint of all weights that an answer depends on"
-    parts = getattr(model, 'parts', {})
-    return digest([weights_digest(getattr(model, 'encoder', model)), *(p.detach().cpu().numpy() for m in parts.values() for p in m.parameters())])
+    return digest([weights_digest(model.encoder), *(p.detach().cpu().numpy() for m in model.parts.values() for p in m.parameters())])
 
 def _kept_budget(folder):
     "The batch size of the run that is to be resumed"
@@ -153,7 +152,7 @@ def gene_effects(
     affected=None, # gene ids or symbols that answered; None takes all
 ): # tables, a shard at a time: cell, perturbation, gene_id, affected (id), cosine
     "Effects of perturbations on other genes, as `aggregate_gene_shifts` takes them; raises `StorageError`"
-    folder, v = as_folder(folder), getattr(model, 'encoder', model).vocabulary
+    folder, v = as_folder(folder), model.encoder.vocabulary
     paths = sorted(folder.glob('shard-*.parquet'))
     if not paths or not (folder/'genes').is_dir(): raise StorageError(f"'{folder.name}' holds no effects on genes: run perturb_to(…, genes=True) there.")
     named = lambda x: None if x is None else v.token([x] if isinstance(x, str) else list(x))
