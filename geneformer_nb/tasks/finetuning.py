@@ -35,6 +35,9 @@ class FineTuned(Reader):
     read_layer, read_pool = 'last', None
     file, kind = None, None # name of the file of `record`; what it is, in words
 
+    def predict(self, cells, budget=16_384):
+        "Answers for cells of the encoder's vocabulary, as a table"
+        raise NotImplementedError
     def record(self)->dict:
         "What `load` needs to know, beside the weights"
         raise NotImplementedError

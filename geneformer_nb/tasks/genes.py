@@ -151,6 +151,11 @@ def predict_genes(self:GeneClassifier,
     front = pd.DataFrame(dict(symbol=v.symbol(seen), predicted=best, n_cells=n[seen]), index=ids)
     return front.join(pd.DataFrame(p, ids, [f'p({c})' for c in self.classes]))
 
+@patch
+def predict(self:GeneClassifier, cells, budget=16_384):
+    "Probabilities of every gene that occurs, as `predict_genes`"
+    return self.predict_genes(cells, budget=budget)
+
 # %% ../../nbs/11b_genes.ipynb #24168e9a
 def _gene_row(truth, p, n, n_cells, auc_tokens=None):
     "Areas over genes and over tokens, from mean probabilities a gene"
