@@ -20,7 +20,7 @@ from geneformer_nb.model.embed import gene_embeddings
 from geneformer_nb.evaluate.splits import fold_donors
 from geneformer_nb.evaluate.baselines import log_cp10k
 from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.train.small_model import RankFrequency, begin, cut, gene_vectors, hold_out, small_model_cells, load_small_model, small_model_recipe, evaluate_masked
+from geneformer_nb.train.small_model import RankFrequency, init_small_model, truncate, gene_vectors, hold_out, small_model_cells, load_small_model, small_model_recipe, evaluate_masked
 from geneformer_nb.train.pretraining import pretrain
 from geneformer_nb.data.tokenizer import tokenize
 from geneformer_nb.data.toy import simulate
@@ -52,7 +52,7 @@ def restrict(cells, v):
     new = to[cells.tokens]
     lengths = np.add.reduceat(new > 0, cells.offsets[:-1])
     c = Cells(new[new > 0], np.r_[0, np.cumsum(lengths)], cells.obs, vocabulary=v)
-    return cut(c[c.lengths >= 7], v.max_len)
+    return truncate(c[c.lengths >= 7], v.max_len)
 
 
 def shuffled(cells, seed=0):
@@ -171,7 +171,7 @@ def house(w):
     part = gene_cells(w)
     same, seen = cells[cells.obs.index.get_indexer(part.obs.index)], w.vocabulary.gene(np.unique(part.tokens))
     kang, y, out = tokenize(w.kang, cells.vocabulary), w.kang.obs.cell_type.to_numpy(), []
-    for name, model in {'house model': load_small_model(), 'start of the house model': begin(train, small_model_recipe['shape'])}.items():
+    for name, model in {'house model': load_small_model(), 'start of the house model': init_small_model(train, small_model_recipe['shape'])}.items():
         E, cell = gene_embeddings(same, model, show=False), probe(model.encode(kang, show=False), y, w.folds)
         E = E.loc[E.index.intersection(seen)]
         out += [dict(varied='house', ranks=name, seed=k, **cell, **gene_probe(E, w.labels, k)) for k in range(SEEDS)]
@@ -184,7 +184,7 @@ def one(r, w):
     train = w.train[np.sort(np.random.default_rng(seed).permutation(len(w.train))[:n])]
     given = shuffled(train, seed) if r['ranks'] == 'shuffled' else train
     t, shape = time.process_time(), small_model_recipe['shape']
-    model = begin(given, shape, seed, r['start'] == 'counted')
+    model = init_small_model(given, shape, seed, r['start'] == 'counted')
     if r['steps']:
         pretrain(given, model, steps=r['steps'], batch=BATCH, lr=LR, warmup=50, weight_decay=0., mask=r['mask'], seed=seed,
                  holdout=0., attention_dropout=r['attention_dropout'], device='cpu', args=dict(optim='adamw_torch_fused'))

@@ -40,7 +40,7 @@ class Explorer:
     "Cells, a model, and states to move towards"
     def __init__(self, model, cells, states, donor, where, max_cells, nulls, neighbors, seed, layer, pool, budget):
         whole(max_cells=max_cells, nulls=nulls, neighbors=neighbors)
-        self.model, self.encoder = model, getattr(model, 'encoder', model)
+        self.model, self.encoder = model, model.encoder
         self.asked = dict(layer=layer, pool=pool, budget=budget)
         self.layer, pooled = layer_and_pool(model, layer, pool)
         column = states if isinstance(states, str) else None

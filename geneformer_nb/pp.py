@@ -14,6 +14,7 @@ from .data.counts import counts_of, gene_names
 from .data.ranks import Record, need_adata, records, to_ranks, vocabulary_of
 from .data.tokenizer import tokenize as rank_counts
 from .data.vocabulary import Vocabulary
+from .model.bert import Reader
 from .model.checkpoints import checkpoint_vocabulary
 from .model.embed import pick_cells
 
@@ -22,8 +23,7 @@ def _vocabulary(model):
     "The vocabulary of what a person passed: a model, a classifier, the name of a checkpoint, or a vocabulary itself"
     if isinstance(model, Vocabulary): return model
     if isinstance(model, (str, Path)): return checkpoint_vocabulary(model)
-    encoder = getattr(model, 'encoder', model)
-    if isinstance(getattr(encoder, 'vocabulary', None), Vocabulary): return encoder.vocabulary
+    if isinstance(model, Reader): return model.encoder.vocabulary
     raise VocabularyError(f"model is a Geneformer, a classifier, the name of a checkpoint or a Vocabulary, not {type(model).__name__}.")
 
 def _own_vocabulary(adata, where, options, counts):

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from .core import GeneformerError, verb
 from .data.ranks import find_record, need_adata, ranked_cells, recorded_counts
 from .evaluate.baselines import cell_baselines
-from .model.bert import Geneformer
+from .model.bert import Geneformer, Reader
 from .model.embed import state_embeddings, store_embedding
 from .perturb.actions import ActionPlan, layer_and_pool, perturb as perturb_cells
 from .perturb.shards import perturb_to
@@ -22,15 +22,11 @@ from .screen.run import screen
 # %% ../nbs/51_tl.ipynb #66a77e67
 def _model(model, device=None):
     "A model or classifier, from itself or from the name of a checkpoint"
-    if isinstance(model, (Geneformer, CellModel)): return model
+    if isinstance(model, Reader): return model
     if isinstance(model, (str, Path)):
         tuned = (Path(model).expanduser()/'classes.json').exists()
         return (CellModel.load if tuned else Geneformer.from_pretrained)(model, device=device)
     raise GeneformerError(f"model is a Geneformer, a classifier or the name of a checkpoint, not {type(model).__name__}.")
-
-def _encoder(model):
-    "The encoder of a model or classifier"
-    return getattr(model, 'encoder', model)
 
 def _values(adata, label, names):
     "Raise `GeneformerError` unless every name is a value of the obs column"
@@ -56,7 +52,7 @@ def embed(
     show:bool=None, # progress bar; None shows it outside of tests
 ): # None, or the copy. Adds obsm[key_added] (cells × d, float32; nan for a cell without known genes) and uns[key_added]
     "Embed every cell (official `EmbExtractor`); raises `VocabularyError` where there are no ranks of the model"
-    model = _encoder(_model(model))
+    model = _model(model).encoder
     cells = ranked_cells(adata, model.vocabulary, obs=[])
     out = adata.copy() if copy else adata
     store_embedding(out, cells, model, layer, pool, key_added, dict(ranks=find_record(adata, model.vocabulary).key),
@@ -77,7 +73,7 @@ def finetune(
     **how, # freeze_layers, epochs, steps, lr, seed … as in `tasks.finetune`
 )->CellClassifier: # with `.scores`, `.split`, `.audit`; adds obs[key_added]
     "Fine-tune a cell classifier on donors it is not tested on (official `Classifier`); raises `LeakError`, `GeneformerError`, `CountsError`"
-    model = _encoder(_model(model))
+    model = _model(model).encoder
     need_adata(adata, [label, donor, *([split] if isinstance(split, str) else [])])
     cells = ranked_cells(adata, model.vocabulary)
     if isinstance(split, str): split = adata.obs[split].astype(str).to_numpy()
@@ -134,7 +130,7 @@ def perturb(
    # of the cells; with `affected` and without `out` also the table of effects
     "Perturb cells and measure where they go (official `InSilicoPerturber`); raises `VocabularyError`, `GeneformerError`, `StorageError`"
     model = _model(model)
-    encoder, names = _encoder(model), [] if isinstance(goal, dict) or goal is None else np.atleast_1d(goal).tolist()
+    encoder, names = model.encoder, [] if isinstance(goal, dict) or goal is None else np.atleast_1d(goal).tolist()
     need_adata(adata, [label, *(where or {})])
     _values(adata, label, names + ([] if start is None else [start]))
     ActionPlan([actions], encoder.vocabulary)

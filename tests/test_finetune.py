@@ -165,8 +165,13 @@ def test_drawn_cells_are_even():
 def test_counts_that_are_none_fail_before_the_training(model, cells, cohort, monkeypatch):
     worn = cohort.copy(); worn.X = log_cp10k(cohort)
     def never(*a, **kw): raise AssertionError('it trained first')
-    monkeypatch.setattr(module, '_fit', never)
+    monkeypatch.setattr(module, 'train_loop', never)
     with says(CountsError, 'log'): tune(model, cells, adata=worn)
+
+def test_a_misspelt_argument_is_named(model, cells, vocab):
+    with says(GeneformerError, 'freeze_layer', "did you mean 'freeze_layers'"): tune(model, cells, freeze_layer=1)
+    with says(GeneformerError, "did you mean 'weights'"): finetune_tasks(model, cells, ['disease'], 'donor', weight=1)
+    with says(GeneformerError, "did you mean 'cell_split'"): finetune_genes(model, cells, gene_classes(vocab), cell_splits=1)
 
 # --- heads
 
@@ -351,6 +356,20 @@ def test_one_split_for_all_tasks(model, cells):
     with says(LeakError, 'donors', "'D01'"):
         finetune_tasks(model, cells, ['cell_type', 'disease'], 'donor', split=split, steps=1)
 
+# --- readers
+
+def test_whatever_can_encode_cells_is_read_alike(model, cells, vocab):
+    x = model.hidden(cells[:4].tokens, cells[:4].offsets, layer='last')
+    v, none = model.read(x, cells[:4].offsets)
+    assert model.encoder is model and model.parts == {} and model.answers == [] and none is None
+    torch.testing.assert_close(v, pool_cells(x, cells[:4].offsets, 'mean'))
+    clf, far, genes = tune(model, cells), tune(model, cells, 'n_counts', head='regression'), GeneClassifier(model, ['a', 'b'])
+    assert clf.answers == [f'p({c})' for c in clf.classes] and far.answers == ['predicted'] and genes.read_pool is None
+    x = clf.encoder.hidden(cells[:4].tokens, cells[:4].offsets, layer=clf.read_layer)
+    np.testing.assert_allclose(clf.read(x, cells[:4].offsets)[1].detach(), clf.predict(cells[:4])[clf.classes], rtol=1e-5)
+    both = MultiTask(model, {'x': Classes(['a', 'b']), 'z': Regression(0., 1.)}, 'mean')
+    assert both.answers == ['p(x: a)', 'p(x: b)', 'z: predicted'] and both.read(x, cells[:4].offsets)[1].shape == (4, 3)
+
 # --- adapters and small weights
 
 @peft
@@ -414,10 +433,10 @@ def test_search_never_shows_the_test_donors(model, cells, monkeypatch):
 @optuna
 def test_search_goes_on(model, cells, tmp_path):
     kw = dict(folds=2, steps=1, space=dict(lr=(1e-4, 1e-2, 'log'), balance=[True, False]), show=False)
-    search_settings(model, cells, 'disease', 'donor', trials=1, folder=tmp_path/'s', **kw)
-    a, b = search_settings(model, cells, 'disease', 'donor', trials=3, folder=tmp_path/'s', **kw), search_settings(model, cells,
+    search_settings(model, cells, 'disease', 'donor', trials=1, out=tmp_path/'s', **kw)
+    a, b = search_settings(model, cells, 'disease', 'donor', trials=3, out=tmp_path/'s', **kw), search_settings(model, cells,
         'disease', 'donor', trials=3, **kw)
     pd.testing.assert_frame_equal(a.trials, b.trials)
     assert a.best == b.best and same(a.model.encoder, b.model.encoder)
     with says(GeneformerError, 'another run', 'seed'):
-        search_settings(model, cells, 'disease', 'donor', trials=3, folder=tmp_path/'s', seed=1, **kw)
+        search_settings(model, cells, 'disease', 'donor', trials=3, out=tmp_path/'s', seed=1, **kw)

@@ -7,9 +7,9 @@ import torch
 from geneformer_nb.data.cells import Cells, ragged
 from geneformer_nb.core import GeneformerError, VocabularyError
 from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.train.batching import Batches, Rows, by_tokens, shares
+from geneformer_nb.train.batching import Batches, Rows, by_tokens, share_out
 from geneformer_nb.model.bert import Geneformer, weights_digest
-from geneformer_nb.train.pretraining import MaskedRanks, by_rank, pretrain, recipes
+from geneformer_nb.train.pretraining import MaskedRanks, Recipe, by_rank, pretrain, recipes
 
 SMALL = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64)
 
@@ -81,14 +81,14 @@ def test_every_cell_once_an_epoch(kw, processes, passes):
         assert all(p for part in parts for p in part), 'nobody is without a cell to look at'
         seen = [i for part in parts for p in part for e, i in p if i >= 0]
         assert sorted(seen) == rows.tolist()
-        alone = Batches(lengths, rows, seed=5, **kw).whole(epoch)
+        alone = Batches(lengths, rows, seed=5, **kw).epoch_batches(epoch)
         for k, b in enumerate(alone):
             dealt = [i for part in parts for p in part[k * passes:(k + 1) * passes] for e, i in p if i >= 0]
             assert sorted(dealt) == sorted(b.tolist()), 'the same step, however many share it'
 
 def test_orders_differ_by_epoch_and_seed():
     lengths, rows = cohort().lengths, np.arange(70)
-    a = [Batches(lengths, rows, budget=200, seed=s).whole(e) for s, e in ((0, 0), (0, 1), (7, 0))]
+    a = [Batches(lengths, rows, budget=200, seed=s).epoch_batches(e) for s, e in ((0, 0), (0, 1), (7, 0))]
     assert len({str([x.tolist() for x in b]) for b in a}) == 3
     assert len({len(b) for b in a}) == 1, 'as many steps whatever the order'
 
@@ -106,7 +106,7 @@ def test_budget_is_kept_within_a_cell():
 def test_shares_are_even():
     rng = np.random.default_rng(0)
     lengths = rng.integers(100, 2049, 64)
-    load = [lengths[s].sum() for s in shares(range(64), lengths, 4)]
+    load = [lengths[s].sum() for s in share_out(range(64), lengths, 4)]
     assert max(load) - min(load) < 100 and max(load) / np.mean(load) < 1.01
 
 def test_masks_depend_on_seed_epoch_and_cell_alone():
@@ -142,7 +142,19 @@ def test_recipes():
     assert house.config.attention_probs_dropout_prob == 0.
     kept = pretrain(cells, steps=1, attention_dropout=None, **SMALL)
     assert kept.config.attention_probs_dropout_prob == .02, 'None leaves what the preset says'
-    assert set(recipes['V1']) == set(recipes['V2']) == set(recipes['small'])
+    assert all(isinstance(r, Recipe) for r in recipes.values()) and list(recipes) == ['small', 'V1', 'V2']
+    own = pretrain(cells, recipe=Recipe(steps=1, batch=4, holdout=0.), **SMALL)
+    assert len(own.history) == 1 and own.history.eval_loss.isna().all()
+
+@pytest.mark.parametrize('wrong,near', [(dict(lrr=1), 'lr'), (dict(attention_dropot=0.), 'attention_dropout'), (dict(hidden_sise=8), 'hidden_size'),
+                                        (dict(args=dict(max_grad_nrm=1.)), 'max_grad_norm')], ids=str)
+def test_a_misspelt_argument_is_named_before_any_work(tmp_path, wrong, near):
+    with pytest.raises(GeneformerError, match=f"did you mean '{near}'"): pretrain(cohort(), 'nano', tmp_path/'m', **wrong)
+    assert not (tmp_path/'m').exists()
+
+def test_fields_of_a_preset_are_refused_for_a_model():
+    m = Geneformer.new('nano', cohort().vocabulary, **SMALL)
+    with pytest.raises(GeneformerError, match='hidden_size'): pretrain(cohort(), m, steps=1, hidden_size=8)
 
 def test_other_vocabulary_and_longer_cells_are_refused():
     cells = cohort()

@@ -6,7 +6,7 @@ from geneformer_nb.core import GeneformerError, StorageError
 from geneformer_nb.perturb.engine import Engine, fit_budget
 from geneformer_nb.tasks.finetuning import CellClassifier
 from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.model.bert import Geneformer
+from geneformer_nb.model.bert import Geneformer, Reader
 from geneformer_nb.perturb.actions import KO, OE, Dose, drug, each, pairs, perturb
 from geneformer_nb.perturb.shards import gene_effects, perturb_to
 from geneformer_nb.data.tokenizer import tokenize
@@ -123,7 +123,7 @@ def test_the_unperturbed_cell_is_encoded_once(made, monkeypatch):
 
 @pytest.mark.parametrize('free,budget', [(100e9, 2**20), (1e9, 2**18), (1e6, 2**13)])
 def test_budget_from_the_memory_of_a_gpu(made, monkeypatch, free, budget):
-    class Stub:
+    class Stub(Reader):
         device, config = torch.device('cuda'), made[1].config
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda d: (free, free))
     got = fit_budget(Stub())

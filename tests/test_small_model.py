@@ -9,8 +9,8 @@ from geneformer_nb.train import small_model
 from geneformer_nb.data.cells import Cells, ragged
 from geneformer_nb.core import GeneformerError, MissingDataError, StorageError
 from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.train.small_model import (RankFrequency, begin, cut, gene_vectors, hold_out, small_model_cells, small_model_folder, load_small_model,
-                                 small_model_scores, evaluate_masked, summary)
+from geneformer_nb.train.small_model import (RankFrequency, init_small_model, truncate, gene_vectors, hold_out, small_model_cells, small_model_folder, load_small_model,
+                                 small_model_scores, evaluate_masked, summarize_masked)
 from geneformer_nb.model.bert import weights_digest
 
 real = pytest.mark.skipif(not (Path(os.environ.get('GENEFORMER_NB_DATA', '/nowhere'))/'data').is_dir(),
@@ -82,7 +82,7 @@ def test_guesses_sum_to_one_and_losses_are_theirs(cls):
 
 def test_counting_beats_blind_and_looking_beats_counting():
     train, held = sides(cohort(400))
-    j = evaluate_masked(begin(train, LITTLE['shape']), held, RankFrequency(train, edges=(0, 4, 8, 16, 24), strength=20))
+    j = evaluate_masked(init_small_model(train, LITTLE['shape']), held, RankFrequency(train, edges=(0, 4, 8, 16, 24), strength=20))
     blind = np.log(len(train.vocabulary))
     assert j.in_view.mean() < j.frequency.mean() - .1 < blind - .1
 
@@ -90,16 +90,16 @@ def test_counting_beats_blind_and_looking_beats_counting():
 
 def test_summary_counts_every_gene_once():
     train, held = sides(cohort())
-    j = evaluate_masked(begin(train, LITTLE['shape']), held, RankFrequency(train))
+    j = evaluate_masked(init_small_model(train, LITTLE['shape']), held, RankFrequency(train))
     for by in ('source', 'masked', (0, 5, 20, 500)):
-        s = summary(j, by)
+        s = summarize_masked(j, by)
         assert s.n[:-1].sum() == s.n['all'] == len(j) and s.cells['all'] == len(held)
         np.testing.assert_allclose((s.loss * s.n)[:-1].sum() / len(j), s.loss['all'], rtol=1e-5)
-    assert list(summary(j, (0, 5, 20, 500)).index)[:2] == ['0–4', '5–19']
+    assert list(summarize_masked(j, (0, 5, 20, 500)).index)[:2] == ['0–4', '5–19']
 
 def test_judging_does_not_depend_on_the_batch():
     train, held = sides(cohort())
-    model = begin(train, LITTLE['shape'])
+    model = init_small_model(train, LITTLE['shape'])
     a, b = (evaluate_masked(model, held, budget=n).sort_values(['cell', 'rank'], ignore_index=True) for n in (60, 5000))
     assert (a.cell == b.cell).all() and (a['rank'] == b['rank']).all()
     np.testing.assert_allclose(a.loss, b.loss, rtol=1e-4)
@@ -108,9 +108,9 @@ def test_judging_does_not_depend_on_the_batch():
 
 def test_start_knows_the_frequencies():
     train, held = sides(cohort(400))
-    model = begin(train, LITTLE['shape'])
+    model = init_small_model(train, LITTLE['shape'])
     assert evaluate_masked(model, held).loss.mean() < np.log(len(train.vocabulary)) + .05
-    assert same(model, begin(train, LITTLE['shape']))
+    assert same(model, init_small_model(train, LITTLE['shape']))
 
 def test_genes_of_the_same_cells_start_as_neighbors():
     rng = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def test_genes_of_the_same_cells_start_as_neighbors():
 
 def test_cut():
     cells = cohort()
-    c = cut(cells, 10)
+    c = truncate(cells, 10)
     assert (c.lengths == np.minimum(cells.lengths, 10)).all()
     assert all((c[i].tokens == cells[i].tokens[:10]).all() for i in range(len(cells)))
 

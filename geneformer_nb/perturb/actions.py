@@ -15,7 +15,7 @@ from ..data.cells import Cells, need_cells
 from ..core import GeneformerError, progress
 from ..model.embed import pick_cells
 from .engine import Engine, arrange, fit_budget, packed, singles
-from ..model.bert import Geneformer
+from ..model.bert import Geneformer, Reader
 from ..jobs import whole
 
 # %% ../../nbs/30_perturb.ipynb #0b999f6d
@@ -223,15 +223,13 @@ def gene_table(self:ActionPlan, parts, rows): # (cosine, form, token) of each ba
 # %% ../../nbs/30_perturb.ipynb #ff15f055
 def layer_and_pool(model, layer, pool):
     "Layer and pooling to read a model at: those asked for, or the usual ones"
-    tuned = hasattr(model, 'cell_vectors')
-    return layer if layer is not None else 'last' if tuned else 'second_to_last', model.pool if tuned and pool is None else pool
+    return layer if layer is not None else model.read_layer, model.read_pool if model.parts and pool is None else pool
 
 def make_engine(model, cells, states, layer, pool, affected, dtype):
     "What was asked of the model, checked"
-    encoder = getattr(model, 'encoder', model)
-    if not isinstance(encoder, Geneformer): raise GeneformerError(f"model is a Geneformer, or what finetune returned, not {type(model).__name__}.")
-    tuned = model is not encoder
-    if tuned and not hasattr(model, 'cell_vectors'): raise GeneformerError(f"A {type(model).__name__} gives no one answer a cell: pass its .encoder.")
+    if not isinstance(model, Reader): raise GeneformerError(f"model is a Geneformer, or what finetune returned, not {type(model).__name__}.")
+    encoder, tuned = model.encoder, model is not model.encoder
+    if model.read_pool is None: raise GeneformerError(f"A {type(model).__name__} gives no one answer a cell: pass its .encoder.")
     need_cells(cells).check_vocabulary(encoder.vocabulary)
     layer, pool = layer_and_pool(model, layer, pool)
     if tuned and (encoder.n_run(layer) != encoder.config.num_hidden_layers or pool != model.pool): raise GeneformerError(

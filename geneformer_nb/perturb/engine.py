@@ -12,7 +12,7 @@ import numpy as np, torch, torch.nn.functional as F
 from ..data.cells import Cells
 from ..core import GeneformerError, pick_dtype
 from ..model.cpu_kernels import fast_matmul
-from ..model.bert import Geneformer, pool_cells, runs
+from ..model.bert import Geneformer, runs
 
 # %% ../../nbs/30a_engine.ipynb #aa90705c
 @dataclass
@@ -197,13 +197,12 @@ class Engine:
         affected=False, # True: also the cosine of each remaining gene; a number: of so many that changed most
         dtype=None, # "bfloat16" computes in half precision
     ):
-        self.model, self.encoder = model, getattr(model, 'encoder', model)
-        self.pool = model.pool if model is not self.encoder else self.encoder.pooling(pool)
+        self.model, self.encoder = model, model.encoder
+        self.pool = model.read_pool if model is not self.encoder else self.encoder.pooling(pool)
         self.cells, self.layer, self.affected, self.dtype = cells, layer, affected, pick_dtype(dtype)
         self.states = {k: F.normalize(torch.as_tensor(s, dtype=torch.float64).cpu(), dim=0) for k, s in (states or {}).items()}
         self.depth, self.seen = self.encoder.n_run(layer), {}
-        task = getattr(model, 'task', None)
-        self.answers = [] if task is None else [f'shift_p({c})' if hasattr(task, 'classes') else f'shift_{c}' for c in task.columns]
+        self.answers = [f'shift_{name}' for name in model.answers]
         self.columns = [f'shift_{s}' for s in self.states] + self.answers
 
     def hidden(self, tokens, offsets, **kw):
@@ -212,9 +211,8 @@ class Engine:
 
     def read(self, x, offsets):
         "Unit cell vectors, and answers of the head, in double precision on the processor (not every device knows it)"
-        if self.model is self.encoder: return F.normalize(pool_cells(x, offsets, self.pool, self.cells.special).cpu().double(), dim=-1), None
-        vec = self.model.cell_vectors(x, offsets)
-        return F.normalize(vec.cpu().double(), dim=-1), self.model.task.link(self.model.head(vec).cpu().double())
+        vectors, answers = self.model.read(x, offsets, self.pool)
+        return F.normalize(vectors.cpu().double(), dim=-1), answers
 
 # %% ../../nbs/30a_engine.ipynb #27e9cb45
 from fastcore.basics import patch
@@ -315,7 +313,7 @@ def fit_budget(
     model, # `Geneformer` or a fine-tuned model
 )->int: # tokens of a batch
     "Tokens of a batch that suit the device; a power of two"
-    encoder = getattr(model, 'encoder', model)
+    encoder = model.encoder
     if encoder.device.type != 'cuda': return 16_384
     c = encoder.config
     per_token = 4*(8*c.hidden_size + 2*c.intermediate_size)  # float32: what a layer holds at once, residual, queries, feed-forward

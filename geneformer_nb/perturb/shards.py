@@ -71,7 +71,7 @@ class PerturbShard:
     how: dict           # states, layer, pool, budget, dtype as in `perturb`
     home: int = None    # process in which the model lies on its device
 
-    def __post_init__(self): self.device, self.home = getattr(self.model, 'encoder', self.model).device, os.getpid()
+    def __post_init__(self): self.device, self.home = self.model.encoder.device, os.getpid()
 
     def __getstate__(self):
         "Weights travel by way of the processor's memory"
@@ -96,14 +96,14 @@ class PerturbShard:
         try: got = perturb(self.model, cells, self.actions, affected=self.affected, show=False, **self.how)
         except GeneformerError as e:
             if 'Nothing to perturb' not in str(e): raise
-            empty = ActionPlan([self.actions], getattr(self.model, 'encoder', self.model).vocabulary)
+            empty = ActionPlan([self.actions], self.model.encoder.vocabulary)
             return empty.table([], []), empty.gene_table([], [])
         return got if self.affected else (got, None)
 
 def _move(model, device):
     "A model, or a fine-tuned one with all its parts, to a device"
-    getattr(model, 'encoder', model).to(device)
-    for part in getattr(model, 'parts', {}).values(): part.to(device)
+    model.encoder.to(device)
+    for part in model.parts.values(): part.to(device)
     return model
 
 def _own_device(device):
@@ -159,8 +159,7 @@ def _write_obs(path, obs):
 
 def _weights(model):
     "Fingerprint of all weights that an answer depends on"
-    parts = getattr(model, 'parts', {})
-    return digest([weights_digest(getattr(model, 'encoder', model)), *(p.detach().cpu().numpy() for m in parts.values() for p in m.parameters())])
+    return digest([weights_digest(model.encoder), *(p.detach().cpu().numpy() for m in model.parts.values() for p in m.parameters())])
 
 def _kept_budget(folder):
     "The batch size of the run that is to be resumed"
@@ -183,7 +182,7 @@ def gene_effects(
     affected=None, # gene ids or symbols that answered; None takes all
 ): # tables, a shard at a time: cell, perturbation, gene_id, affected (id), cosine
     "Effects of perturbations on other genes, as `aggregate_gene_shifts` takes them; raises `StorageError`"
-    folder, v = as_folder(folder), getattr(model, 'encoder', model).vocabulary
+    folder, v = as_folder(folder), model.encoder.vocabulary
     paths = sorted(folder.glob('shard-*.parquet'))
     if not paths or not (folder/'genes').is_dir(): raise StorageError(f"'{folder.name}' holds no effects on genes: run perturb_to(…, affected=True) there.")
     named = lambda x: None if x is None else v.token([x] if isinstance(x, str) else list(x))

@@ -169,7 +169,7 @@ def permuted_states(
     seed:int=0, layer='second_to_last', pool:str=None, # of the labelings; as in `perturb`
 )->tuple: # cells of the two states, {name: vector} for `perturb(…, states=…)`, labels (n + 1, cells) for `permuted_test`
     "State vectors under labels dealt anew to whole donors; raises `GeneformerError`"
-    if not hasattr(model, 'vocabulary') or hasattr(model, 'encoder'): raise GeneformerError("A fine-tuned model has seen the labels: pass its pretrained encoder.")
+    if getattr(model, 'encoder', None) is not model: raise GeneformerError("A fine-tuned model has seen the labels: pass its pretrained encoder.")
     if lacks := [c for c in (label, donor) if c not in cells.obs]: raise GeneformerError(f"obs has no column {lacks[0]!r}.")
     cells = cells[cells.obs[label].astype(str).isin([start, goal]).to_numpy()]
     labels = _labelings(cells.obs, label, donor, start, goal, n, seed)

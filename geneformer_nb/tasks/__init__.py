@@ -1,7 +1,7 @@
 from ..core import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, dict(
-    finetuning='CellClassifier CellModel finetune',
+    finetuning='CellClassifier FineTuned CellModel finetune',
     genes='gene_labels GeneClassifier finetune_genes',
     multitask='MultiTask finetune_tasks',
     adapters='add_lora merge_lora quantize',

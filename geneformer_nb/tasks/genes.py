@@ -7,13 +7,12 @@ __all__ = ['gene_labels', 'split_by_gene', 'audit_genes', 'GeneClassifier', 'fin
 
 # %% ../../nbs/11b_genes.ipynb #2930be01
 from dataclasses import replace
-from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, LeakError, VocabularyError, write_json
+from ..core import GeneformerError, LeakError, VocabularyError
 from ..evaluate.splits import audit_split, split_donors
-from .finetuning import _Labeled, _fit, _learner, _load_parts, _plan, _said, _save_parts, _saved_encoder
+from .finetuning import FineTuned, Schedule, _check, _learner
 from ..evaluate.metrics import auc_draws, gene_auc
 from ..evaluate.baselines import gene_baselines
 from ..data.vocabulary import find_gene
@@ -23,9 +22,9 @@ from ..model.bert import Geneformer
 def gene_labels(
     vocabulary, # of the model
     classes:dict, # {class: gene ids or symbols}
-    overlap:str='error', # what a gene in two classes is: "error", or "drop" to leave it out
-)->pd.Series: # class of each gene, by gene id, in the order given; `.attrs` lists genes "lost" and in "both"
-    "One label a gene; raises `GeneformerError` for fewer than two classes, an empty one, or a gene in two"
+    overlap:str='error', # for a gene in two classes: "error", or "drop" to leave it out
+)->pd.Series: # class by gene id, in the order given; `.attrs` lists genes "lost" and "both"
+    "One label a gene; raises `GeneformerError`, `VocabularyError`"
     if not isinstance(classes, dict) or len(classes) < 2:
         raise GeneformerError("classes is a dict of two classes or more: {'name': [gene ids], …}.")
     of, lost, both = {}, [], []
@@ -34,8 +33,9 @@ def gene_labels(
             i = find_gene(str(n), vocabulary._index, vocabulary.aliases)[0]
             if i < 0: lost.append(str(n))
             elif of.setdefault(g := vocabulary.genes[i], str(c)) != str(c): both.append(g)
-    if both and overlap != 'drop': raise GeneformerError(f"{len(set(both))} genes stand in two classes, {both[0]} first (in "
-        f"{of[both[0]]!r} and another): a gene has one label; overlap='drop' leaves such genes out.")
+    if both and overlap != 'drop': raise GeneformerError(
+        f"{len(set(both))} genes stand in two classes, {both[0]} first (in {of[both[0]]!r} and another): a gene "
+        "has one label; overlap='drop' leaves such genes out.")
     for g in set(both): del of[g]
     if empty := [c for c in map(str, classes) if c not in of.values()]: raise VocabularyError(
         f"No gene of class {empty[0]!r} is in the vocabulary {vocabulary.name!r}, which holds ids like "
@@ -47,15 +47,16 @@ def gene_labels(
 # %% ../../nbs/11b_genes.ipynb #76cb2ba6
 def split_by_gene(
     labels:pd.Series, # from `gene_labels`
-    test:float=.33, # share of each class that is held out; at least one, and one is kept
+    test:float=.33, # share of each class that is held out; at least one gene on each side
     seed:int=0, # which genes
 )->pd.Series: # "train" or "test" by gene id; raises `LeakError` for a class of one gene
     "Hold out genes, some of every class"
     rng, out = np.random.default_rng(seed), pd.Series('train', labels.index, dtype=object)
     for c, own in labels.groupby(labels, sort=False):
-        if len(own) < 2:
-            raise LeakError(f"Class {c!r} has one gene only ({own.index[0]}): nothing can be held out for it.")
-        out[rng.permutation(own.index.to_numpy())[:min(max(1, round(test * len(own))), len(own) - 1)]] = 'test'
+        if len(own) < 2: raise LeakError(
+            f"Class {c!r} has one gene only ({own.index[0]}): nothing can be held out for it.")
+        n = min(max(1, round(test * len(own))), len(own) - 1)
+        out[rng.permutation(own.index.to_numpy())[:n]] = 'test'
     return out
 
 def audit_genes(
@@ -63,24 +64,28 @@ def audit_genes(
     split, # "train" or "test" by gene: dict or Series, under any name of the gene
     vocabulary, # of the model
 )->tuple: # (split by gene id, table: genes of each class on each side)
-    "Raise `LeakError` when a gene stands in train and in test, or a class is missing from one"
+    "Check a split of genes; raises `LeakError`"
     side = {}
     for n, s in dict(split).items():
         i = find_gene(str(n), vocabulary._index, vocabulary.aliases)[0]
         if i >= 0 and side.setdefault(g := vocabulary.genes[i], s) != s: raise LeakError(
             f"Gene {g} ({n}) stands in train and in test: a gene belongs on one side, under all of its names.")
     side = pd.Series(side, dtype=object).reindex(labels.index)
-    table = pd.crosstab(labels, side).reindex(index=list(dict.fromkeys(labels)), columns=['train', 'test'],
-        fill_value=0)
+    table = pd.crosstab(labels, side)
+    table = table.reindex(index=list(dict.fromkeys(labels)), columns=['train', 'test'], fill_value=0)
     for s in table:
-        if (table[s] == 0).any():
-            raise LeakError(f"Class {table.index[table[s] == 0][0]!r} has no gene in {s!r}: hold out some genes of "
-                f"every class, not all.")
+        if (table[s] == 0).any(): raise LeakError(
+            f"Class {table.index[table[s] == 0][0]!r} has no gene in {s!r}: hold out some genes of every class, not all.")
     return side, table.T.rename_axis(index=None, columns=None)
 
 # %% ../../nbs/11b_genes.ipynb #87bd9686
-class GeneClassifier:
+class GeneClassifier(FineTuned):
     "An encoder with a linear head over the vector of each gene"
+    file, kind = 'gene_classes.json', 'classifier of genes'
+    tested: pd.DataFrame = None # by held-out gene: mean probability a class, label, n_cells
+    labels: pd.Series = None # class by gene id
+    lost: list = None # names of genes that are not in the vocabulary
+    dropped: int = None # training cells that hold no training gene
     def __init__(self,
         encoder:Geneformer, # pretrained; it is trained in place
         classes, # names of the classes, in order
@@ -89,25 +94,29 @@ class GeneClassifier:
         self.encoder, self.classes = encoder, list(map(str, classes))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = torch.nn.Linear(encoder.config.hidden_size, len(self.classes)).to(encoder.device)
+            head = torch.nn.Linear(encoder.config.hidden_size, len(self.classes))
+        self.head = head.to(encoder.device)
         torch.nn.init.zeros_(self.head.bias)
+
     @property
     def parts(self): return dict(gene_head=self.head)
+    def __repr__(self): return f"GeneClassifier of {', '.join(self.classes)} over {self.encoder}"
     def loss(self, tokens, offsets, labels, weight=None): # -100 where nothing is asked
         "Cross-entropy at the labeled tokens only; the head runs nowhere else"
         at = (labels >= 0).nonzero()[:, 0]
-        return F.cross_entropy(self.head(self.encoder.hidden(tokens, offsets, layer='last')[at]), labels[at],
-            weight=weight)
-    def __repr__(self): return f"GeneClassifier of {', '.join(self.classes)} over {self.encoder}"
+        x = self.encoder.hidden(tokens, offsets, layer='last')[at]
+        return F.cross_entropy(self.head(x), labels[at], weight=weight)
 
     def stream(self, cells, genes=None, budget=16_384):
-        "(numbers of cells, ranks, tokens, probabilities) of the genes asked for, batch by batch"
-        k, v = len(self.encoder.vocabulary.specials), self.encoder.vocabulary
-        want = np.arange(v.n_tokens) >= k if genes is None else np.isin(np.arange(v.n_tokens), v.token(list(genes)))
+        "Batch by batch: (numbers of cells, ranks, tokens, probabilities) of the genes asked for"
+        v = self.encoder.vocabulary
+        want = np.arange(v.n_tokens) >= len(v.specials)
+        if genes is not None: want = np.isin(np.arange(v.n_tokens), v.token(list(genes)))
         for rows, tokens, off, x in self.encoder.stream(cells, layer='last', budget=budget):
             at = np.flatnonzero(want[tokens])
             cell = np.repeat(np.arange(len(rows)), np.diff(off))[at]
-            yield rows[cell], at - off[cell] - v.cls, tokens[at], self.head(x[at]).softmax(-1).float().cpu().numpy()
+            p = self.head(x[at]).softmax(-1).float().cpu().numpy()
+            yield rows[cell], at - off[cell] - v.cls, tokens[at], p
 
 # %% ../../nbs/11b_genes.ipynb #c831d4ae
 @patch
@@ -115,38 +124,46 @@ def predict_tokens(self:GeneClassifier,
     cells:Cells, # tokenized with the encoder's vocabulary
     genes=None, # ids or symbols; None: every gene of every cell, which is many rows
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # one row a gene and cell: cell (barcode), gene_id, rank, and a probability a class
+)->pd.DataFrame: # a row a gene and cell: cell (barcode), gene_id, rank, a probability a class
     "Probabilities of each gene in each cell"
     got = list(self.stream(cells, genes, budget))
     if not got: return pd.DataFrame(columns=['cell', 'gene_id', 'rank', *self.classes])
     row, rank, token, p = (np.concatenate(x) for x in zip(*got))
     order = np.lexsort([rank, row])
-    table = pd.DataFrame(p[order], columns=self.classes)
-    return pd.concat([pd.DataFrame(dict(cell=cells.obs.index[row[order]],
-        gene_id=self.encoder.vocabulary.gene(token[order]), rank=rank[order])), table], axis=1)
+    ids = self.encoder.vocabulary.gene(token[order])
+    front = pd.DataFrame(dict(cell=cells.obs.index[row[order]], gene_id=ids, rank=rank[order]))
+    return pd.concat([front, pd.DataFrame(p[order], columns=self.classes)], axis=1)
 
 @patch
 def predict_genes(self:GeneClassifier,
     cells:Cells, # tokenized with the encoder's vocabulary
     genes=None, # ids or symbols; None: every gene that occurs
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # by gene id: symbol, predicted, n_cells, and the mean probability of each class
-    "Probabilities of each gene, averaged over the cells that hold it; of the tokens nothing is kept"
+)->pd.DataFrame: # by gene id: symbol, predicted, n_cells, mean probability of each class
+    "Probabilities of each gene, averaged over the cells that hold it"
     v = self.encoder.vocabulary
     total, n = np.zeros((v.n_tokens, len(self.classes))), np.zeros(v.n_tokens, int)
-    for _, _, token, p in self.stream(cells, genes, budget): np.add.at(total, token, p); np.add.at(n, token, 1)
+    for _, _, token, p in self.stream(cells, genes, budget):
+        np.add.at(total, token, p)
+        np.add.at(n, token, 1)
     seen = np.flatnonzero(n)
-    p = total[seen] / n[seen, None]
-    front = pd.DataFrame(dict(symbol=v.symbol(seen), predicted=np.array(self.classes, dtype=object)[p.argmax(1)],
-        n_cells=n[seen]), index=v.gene(seen))
-    return front.join(pd.DataFrame(p, front.index, [f'p({c})' for c in self.classes]))
+    p, ids = total[seen] / n[seen, None], v.gene(seen)
+    best = np.array(self.classes, dtype=object)[p.argmax(1)]
+    front = pd.DataFrame(dict(symbol=v.symbol(seen), predicted=best, n_cells=n[seen]), index=ids)
+    return front.join(pd.DataFrame(p, ids, [f'p({c})' for c in self.classes]))
+
+@patch
+def predict(self:GeneClassifier, cells, budget=16_384):
+    "Probabilities of every gene that occurs, as `predict_genes`"
+    return self.predict_genes(cells, budget=budget)
 
 # %% ../../nbs/11b_genes.ipynb #24168e9a
 def _gene_row(truth, p, n, n_cells, auc_tokens=None):
-    "Both areas from mean probabilities a gene; the same for any way to get them"
-    lo, hi = np.percentile(auc_draws(truth, p), [2.5, 97.5])
-    return dict(auc_tokens=gene_auc(truth, p, n) if auc_tokens is None else auc_tokens, auc_genes=gene_auc(truth, p), ci_low=lo,
-                ci_high=hi, accuracy_genes=(p.argmax(1) == truth).mean(), n_genes=len(truth), n_tokens=int(n.sum()), n_cells=n_cells)
+    "Areas over genes and over tokens, from mean probabilities a gene"
+    low, high = np.percentile(auc_draws(truth, p), [2.5, 97.5])
+    if auc_tokens is None: auc_tokens = gene_auc(truth, p, n)
+    return dict(auc_tokens=auc_tokens, auc_genes=gene_auc(truth, p), ci_low=low, ci_high=high,
+        accuracy_genes=(p.argmax(1) == truth).mean(), n_genes=len(truth), n_tokens=int(n.sum()), n_cells=n_cells)
 
 def _mean_by_gene(token, p):
     "Tokens that occur, how often, and the mean of their probabilities"
@@ -158,11 +175,11 @@ def _mean_by_gene(token, p):
 def finetune_genes(
     model:Geneformer, # pretrained encoder; a copy is trained, this one stays as it is
     cells:Cells, # the cells in which genes are read
-    classes:dict, # {class: gene ids or symbols}, as from `realdata.gene_class`
+    classes:dict, # {class: gene ids or symbols}, as from `datasets.gene_class`
     *,
-    split=None, # "train" or "test" by gene; None holds out a third of the genes of each class
+    split=None, # "train" or "test" by gene; None: a third of each class is test
     overlap:str='error', # as in `gene_labels`
-    donor:str=None, # obs column: also hold out whole donors, so that test genes are read in cells never trained on
+    donor:str=None, # obs column: also hold out donors; test genes are read in their cells
     cell_split=None, # "train" or "test" for each cell, where you hold out cells yourself
     freeze_layers:int=0, # lowest layers left as they are (paper, dosage: 4 of 6)
     lora=None, # as in `finetune`
@@ -170,57 +187,67 @@ def finetune_genes(
     steps:int=None, # optimizer steps, instead of epochs
     batch:int=12, # cells a step (paper: 12)
     lr:float=5e-4, # peak learning rate, linear decay (paper: 5e-5)
-    weight_decay:float=.001, # AdamW's
+    weight_decay:float=.001, # of AdamW
     balance:bool=True, # weigh classes by the inverse of their number of tokens
     seed:int=0, # split, order, head, dropout
     **args, # any field of TrainingArguments
-)->GeneClassifier: # with `.scores`, `.tested` (by gene), `.labels`, `.split`, `.audit`, `.lost` and `.history`
-    "Fine-tune on genes it is not tested on (official `Classifier`, gene); raises `LeakError`, `GeneformerError`"
-    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
-    need_cells(cells).check_vocabulary(v := model.vocabulary)
-    cells = replace(cells, vocabulary=v)
-    labels = gene_labels(v, classes, overlap)
-    side, audit = audit_genes(labels, split_by_gene(labels, seed=seed) if split is None else split, v)
-    train_cells, test_cells = _cell_sides(cells, donor, cell_split, seed)
-    clf = GeneClassifier(_learner(model, freeze_layers, lora, seed), list(map(str, classes)), seed)
-    clf.labels, clf.split, clf.lost = labels, side, labels.attrs['lost']
-    word = np.full(v.n_tokens, -100)
-    word[v.token(list(labels.index))] = [clf.classes.index(c) for c in labels]
-    learned = np.isin(np.arange(v.n_tokens), v.token(list(side.index[side == 'train'])))
-    how = dict(batch=batch, epochs=epochs, steps=steps, lr=lr, weight_decay=weight_decay, args=args)
-    rows = _train_genes(clf, cells, train_cells, word, learned, balance, how, seed)
-    _score_genes(clf, cells[train_cells], cells[test_cells])
-    clf.audit = audit.assign(cells=[len(rows), clf.scores.n_cells.iloc[0]],
-        donors=[cells.obs[donor].iloc[r].nunique() if donor else 'shared' if cell_split is None else 'unknown' for r in (train_cells, test_cells)])
+)->GeneClassifier: # with scores, tested (by gene), labels, split, audit, lost, history
+    "Fine-tune on genes it is not tested on; raises `LeakError`, `GeneformerError`"
+    _check(model, cells, args, finetune_genes)
+    v, how = model.vocabulary, Schedule(epochs, steps, batch, lr, weight_decay, args)
+    cells, labels = replace(cells, vocabulary=v), gene_labels(v, classes, overlap)
+    if split is None: split = split_by_gene(labels, seed=seed)
+    split, audit = audit_genes(labels, split, v)
+    train, test = _cell_sides(cells, donor, cell_split, seed)
+    clf = GeneClassifier(_learner(model, freeze_layers, lora, seed), classes, seed)
+    clf.labels, clf.split, clf.lost, clf.donor = labels, split, labels.attrs['lost'], donor
+    y = _gene_targets(clf)
+    rows = _informative(cells, train, y, clf.classes)
+    clf.dropped, w = len(train) - len(rows), None
+    if balance: w = _token_weights(cells[rows].tokens, y, clf)
+    def loss(tokens, offsets, labels): return clf.loss(tokens, offsets.cpu(), labels, w)
+    clf._learn(loss, cells, rows, lambda _, part: y[part.tokens], how, how.total(len(rows)), seed, 'fine-tuning genes')
+    _score_genes(clf, cells[train], cells[test])
+    shared = 'shared' if cell_split is None else 'unknown'
+    donors = [cells.obs[donor].iloc[r].nunique() if donor else shared for r in (train, test)]
+    clf.audit = audit.assign(cells=[len(rows), clf.scores.n_cells.iloc[0]], donors=donors)
     return clf
 
 # %% ../../nbs/11b_genes.ipynb #efda5591
 def _cell_sides(cells, donor, cell_split, seed):
-    "Numbers of the cells in which genes are learned and asked: the same where nothing keeps them apart"
+    "Numbers of the cells to learn in and to test in: the same cells where nothing keeps them apart"
     if donor is None and cell_split is None: return np.arange(len(cells)), np.arange(len(cells))
     if cell_split is None: cell_split = split_donors(cells.obs.assign(_all='all'), donor, '_all', seed=seed)
     audit_split(cells.obs, cell_split, donor)
     return tuple(np.flatnonzero(np.asarray(cell_split) == s) for s in ('train', 'test'))
 
-def _train_genes(clf, cells, rows, word, learned, balance, how, seed):
-    "Train on the cells that hold a training gene; their numbers"
-    y = np.where(learned, word, -100)
-    held = np.add.reduceat(np.append(learned[cells.tokens], 0), cells.offsets[:-1]) * (cells.lengths > 0)
-    some = rows[held[rows] > 0]
-    clf.dropped = len(rows) - len(some)
-    if not len(some):
-        raise GeneformerError("No training cell holds a training gene: these cells tell nothing about these genes.")
-    n = np.bincount(y[t := cells[some].tokens][y[t] >= 0], minlength=len(clf.classes))
-    if lost := [c for c, k in zip(clf.classes, n) if k == 0]:
-        raise GeneformerError(f"No training gene of class {lost[0]!r} occurs in these cells.")
-    w = torch.as_tensor(n.sum() / n / len(n), dtype=torch.float32, device=clf.encoder.device) if balance else None
-    def loss(tokens, offsets, labels): return clf.loss(tokens, offsets.cpu(), labels, w)
-    clf.history = _fit(clf.encoder, clf.parts, loss, _Labeled(cells, lambda _, part: y[part.tokens]), some,
-        _plan(len(some), **how)[1], seed, 'fine-tuning genes')
-    return some
+def _gene_targets(clf):
+    "Number of the class for every token of a training gene, -100 for every other token"
+    v, train = clf.encoder.vocabulary, clf.labels[clf.split == 'train']
+    y = np.full(v.n_tokens, -100)
+    y[v.token(list(train.index))] = [clf.classes.index(c) for c in train]
+    return y
 
+def _informative(cells, rows, y, classes):
+    "Those of the cells `rows` that hold a training gene; raises `GeneformerError` where a class has none"
+    asked = np.append(y[cells.tokens] >= 0, False)
+    n = np.add.reduceat(asked, cells.offsets[:-1], dtype=int) * (cells.lengths > 0)
+    rows = rows[n[rows] > 0]
+    if not len(rows): raise GeneformerError(
+        "No training cell holds a training gene: these cells tell nothing about these genes.")
+    there = np.unique(y[cells[rows].tokens])
+    if lost := [c for i, c in enumerate(classes) if i not in there]:
+        raise GeneformerError(f"No training gene of class {lost[0]!r} occurs in these cells.")
+    return rows
+
+def _token_weights(tokens, y, clf):
+    "A weight a class, by the inverse of its number of training tokens"
+    n = np.bincount(y[tokens][y[tokens] >= 0], minlength=len(clf.classes))
+    return torch.as_tensor(n.sum() / n / len(n), dtype=torch.float32, device=clf.encoder.device)
+
+# %% ../../nbs/11b_genes.ipynb #0701ab67
 def _score_genes(clf, seen, cells):
-    "Areas of the classifier and of the plainest baseline over the held-out genes, and the answer for each gene"
+    "Set `scores` and `tested`: areas over the held-out genes, of the classifier and of a baseline"
     v, asked = clf.encoder.vocabulary, clf.split.index[clf.split == 'test']
     got = [(r, t, p) for r, _, t, p in clf.stream(cells, asked) if len(t)]
     if not got: raise GeneformerError("No test cell holds a held-out gene: nothing can be scored.")
@@ -229,32 +256,23 @@ def _score_genes(clf, seen, cells):
     genes, n_cells, of = v.gene(words), len(np.unique(row)), np.zeros(v.n_tokens, int)
     of[words] = truth = pd.Index(clf.classes).get_indexer(clf.labels[genes])
     base = gene_baselines(seen, clf.labels, clf.split, ['detection rate and mean rank'])
-    clf.tested = pd.DataFrame(mean, genes, [f'p({c})' for c in clf.classes]).assign(label=clf.labels[genes], n_cells=n)
-    clf.scores = pd.DataFrame({'Geneformer, fine-tuned': _gene_row(truth, mean, n, n_cells, gene_auc(of[token], p))} | {
-        k: _gene_row(truth, b.loc[genes, clf.classes].to_numpy(), n, n_cells) for k, b in base.items()}).T
+    columns = [f'p({c})' for c in clf.classes]
+    clf.tested = pd.DataFrame(mean, genes, columns).assign(label=clf.labels[genes], n_cells=n)
+    own = {'Geneformer, fine-tuned': _gene_row(truth, mean, n, n_cells, gene_auc(of[token], p))}
+    others = {k: _gene_row(truth, b.loc[genes, clf.classes].to_numpy(), n, n_cells) for k, b in base.items()}
+    clf.scores = pd.DataFrame(own | others).T
 
 # %% ../../nbs/11b_genes.ipynb #dee738d9
 @patch
-def save(self:GeneClassifier,
-    folder, # as of a `CellModel`, with gene_classes.json
-)->Path: # the folder
-    "Write encoder, head, class names, and which genes were learned and tested"
-    folder = _save_parts(self.encoder, self.parts, folder)
-    split, labels = getattr(self, 'split', None), getattr(self, 'labels', None)
-    write_json(folder/'gene_classes.json', dict(classes=self.classes, split=None if split is None
-        else split.to_dict(), labels=None if labels is None else labels.to_dict()))
-    return folder
+def record(self:GeneClassifier):
+    "Class names, and which genes were learned and tested"
+    def plain(s): return None if s is None else s.to_dict()
+    return dict(classes=self.classes, split=plain(self.split), labels=plain(self.labels))
 
 @patch(cls_method=True)
-def load(cls:GeneClassifier,
-    folder, # as written by `save`
-    device=None, # as in `pick_device`
-    encoder:Geneformer=None, # only for adapters: the encoder they were trained on
-)->GeneClassifier:
-    "Read a classifier of genes; raises `MissingDataError`, `VocabularyError`"
-    folder, said = _said(folder, 'gene_classes.json', 'classifier of genes')
-    out = cls(_saved_encoder(folder, device, encoder), said['classes'])
-    _load_parts(out.parts, folder)
+def from_record(cls:GeneClassifier, record, encoder):
+    "A classifier of genes from its record"
+    out = cls(encoder, record['classes'])
     for k in ('split', 'labels'):
-        if said[k] is not None: setattr(out, k, pd.Series(said[k], dtype=object))
+        if record[k] is not None: setattr(out, k, pd.Series(record[k], dtype=object))
     return out

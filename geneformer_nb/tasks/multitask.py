@@ -6,47 +6,49 @@
 __all__ = ['MultiTask', 'finetune_tasks']
 
 # %% ../../nbs/11c_multitask.ipynb #c11e6bb1
-from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, LeakError, write_json
+from ..data.cells import Cells
+from ..core import GeneformerError, LeakError
 from ..evaluate.splits import audit_split, split_donors
-from .finetuning import CellModel, _Labeled, _cells_of, _fit, _learner, _load_parts, _plan, _said, _save_parts, _saved_encoder, _sides, _tell
-from .heads import AttentionPool, Classes, make_head
+from .finetuning import CellModel, Schedule, _add_columns, _cells_of, _check, _class_weights, _learner, _sides
+from .heads import Classes, make_head
 from ..model.bert import Geneformer
 
 # %% ../../nbs/11c_multitask.ipynb #399163a4
-class MultiTask:
+class MultiTask(CellModel):
     "An encoder, one pooling, and a head for each task"
+    file, kind, tasks = 'tasks.json', 'model of several tasks', None
     def __init__(self,
         encoder:Geneformer, # pretrained; it is trained in place
         tasks:dict, # {label: `Head`}
-        pool:str='attention', # "attention" (official), "mean" or "cls"; None follows the checkpoint
+        pool:str='attention', # "attention" (official), "mean" or "cls"; None: the checkpoint's
         seed:int=0, # of the heads' random weights
     ):
-        d, self.encoder, self.tasks = encoder.config.hidden_size, encoder, tasks
-        self.pool = pool if pool == 'attention' else encoder.pooling(pool)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.heads = torch.nn.ModuleList([t.module(d) for t in tasks.values()]).to(encoder.device)
-        self.attend = AttentionPool(d).to(encoder.device) if pool == 'attention' else None
-    parts = property(lambda self: dict(task_heads=self.heads) | (dict(cell_pool=self.attend) if self.attend else {}))
-    cell_vectors = CellModel.cell_vectors
+        self.tasks = tasks
+        self._build(encoder, list(tasks.values()), pool, seed)
 
-    def outputs(self, x, offsets): # vectors (t, d) of the tokens of several cells, and where each begins
-        "Outputs of every head, one (b, outputs) a task"
-        v = self.cell_vectors(x, offsets)
-        return [h(v) for h in self.heads]
+    @property
+    def parts(self): return dict(task_heads=self.heads) | self._pool_part()
+    def __repr__(self): return f"MultiTask of {', '.join(self.tasks)} ({self.pool}) over {self.encoder}"
+
     def loss(self, tokens, offsets, labels, weights, of_class): # labels (b, tasks), nan where unknown
-        "Weighted sum of the tasks' losses, each over the cells that know the answer"
+        "Weighted sum of the tasks' losses, each over the cells with a label"
         outs = self.outputs(self.encoder.hidden(tokens, offsets, layer='last'), offsets)
         total = sum(o.sum() for o in outs) * 0.
         for k, (task, out) in enumerate(zip(self.tasks.values(), outs)):
-            if (ok := ~labels[:, k].isnan()).any():
-                total = total + weights[k] * task.loss(out[ok], labels[ok, k], of_class[k])
+            ok = ~labels[:, k].isnan()
+            if not ok.any(): continue
+            total = total + weights[k] * task.loss(out[ok], labels[ok, k], of_class[k])
         return total
-    def __repr__(self): return f"MultiTask of {', '.join(self.tasks)} ({self.pool}) over {self.encoder}"
+
+    def record(self):
+        tasks = [dict(label=k, head=h.kind, state=h.state()) for k, h in self.tasks.items()]
+        return dict(pool=self.pool, tasks=tasks)
+    @classmethod
+    def from_record(cls, record, encoder):
+        tasks = {t['label']: type(make_head(t['head']))(**t['state']) for t in record['tasks']}
+        return cls(encoder, tasks, record['pool'])
 
 # %% ../../nbs/11c_multitask.ipynb #b1f8fb84
 @patch
@@ -54,23 +56,19 @@ def predict(self:MultiTask,
     cells:Cells, # tokenized with the encoder's vocabulary
     budget:int=16_384, # tokens of a batch
 )->dict: # {label: table as of `CellModel.predict`}, by barcode
-    "An answer to every question for every cell, in one pass"
-    p = [np.full((len(cells), t.n), np.nan, np.float32) for t in self.tasks.values()]
-    with torch.inference_mode():
-        for rows, _, off, x in self.encoder.stream(cells, layer='last', budget=budget):
-            for got, task, out in zip(p, self.tasks.values(), self.outputs(x, off)):
-                got[rows] = task.link(out).float().cpu().numpy()
-    return {label: t.table(got, cells.obs.index) for got, (label, t) in zip(p, self.tasks.items())}
+    "Answers of every head for every cell, in one pass"
+    return self._tables(cells, budget)
 
 @patch
 def predict_adata(self:MultiTask,
     adata, # AnnData with counts; gets the columns
     prefix:str='geneformer_', # before the name of each task
     **kwargs, # counts_layer, logged, genes … as in `tokenize`
-)->dict: # the tables of `predict`; adds obs[prefix + label], and the same + "_probability" where there are classes
+)->dict: # tables of `predict`; adds obs[prefix + label], and + "_probability" for classes
     "Predict every task for every cell of an AnnData, in its order"
     tables = self.predict(_cells_of(adata, self.encoder, kwargs))
-    for label, t in tables.items(): _tell(adata, f'{prefix}{label}', self.tasks[label], t)
+    for label, t in tables.items():
+        _add_columns(adata, f'{prefix}{label}', self.tasks[label], t)
     return tables
 
 # %% ../../nbs/11c_multitask.ipynb #3c4426d3
@@ -118,7 +116,7 @@ def finetune_tasks(
     donor:str=None, # obs column of donors; None splits by cell only if `split` is given
     *,
     weights:dict=None, # {column: weight of the task}; 1 where none is given
-    split=None, # "train", "test" or "" for each cell; None holds out a third of the donors
+    split=None, # "train", "test" or "" for each cell; None: a third of the donors is test
     pool:str='attention', # "attention", "mean" or "cls"
     freeze_layers:int=0, # lowest layers left as they are
     lora=None, # as in `finetune`
@@ -126,61 +124,32 @@ def finetune_tasks(
     steps:int=None, # optimizer steps, instead of epochs
     batch:int=16, # cells a step (official: 4)
     lr:float=5e-4, # peak learning rate, linear decay
-    weight_decay:float=.001, # AdamW's
+    weight_decay:float=.001, # of AdamW
     balance:bool=True, # weigh the classes of each task by the inverse of their number
     seed:int=0, # split, order, heads, dropout
     **args, # any field of TrainingArguments
-)->MultiTask: # with `.scores` (one row a task and measure), `.split`, `.audit` and `.history`
-    "Fine-tune one encoder for several tasks (official `MTLClassifier`); raises `LeakError`, `GeneformerError`"
-    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
-    need_cells(cells).check_vocabulary(model.vocabulary)
-    heads, w = _tasks(tasks, weights)
-    obs = cells.obs
+)->MultiTask: # with scores (a row a task), split, audit and history
+    "Fine-tune one encoder for several tasks; raises `LeakError`, `GeneformerError`"
+    _check(model, cells, args, finetune_tasks)
+    (heads, w), obs, how = _tasks(tasks, weights), cells.obs, Schedule(epochs, steps, batch, lr, weight_decay, args)
     split, audit = _task_sides(obs, heads, donor, split, seed)
     y = np.stack([h.fit(obs[k][split == 'train']).encode(obs[k]) for k, h in heads.items()], 1).astype(np.float32)
     train = np.flatnonzero((split == 'train') & (cells.lengths > 0))
     m = MultiTask(_learner(model, freeze_layers, lora, seed), heads, pool, seed)
-    def per_class(h, c):
-        return torch.as_tensor(h.weights(c[np.isfinite(c)]), dtype=torch.float32,
-            device=m.encoder.device) if balance and isinstance(h, Classes) else None
-    of_class = [per_class(h, y[train, k]) for k, h in enumerate(heads.values())]
+    def class_weights(h, c): return _class_weights(h, c[np.isfinite(c)], model.device) if balance else None
+    of_class = [class_weights(h, y[train, k]) for k, h in enumerate(heads.values())]
     def loss(tokens, offsets, labels): return m.loss(tokens, offsets.cpu(), labels, w, of_class)
-    m.history = _fit(m.encoder, m.parts, loss, _Labeled(cells, lambda r, _: y[r]), train, _plan(len(train), batch,
-        epochs, steps, lr, weight_decay, args)[1], seed, 'fine-tuning tasks')
+    m._learn(loss, cells, train, lambda r, _: y[r], how, how.total(len(train)), seed, 'fine-tuning tasks')
     m.donor, m.split, m.audit = donor, split, audit
-    m.scores = _task_scores(m, cells, donor)
+    m.scores = _task_scores(m, cells)
     return m
 
-def _task_scores(m, cells, donor):
-    "Each task on the held-out cells that know its answer"
-    te = np.flatnonzero(m.split == 'test')
-    held, rows = m.predict(cells[te]), {}
+def _task_scores(m, cells):
+    "Each task on the held-out cells with a label of it"
+    test = np.flatnonzero(m.split == 'test')
+    held, rows = m.predict(cells[test]), {}
     for label, t in m.tasks.items():
-        known = cells.obs[label].iloc[te].notna().to_numpy()
-        own = cells.obs.iloc[te[known]]
-        rows[label] = t.score(own[label], held[label][known], own[donor] if donor else None)
+        known = cells.obs[label].iloc[test].notna().to_numpy()
+        own = cells.obs.iloc[test[known]]
+        rows[label] = t.score(own[label], held[label][known], own[m.donor] if m.donor else None)
     return pd.DataFrame(rows).T
-
-# %% ../../nbs/11c_multitask.ipynb #3d19a4a3
-@patch
-def save(self:MultiTask,
-    folder, # as of a `CellModel`, with tasks.json
-)->Path: # the folder
-    "Write encoder, pooling and all heads"
-    folder = _save_parts(self.encoder, self.parts, folder)
-    write_json(folder/'tasks.json', dict(pool=self.pool, tasks=[dict(label=k, head=h.kind, state=h.state()) for k,
-        h in self.tasks.items()]))
-    return folder
-
-@patch(cls_method=True)
-def load(cls:MultiTask,
-    folder, # as written by `save`
-    device=None, # as in `pick_device`
-    encoder:Geneformer=None, # only for adapters: the encoder they were trained on
-)->MultiTask:
-    "Read a model of several tasks; raises `MissingDataError`, `VocabularyError`"
-    folder, said = _said(folder, 'tasks.json', 'model of several tasks')
-    out = cls(_saved_encoder(folder, device, encoder), {t['label']: type(make_head(t['head']))(**t['state'])
-        for t in said['tasks']}, said['pool'])
-    _load_parts(out.parts, folder)
-    return out

@@ -72,13 +72,13 @@ def search_settings(
     donor:str, # obs column of donors
     *,
     space=small_space, # {argument of `finetune`: [values], (low, high), (low, high, "log")}, or function(trial) → dict
-    trials:int=20, # how many in all; those already in `folder` count
+    trials:int=20, # how many in all; those already in `out` count
     folds:int=3, # inner folds over the training donors; 0 leaves out one donor at a time
     head='classes', # as in `finetune`
     classes=None, # as in `finetune`
     split=None, # outer "train", "test" or "" for each cell; None holds out a third of the donors of each class
     adata=None, # the same cells as AnnData with counts: baselines beside the score of the test donors
-    folder=None, # keeps the study (study.db); the same call goes on where it stopped. None keeps nothing
+    out=None, # folder of the study (study.db); the same call goes on. None keeps nothing
     seed:int=0, # splits, folds, trials, training
     show:bool=None, # progress bar
     **fixed, # further arguments of `finetune`, the same in every trial
@@ -94,7 +94,7 @@ def search_settings(
     kw = dict(head=head, classes=classes, seed=seed) | fixed
     data = digest(cells.tokens, cells.offsets, cells.obs[[label, donor]].astype(str), split)
     named = space.__name__ if callable(space) else space
-    study = _study(optuna, folder, seed, dict(data=data, model=weights_digest(model), label=label, donor=donor,
+    study = _study(optuna, out, seed, dict(data=data, model=weights_digest(model), label=label, donor=donor,
         folds=str(folds), seed=seed, space=named, fixed={k: getattr(v, 'state', lambda: v)() for k, v in kw.items()}))
     def objective(trial):
         args = kw | _draw(trial, space)
