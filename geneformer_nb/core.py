@@ -59,7 +59,8 @@ def comments_beside(
     fn, # function, or dataclass
 )->dict: # {parameter, or 'return': its comment}; parameters of one line share it
     "The comments beside the parameters of a function, and after its closing bracket"
-    source = textwrap.dedent(inspect.getsource(fn))
+    try: source = textwrap.dedent(inspect.getsource(fn))
+    except OSError: return {} # no source at hand
     node = next(x for x in ast.walk(ast.parse(source)) if isinstance(x, (ast.FunctionDef, ast.ClassDef)))
     said = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
             if t.type == tokenize.COMMENT}
@@ -76,8 +77,7 @@ def described(
     also=(), # functions that its `**kwargs` are handed to
 )->str: # docstring, then each parameter with its comment, then what is returned
     "The docstring of a function with its parameters spelled out"
-    try: said = comments_beside(fn)
-    except OSError: return inspect.getdoc(fn) or ''  # no source at hand
+    said = comments_beside(fn)
     lines = [inspect.getdoc(fn) or '', '', 'Parameters']
     for name, p in inspect.signature(fn).parameters.items():
         lines.append('  ' + re.sub(r'<function (\w+) at \w+>', r'\1', str(p)))
@@ -88,8 +88,7 @@ def described(
 
 def _more_parameters(other, own):
     "Lines on the parameters of a function that `**kwargs` are handed to"
-    try: said = comments_beside(other)
-    except OSError: said = {}
+    said = comments_beside(other)
     more = [(n, p) for n, p in inspect.signature(other).parameters.items() if n not in own and p.kind is not p.VAR_KEYWORD]
     lines = ['', f'More parameters, of {other.__name__}']
     for name, p in more:

@@ -13,7 +13,7 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd
 from ..core import GeneformerError, Manifest, check_folder, digest, in_words
 from ..data.cells import Cells
-from ..data.ranks import Record, find_record, need_adata, plain_counts, ranked_cells, recorded_counts, recorded_match
+from ..data.ranks import Record, find_record, need_adata, own_vocabulary, plain_counts, ranked_cells, recorded_counts, recorded_match
 from ..data.vocabulary import GeneMatch, Vocabulary
 from ..evaluate.splits import fold_donors
 from ..model.bert import Geneformer, weights_digest
@@ -275,7 +275,7 @@ def vocabulary_for(
     if model is not None: raise GeneformerError(
         f"model is a Geneformer, the name of a checkpoint, a Vocabulary or None, not {type(model).__name__}.")
     record = find_record(adata)
-    if record.own_vocabulary: return Vocabulary.from_json(record.own_vocabulary)
+    if record.own_vocabulary: return own_vocabulary(record)
     raise GeneformerError(f"The ranks are of the vocabulary {record.vocabulary!r} and no model was given: pass its model, pass that "
                           "vocabulary itself to pretrain a small model with it, or run gf.pp.tokenize(adata) without a model.")
 
