@@ -11,7 +11,7 @@ import json, warnings
 from dataclasses import asdict, dataclass, field, fields
 import anndata as ad, numpy as np, pandas as pd
 from scipy import sparse
-from ..core import CountsError, GeneformerError, VocabularyError, versions
+from ..core import CountsError, GeneformerError, VocabularyError, verb
 from .cells import Cells
 from .counts import Counts, counts_of, gene_names
 from .tokenizer import Sequences
@@ -145,6 +145,7 @@ def _long_enough(adata, found, vocabulary):
                               f"{vocabulary.max_len:,}: run gf.pp.tokenize(adata, model) again.")
     return longest
 
+@verb
 def ranked_cells(
     adata, # AnnData that `pp.tokenize` has been over
     vocabulary:Vocabulary=None, # that of the model; None: the one that `pp.tokenize` made of these genes

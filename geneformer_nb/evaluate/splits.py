@@ -38,7 +38,7 @@ def split_donors(
     per_class = obs.groupby(obs[label].astype(str), observed=True)[donor].agg(lambda s: sorted(set(map(str, s))))
     for cls, names in per_class.items():
         if len(names) < 2: raise LeakError(f"Class {cls!r} of {label!r} has one donor only ({names[0]}): nothing can be held out for "
-            "it. Bring more donors, or split by folds='cells' and call the result what it is.")
+            "it. Bring more donors, or leave its cells out.")
         own = [n for n in names if of[n] == cls]
         k = min(max(1, round(test * len(own))), len(own) - 1) if len(own) > 1 else 0
         held += list(rng.permutation(own)[:k])

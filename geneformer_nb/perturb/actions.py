@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, progress
+from ..core import GeneformerError, progress, verb
 from ..model.embed import pick_cells
 from .engine import Engine, arrange, fit_budget, packed, singles
 from ..model.bert import Geneformer, Reader
@@ -48,6 +48,7 @@ def _op(act, genes, how=''):
         raise GeneformerError(f"{act} takes gene names, such as {act}('GATA4') or {act}('GATA4', 'TBX5'), not {genes!r}.")
     return Perturbation(tuple(Op(act, g, how) for g in genes))
 
+@verb
 def KO(
     *genes:str, # ids or symbols; several are deleted together
     ranks:str='shift', # "shift": later genes move up, as in the official code; "hold": they keep their ranks
@@ -56,6 +57,7 @@ def KO(
     if ranks not in ('shift', 'hold'): raise GeneformerError(f"KO(…, ranks={ranks!r}) takes 'shift' (later genes move up) or 'hold' (they stay).")
     return _op('KO', genes, '' if ranks == 'shift' else 'hold')
 
+@verb
 def OE(
     *genes:str, # ids or symbols; the first named stands first
 )->Perturbation:
@@ -63,6 +65,7 @@ def OE(
     return _op('OE', genes)
 
 # %% ../../nbs/30_perturb.ipynb #9e1e012f
+@verb
 def Dose(
     *genes:str, # ids or symbols; all move by the same amount
     up:float=None, # share of the cell's genes to pass on the way to the front, above 0 to 1
@@ -78,6 +81,7 @@ def Dose(
         'quartiles are 1, 2, 3, or -1, -2, -3.' if word == 'quartiles' else f'{word} is a share of the genes of a cell, above 0 and up to 1.'))
     return _op('Dose', genes, f'{word}={int(x) if word == "quartiles" else float(x)}')
 
+@verb
 def drug(
     name:str, # how it stands in tables
     inhibits=(), # genes it takes down
@@ -104,6 +108,7 @@ class Each:
     def __radd__(self, other): return replace(self, form=_as_perturbation(other) + self.form)
     def __repr__(self): return f"each({self.genes if isinstance(self.genes, str) else f'{len(self.genes)} genes'}, {self.form})"
 
+@verb
 def each(
     genes='detected', # names; "detected": the genes of each cell; "vocabulary": every gene (for OE, also where not detected)
     op=KO, # `KO`, `OE`, `Dose`, or a function of a gene that returns a perturbation
@@ -120,6 +125,7 @@ def each(
         raise GeneformerError(f"each takes gene names, 'detected' or 'vocabulary', not {genes!r}.")
     return Each(genes if isinstance(genes, str) else tuple(dict.fromkeys(genes)), form)
 
+@verb
 def pairs(
     genes='detected', # names; with `with_` also "detected" or "vocabulary"
     with_=None, # one gene to pair every other with; None takes all pairs

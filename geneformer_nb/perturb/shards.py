@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data.cells import Cells
-from ..core import GeneformerError, StorageError, as_folder, atomic, digest
+from ..core import GeneformerError, StorageError, as_folder, atomic, digest, verb
 from ..model.embed import pick_cells
 from .engine import fit_budget, packed
 from ..model.bert import weights_digest
@@ -196,6 +196,7 @@ def gene_effects(
         if len(out): yield out
 
 # %% ../../nbs/30c_shards.ipynb #00508fbd
+@verb
 def read_shifts(
     folder, # what `perturb_to` or `gf.tl.perturb(…, out=…)` wrote
 )->Shifts: # the table, with `.obs`

@@ -9,7 +9,7 @@ __all__ = ['meanings', 'columns', 'sign', 'nearest_genes', 'matched_null', 't_in
 # %% ../../nbs/31_stats.ipynb #b916afdb
 import warnings
 import numpy as np, pandas as pd
-from ..core import GeneformerError
+from ..core import GeneformerError, verb
 from .official import (aggregate_data, aggregate_gene_shifts, bh, excess, goal_state_shift, mixture_model, official_form,
                                           rank_sums, vs_null, shift_column, perturbation_codes, _states)
 from .actions import joined_shifts
@@ -223,6 +223,7 @@ def together(
     start = np.cumsum([0] + [len(o) for o in of])
     return joined_shifts([t.assign(cell=t['cell'] + s) for t, s in zip(tables, start)]), pd.concat(of)
 
+@verb
 def summarize(
     shifts, # what `perturb` returned, or several such tables
     obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table carries
