@@ -41,7 +41,8 @@ def lazy(
     shown = sorted([*where, *(modules or {})])
     def load(name):
         if name in where: return getattr(import_module(f'{package}.{where[name]}'), name)
-        found = None if name.startswith('_') else _module(f'{package}.{(modules or {}).get(name, name)}')
+        found = (None if name.startswith('_')
+                 else _module(f'{package}.{(modules or {}).get(name, name)}'))
         if found is None: raise AttributeError(f"module '{package}' has no attribute '{name}'")
         return found
     return load, lambda: shown, shown
@@ -59,13 +60,18 @@ def pick_device(
     "The device to compute on; raises `GeneformerError` when the one asked for is not there"
     import torch
     if device is None:
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = ('cuda' if torch.cuda.is_available() else 'mps'
+                  if torch.backends.mps.is_available() else 'cpu')
     try: device = torch.device(device)
-    except (RuntimeError, TypeError) as e: raise GeneformerError(f"{device!r} is no device: use 'cpu', 'cuda', 'cuda:1' or 'mps'.") from e
-    there = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available, cpu=lambda: True)
+    except (RuntimeError, TypeError) as e:
+        raise GeneformerError(f"{device!r} is no device: use 'cpu', 'cuda', 'cuda:1' or "
+                              "'mps'.") from e
+    there = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available,
+                 cpu=lambda: True)
     if device.type in there and not there[device.type]():
-        raise GeneformerError(f"Device '{device}' is not available to this torch ({torch.__version__}): "
-                              "pass device='cpu', or install a torch build for it.")
+        raise GeneformerError(f"Device '{device}' is not available to this torch "
+                              f"({torch.__version__}): pass device='cpu', or install a torch build "
+                              "for it.")
     return device
 
 # %% ../nbs/00_core.ipynb #88cb1768
@@ -86,7 +92,9 @@ def seed_everything(
 )->int: # the same seed
     "Seed every generator the library draws from"
     import random, numpy as np, torch
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return seed
 
 # %% ../nbs/00_core.ipynb #0611459f
@@ -101,7 +109,8 @@ def progress(
     if show is None: show = not (os.environ.get('GENEFORMER_NB_QUIET') or os.environ.get('IN_TEST'))
     if not show and items is not None: return items  # tqdm is not even imported
     from tqdm.auto import tqdm
-    return tqdm(items, desc=desc, total=total, unit=unit, disable=not show, leave=False, mininterval=.5)
+    return tqdm(items, desc=desc, total=total, unit=unit, disable=not show, leave=False,
+                mininterval=.5)
 
 # %% ../nbs/00_core.ipynb #d9bb8b38
 def in_words(
@@ -123,11 +132,13 @@ def _feed(h, x):
         with open(x, 'rb') as f: h.update(hashlib.file_digest(f, 'sha256').digest())
     elif isinstance(x, np.ndarray):
         h.update(f'{x.dtype}{x.shape}'.encode())
-        h.update(np.ascontiguousarray(x).data if x.dtype.kind != 'O' else json.dumps(x.tolist(), default=str).encode())
+        h.update(np.ascontiguousarray(x).data if x.dtype.kind != 'O' else json.dumps(x.tolist(),
+            default=str).encode())
     elif hasattr(x, 'to_csv'): h.update(x.to_csv().encode())
     elif isinstance(x, (list, tuple)):
         h.update(f'[{len(x)}'.encode())
-        if set(map(type, x)) == {str}: h.update(''.join(f'str:{_as_json(o)}' for o in x).encode())  # the ids of a vocabulary, in one go
+        # the ids of a vocabulary, in one go
+        if set(map(type, x)) == {str}: h.update(''.join(f'str:{_as_json(o)}' for o in x).encode())
         else:
             for o in x: _feed(h, o)
     else: h.update(f'{type(x).__name__}:{_as_json(x)}'.encode())
@@ -149,7 +160,8 @@ def versions(
     def one(n):
         try: return version(n)
         except PackageNotFoundError: return None
-    return {n: one(n) for n in names or ('torch', 'transformers', 'anndata', 'numpy', 'scipy', 'pandas', 'pyarrow')}
+    return {n: one(n) for n in names or ('torch', 'transformers', 'anndata', 'numpy', 'scipy',
+                                         'pandas', 'pyarrow')}
 
 # %% ../nbs/00_core.ipynb #46dac214
 @contextmanager
@@ -172,8 +184,9 @@ def atomic(
         if old: drop(old)
     except OSError as e:
         if tmp.exists(): drop(tmp)
-        raise StorageError(f"Could not write {path.name}: {e.strerror or e}. Free some space, or choose a folder you may "
-                           "write to; nothing that stood there was changed.") from e
+        raise StorageError(f"Could not write {path.name}: {e.strerror or e}. Free some space, or "
+                           "choose a folder you may write to; nothing that stood there was "
+                           "changed.") from e
     except BaseException:
         if tmp.exists(): drop(tmp)
         raise
@@ -187,7 +200,8 @@ def as_folder(
     folder, # what a person gave
 )->Path: # with ~ for the home written out
     "A path; raises `StorageError` for what names no folder"
-    if not isinstance(folder, (str, Path)) or not str(folder): raise StorageError(f"A folder is named by its path, not by {folder!r}.")
+    if not isinstance(folder, (str, Path)) or not str(folder):
+        raise StorageError(f"A folder is named by its path, not by {folder!r}.")
     return Path(folder).expanduser()
 
 def check_folder(
@@ -201,10 +215,11 @@ def check_folder(
         with tempfile.NamedTemporaryFile(dir=folder, prefix='.probe'): pass
         free = shutil.disk_usage(folder).free
     except OSError as e:
-        raise StorageError(f"Cannot write into '{folder}': {e.strerror}. Choose another folder, or mend its rights.") from e
+        raise StorageError(f"Cannot write into '{folder}': {e.strerror}. Choose another folder, or "
+                           "mend its rights.") from e
     if free < need:
-        raise StorageError(f"'{folder}' has {free/1e9:.1f} GB free and the results need about {need/1e9:.1f} GB: "
-                           "free some space or choose another folder.")
+        raise StorageError(f"'{folder}' has {free/1e9:.1f} GB free and the results need about "
+                           f"{need/1e9:.1f} GB: free some space or choose another folder.")
     return folder
 
 # %% ../nbs/00_core.ipynb #f53e6827
@@ -213,18 +228,24 @@ class Manifest:
     def __init__(self,
         folder, # folder of results
         facts:dict, # everything the results depend on: digests, parameters, seed
-    ): self.path, self.facts = Path(folder)/'manifest.json', json.loads(json.dumps(facts, default=str))
+    ):
+        self.path, self.facts = (Path(folder)/'manifest.json',
+                                 json.loads(json.dumps(facts, default=str)))
 
     def open(self)->bool: # True when an earlier run of the same facts is there to go on with
         "Write the manifest, or compare it with the one there; raises `StorageError` when they differ"
         if not self.path.exists():
-            write_json(self.path, dict(facts=self.facts, versions=versions(), started=time.strftime('%Y-%m-%d %H:%M')))
+            write_json(self.path, dict(facts=self.facts, versions=versions(),
+                                       started=time.strftime('%Y-%m-%d %H:%M')))
             return False
         try: old = json.loads(self.path.read_text())['facts']
-        except (ValueError, KeyError, TypeError) as e: raise StorageError(f"manifest.json in '{self.path.parent.name}' cannot be read: "
+        except (ValueError, KeyError, TypeError) as e:
+            raise StorageError(f"manifest.json in '{self.path.parent.name}' cannot be read: "
             "choose another folder, or delete this one to start again.") from e
         diff = [f'{k} was {old.get(k)!r} and is now {self.facts.get(k)!r}'
                 for k in sorted(old.keys() | self.facts.keys()) if old.get(k) != self.facts.get(k)]
-        if diff: raise StorageError(f"'{self.path.parent.name}' holds results of another run ({'; '.join(diff)}): "
-                                    "choose another folder, or delete this one to start again.")
+        if diff:
+            raise StorageError(f"'{self.path.parent.name}' holds results of another run "
+                               f"({'; '.join(diff)}): choose another folder, or delete this one to "
+                               "start again.")
         return True

@@ -10,7 +10,8 @@ import os, time
 from collections import deque
 from pathlib import Path
 import numpy as np
-from .core import GeneformerError, Manifest, as_folder, atomic, check_folder, in_words, progress
+from .core import (GeneformerError, Manifest, as_folder, atomic, check_folder,
+                                in_words, progress)
 
 # %% ../nbs/00a_jobs.ipynb #79f8527a
 def _serial(fn, items, workers):
@@ -22,7 +23,9 @@ def _hold(fn):
     _held = fn
     from multiprocessing import connection, parent_process
     from threading import Thread
-    def watch(): connection.wait([parent_process().sentinel]); os._exit(1)
+    def watch():
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
     Thread(target=watch, daemon=True).start()
 
 def _run(i): return _held(i)
@@ -31,21 +34,32 @@ def _processes(fn, items, workers):
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
-    with ProcessPoolExecutor(workers or cores(), mp_context=get_context('spawn'), initializer=_hold, initargs=(fn,)) as pool:
+    with ProcessPoolExecutor(workers or cores(), mp_context=get_context('spawn'), initializer=_hold,
+                             initargs=(fn,)) as pool:
         try:
             for f in as_completed([pool.submit(_run, i) for i in items]): yield f.result()
-        except BrokenProcessPool as e: raise GeneformerError("A worker process died, perhaps for want of memory: what was finished is kept. Run the same "
-            "command again to go on, with fewer workers if it was memory. (A script needs the guard if __name__ == '__main__': around the call.)") from e
-        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise  # one shard failed: the others need not begin
+        except BrokenProcessPool as e:
+            raise GeneformerError("A worker process died, perhaps for want of memory: what was "
+                                  "finished is kept. Run the same command again to go on, with "
+                                  "fewer workers if it was memory. (A script needs the guard if "
+                                  "__name__ == '__main__': around the call.)") from e
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise  # one shard failed: the others need not begin
 
 def _dask(fn, items, workers):
     try: from distributed import Client, as_completed, get_client
-    except ImportError as e: raise GeneformerError("executor='dask' needs dask and distributed: pip install 'geneformer_nb[scale]'.") from e
+    except ImportError as e:
+        raise GeneformerError("executor='dask' needs dask and distributed: pip install "
+                              "'geneformer_nb[scale]'.") from e
     try: client, own = get_client(), False
-    except ValueError: client, own = Client(n_workers=workers or cores(), threads_per_worker=1, dashboard_address=None), True
+    except ValueError:
+        client, own = Client(n_workers=workers or cores(), threads_per_worker=1,
+                             dashboard_address=None), True
     try:
         held = client.scatter(fn, broadcast=True, hash=False)
-        for f in as_completed([client.submit(_call, held, i, pure=False) for i in items]): yield f.result()
+        for f in as_completed([client.submit(_call, held, i, pure=False) for i in items]):
+            yield f.result()
     finally:
         if own: client.close()
 
@@ -56,7 +70,9 @@ executors = dict(serial=_serial, processes=_processes, dask=_dask)
 def whole(**numbers): # by name; `workers` may be None
     "Raise `GeneformerError` for a number that should be 1 or more and is not"
     for k, n in numbers.items():
-        if not (n is None and k == 'workers' or isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 1): raise GeneformerError(
+        if not (n is None and k == 'workers' or isinstance(n, (int, np.integer))
+                and not isinstance(n, bool) and n >= 1):
+            raise GeneformerError(
             f"{k}={n!r} should be a whole number from 1 up.")
 
 def as_part(
@@ -65,7 +81,9 @@ def as_part(
     "The share of one task; raises `GeneformerError` for what is none"
     try: i, k = part
     except (TypeError, ValueError): i = k = None
-    if isinstance(part, str) or not (isinstance(i, (int, np.integer)) and isinstance(k, (int, np.integer)) and 0 <= i < k): raise GeneformerError(
+    if isinstance(part, str) or not (isinstance(i, (int, np.integer)) and isinstance(k,
+            (int, np.integer)) and 0 <= i < k):
+        raise GeneformerError(
         f"part={part!r} should be (i, k), with i from 0 to k - 1: the i-th of k tasks.")
     return int(i), int(k)
 
@@ -80,7 +98,8 @@ class _Job:
     def path(self, i): return self.folder/f'shard-{i:05d}{self.ext}'
     def __call__(self, i):
         with atomic(self.path(i)) as tmp: self.fn(i, tmp)
-        for left in self.folder.glob(f'.shard-{i:05d}.*.part'): left.unlink(missing_ok=True)  # of a process that was killed
+        # of a process that was killed
+        for left in self.folder.glob(f'.shard-{i:05d}.*.part'): left.unlink(missing_ok=True)
         return i
 
 def run_shards(
@@ -98,7 +117,8 @@ def run_shards(
     "Run every missing shard; the same call again goes on where it stopped"
     whole(workers=workers)
     if part is not None: part = as_part(part)
-    if executor not in executors: raise GeneformerError(f"executor {executor!r} is not one of {', '.join(executors)}.")
+    if executor not in executors:
+        raise GeneformerError(f"executor {executor!r} is not one of {', '.join(executors)}.")
     job = _Job(fn, as_folder(folder), ext)
     missing = [i for i in range(n) if not job.path(i).exists()]
     folder = check_folder(folder, need * len(missing) // max(1, n))
@@ -106,7 +126,8 @@ def run_shards(
     todo = [i for i in missing if part is None or i % part[1] == part[0]]
     if executor == 'serial' and hasattr(fn, 'expect'): fn.expect(todo)
     start = time.time()
-    for k, _ in enumerate(progress(executors[executor](job, todo, workers), desc, len(todo), 'shards')):
+    for k, _ in enumerate(progress(executors[executor](job, todo, workers), desc, len(todo),
+                                   'shards')):
         if k == 0 and len(todo) > 1:
             est = (time.time() - start) * (len(todo) - 1)
             if est > 60: print(f'{desc}: about {in_words(est)} to go for {len(todo) - 1} shards')
@@ -119,7 +140,9 @@ def prefetch(
     threads:int=1, # how many to work on at once; 1 makes no thread
 ): # fn(item) for every item, in order
     "Map by a few threads that never run far prefetch"
-    if threads < 2: yield from map(fn, items); return
+    if threads < 2:
+        yield from map(fn, items)
+        return
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()

@@ -10,7 +10,8 @@ __all__ = ['pd', 'obs_kinds', 'obs_columns', 'obs_array', 'save_cells', 'arrow_t
 import json, warnings, zlib
 from pathlib import Path
 import numpy as np, pyarrow as pa
-from ..core import GeneformerError, StorageError, VocabularyError, as_folder, atomic, digest, later, write_json
+from ..core import (GeneformerError, StorageError, VocabularyError, as_folder, atomic,
+                                digest, later, write_json)
 from .counts import Coded, Table, _frame
 from .vocabulary import Vocabulary
 from .cells import Cells
@@ -23,20 +24,27 @@ _ours = ('input_ids', 'length', 'barcode', 'counts', 'input_ids_uncropped', 'len
 def obs_kinds(obs):
     "{column: type name that `datasets` knows} of a table of cells; raises `GeneformerError` for two columns of one name"
     names = [str(c) for c in obs.columns]
-    if twice := sorted({c for c in names if names.count(c) > 1}): raise GeneformerError(f"obs has two columns of one name ({', '.join(twice)}): rename one.")
+    if twice := sorted({c for c in names if names.count(c) > 1}):
+        raise GeneformerError(f"obs has two columns of one name ({', '.join(twice)}): rename one.")
     taken = [c for c in obs if str(c) in _ours]
-    if lost := [c for c in taken if c != 'barcode' or list(map(str, _frame(obs)[c])) != list(map(str, obs.index))]:
-        warnings.warn(f"obs columns {', '.join(lost)} are left out: these names mean something else in the folder.", stacklevel=4)
+    if lost := [c for c in taken if c != 'barcode'
+                or list(map(str, _frame(obs)[c])) != list(map(str, obs.index))]:
+        warnings.warn(f"obs columns {', '.join(lost)} are left out: these names mean something "
+                      "else in the folder.", stacklevel=4)
     def kind(c):
-        if not isinstance(c, np.ndarray) or c.dtype == np.uint64 and len(c) and c.max() >= 2**63: return 'string'
+        if not isinstance(c, np.ndarray) or c.dtype == np.uint64 and len(c) and c.max() >= 2**63:
+            return 'string'
         return _arrow.get(c.dtype.kind, 'string')
     return {str(n): kind(c) for n, c in obs_columns(obs) if n not in taken}
 
 def obs_columns(obs):
     "(name, column) of a table of cells: plain values as numpy has them, categories as `Coded`, the rest as pandas has it"
-    if isinstance(obs, Table): yield from obs.items(); return
+    if isinstance(obs, Table):
+        yield from obs.items()
+        return
     for n, c in obs.items():
-        if isinstance(c.dtype, pd.CategoricalDtype): c = Coded(c.cat.codes.to_numpy(), c.cat.categories)
+        if isinstance(c.dtype, pd.CategoricalDtype):
+            c = Coded(c.cat.codes.to_numpy(), c.cat.categories)
         elif isinstance(c.dtype, np.dtype) and c.dtype.kind in 'biufO': c = c.to_numpy()
         yield n, c
 
@@ -44,13 +52,18 @@ def obs_array(col, kind, name):
     "A column of obs as an Arrow array; raises `GeneformerError` where that would change a value"
     if kind != 'string':
         have = col if isinstance(col, (np.ndarray, Coded)) else np.asarray(col)
-        if _arrow.get(getattr(have, 'dtype', np.dtype('O')).kind, '') in (kind, 'int64' if kind == 'float64' else kind): return _numbers(have.astype(kind))
-        raise GeneformerError(f"obs column {name!r} held {kind} in the first cells and holds {getattr(col, 'dtype', 'category')} now: give it one type, or "
+        if _arrow.get(getattr(have, 'dtype', np.dtype('O')).kind, '') in (kind, 'int64'
+                if kind == 'float64' else kind):
+            return _numbers(have.astype(kind))
+        raise GeneformerError(f"obs column {name!r} held {kind} in the first cells and holds "
+                              f"{getattr(col, 'dtype', 'category')} now: give it one type, or "
                               "leave it out with obs=[…].")
-    if isinstance(col, Coded): return _words([str(x) for x in col.words]).take(_numbers(col.codes, col.codes >= 0))
+    if isinstance(col, Coded):
+        return _words([str(x) for x in col.words]).take(_numbers(col.codes, col.codes >= 0))
     values = col.tolist()
     plain = set(map(type, values)) <= {str, int, float, bool, type(None)}
-    return _words([None if (x is None or x != x if plain else pd.isna(x) is True) else str(x) for x in values])
+    return _words([None if (x is None or x != x if plain else pd.isna(x) is True) else str(x)
+                   for x in values])
 
 # %% ../../nbs/03a_arrow.ipynb #a7d7fbaa
 def _bits(mask): return pa.py_buffer(np.packbits(mask, bitorder='little'))
@@ -59,15 +72,20 @@ def _numbers(x, there=None):
     "An array as Arrow has it, in the same memory (`pa.array` loads pandas first, to see whether it is a Series); `there` is False where a value is missing"
     x = np.ascontiguousarray(x)
     missing = 0 if there is None else int((~there).sum())
-    return pa.Array.from_buffers(pa.type_for_alias(x.dtype.name), len(x), [_bits(there) if missing else None, _bits(x) if x.dtype == bool else pa.py_buffer(x)], missing)
+    return pa.Array.from_buffers(pa.type_for_alias(x.dtype.name), len(x), [_bits(there) if missing
+        else None, _bits(x) if x.dtype == bool else pa.py_buffer(x)], missing)
 
 def _words(words):
     "Words as Arrow has them; None is a missing one"
-    data, there = [b'' if w is None else w.encode() for w in words], np.array([w is not None for w in words], bool)
+    data, there = ([b'' if w is None else w.encode() for w in words],
+                   np.array([w is not None for w in words], bool))
     ends = np.cumsum([0] + [len(w) for w in data])
-    if ends[-1] >= 2**31: raise GeneformerError("The words of one obs column take 2 GB or more: write fewer cells at a time, or leave it out.")
+    if ends[-1] >= 2**31:
+        raise GeneformerError("The words of one obs column take 2 GB or more: write fewer cells at "
+                              "a time, or leave it out.")
     missing = int((~there).sum())
-    return pa.Array.from_buffers(pa.string(), len(data), [_bits(there) if missing else None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b''.join(data))], missing)
+    return pa.Array.from_buffers(pa.string(), len(data), [_bits(there) if missing else None,
+        pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b''.join(data))], missing)
 
 class _Layout:
     "The columns of an Arrow folder of cells, and the files that make it one"
@@ -77,26 +95,37 @@ class _Layout:
         self.kinds, self.lists = kinds, list(lists)
         self.features = dict(input_ids=several('int32'), length=value('int64'))
         if 'counts' in self.lists: self.features |= dict(counts=several('float64'))
-        if 'input_ids_uncropped' in self.lists: self.features |= dict(input_ids_uncropped=several('int32'), length_uncropped=value('int64'))
+        if 'input_ids_uncropped' in self.lists:
+            self.features |= dict(input_ids_uncropped=several('int32'),
+                                  length_uncropped=value('int64'))
         self.features |= {n: value(d) for n, d in dict(barcode='string', **kinds).items()}
-        types = {k: pa.list_(pa.type_for_alias(f['feature']['dtype'])) if 'feature' in f else pa.type_for_alias(f['dtype']) for k, f in self.features.items()}
-        self.schema = pa.schema(types.items(), {'huggingface': json.dumps(dict(info=dict(features=self.features)))})
+        types = {k: pa.list_(pa.type_for_alias(f['feature']['dtype'])) if 'feature' in f
+                 else pa.type_for_alias(f['dtype']) for k, f in self.features.items()}
+        self.schema = pa.schema(types.items(),
+                                {'huggingface': json.dumps(
+            dict(info=dict(features=self.features)))})
 
     def batch(self, cells):
         "Cells as a piece of an Arrow file"
-        def listed(values, offsets): return pa.ListArray.from_arrays(_numbers(offsets.astype(np.int32)), _numbers(values))
+        def listed(values, offsets):
+            return pa.ListArray.from_arrays(_numbers(offsets.astype(np.int32)), _numbers(values))
         cols = dict(input_ids=listed(cells.tokens, cells.offsets), length=_numbers(cells.lengths))
         for k, v in cells.lists.items(): cols[k] = listed(*v)
-        if 'input_ids_uncropped' in cols: cols['length_uncropped'] = _numbers(np.diff(cells.lists['input_ids_uncropped'][1]))
+        if 'input_ids_uncropped' in cols:
+            cols['length_uncropped'] = _numbers(np.diff(cells.lists['input_ids_uncropped'][1]))
         cols['barcode'] = _words([str(x) for x in cells.obs.index])
-        obs = {str(n): obs_array(c, self.kinds[str(n)], n) for n, c in obs_columns(cells.obs) if str(n) in self.kinds}
+        obs = {str(n): obs_array(c, self.kinds[str(n)], n) for n, c in obs_columns(cells.obs)
+               if str(n) in self.kinds}
         return pa.record_batch([(cols | obs)[k] for k in self.schema.names], schema=self.schema)
 
     def finish(self, folder, files, mark, about):
         "Say what the files are, to `datasets` and to us"
-        for name, d in {'dataset_info': dict(citation='', description='', features=self.features, homepage='', license=''),
-            'geneformer_nb': about, 'state': dict(_data_files=[dict(filename=f) for f in files], _fingerprint=mark,
-            _format_columns=None, _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=None)}.items():
+        for name, d in {'dataset_info': dict(citation='', description='', features=self.features,
+                                             homepage='', license=''), 'geneformer_nb': about,
+                        'state': dict(_data_files=[dict(filename=f) for f in files],
+                                      _fingerprint=mark, _format_columns=None, _format_kwargs={},
+                                      _format_type=None, _output_all_columns=False,
+                                      _split=None)}.items():
             write_json(Path(folder)/f'{name}.json', d)
 
 # %% ../../nbs/03a_arrow.ipynb #7f5856b6
@@ -106,18 +135,24 @@ def save_cells(
 )->Path: # the folder
     "Write the cells as the official `.dataset` layout; raises `StorageError`"
     folder = as_folder(folder).resolve()  # a link to a folder stays a link
-    if folder.is_dir() and any(folder.iterdir()) and (not (folder/'state.json').exists() or (folder/'manifest.json').exists()): raise StorageError(
-        f"'{folder.name}' holds other things than cells, and would be replaced as a whole: choose a new folder for the cells.")
+    if folder.is_dir() and any(folder.iterdir()) and (not (folder/'state.json').exists()
+                                                      or (folder/'manifest.json').exists()):
+        raise StorageError(f"'{folder.name}' holds other things than cells, and would be replaced "
+                           "as a whole: choose a new folder for the cells.")
     layout = _Layout(obs_kinds(cells.obs), cells.lists)
     longest = max([cells.offsets, *(o for _, o in cells.lists.values())], key=lambda o: o[-1])
-    cuts = [0, *np.unique(np.searchsorted(longest, range(2**30, longest[-1], 2**30))), len(cells)]  # an Arrow array ends at 2³¹ tokens
+    # an Arrow array ends at 2³¹ tokens
+    cuts = [0, *np.unique(np.searchsorted(longest, range(2**30, longest[-1], 2**30))), len(cells)]
     files = [f'data-{i:05d}-of-{len(cuts) - 1:05d}.arrow' for i in range(len(cuts) - 1)]
-    mark = digest(cells.offsets, zlib.crc32(np.ascontiguousarray(cells.tokens)))  # a checksum: a hash would take longer than the writing
+    # a checksum: a hash would take longer than the writing
+    mark = digest(cells.offsets, zlib.crc32(np.ascontiguousarray(cells.tokens)))
     with atomic(folder) as tmp:
         tmp.mkdir()
         for name, a, b in zip(files, cuts, cuts[1:]):
-            with pa.ipc.new_stream(str(tmp/name), layout.schema) as out: out.write_batch(layout.batch(cells[a:b]))
-        layout.finish(tmp, files, mark, dict(vocabulary_hash=cells.vocabulary_hash, special=cells.special))
+            with pa.ipc.new_stream(str(tmp/name), layout.schema) as out:
+                out.write_batch(layout.batch(cells[a:b]))
+        layout.finish(tmp, files, mark, dict(vocabulary_hash=cells.vocabulary_hash,
+                                             special=cells.special))
     return folder
 
 # %% ../../nbs/03a_arrow.ipynb #751e2123
@@ -126,40 +161,59 @@ def _flat(column):
     chunks = [c for c in column.chunks if len(c)]
     if not chunks: return np.zeros(0, np.int32), np.zeros(1, np.int64)
     values = [c.flatten().to_numpy() for c in chunks]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(c.offsets.to_numpy()) for c in chunks]), dtype=np.int64)])
+    offsets = np.concatenate([[0],
+                              np.cumsum(np.concatenate([np.diff(c.offsets.to_numpy())
+                                                        for c in chunks]), dtype=np.int64)])
     return (values[0] if len(values) == 1 else np.concatenate(values)), offsets
 
 def arrow_tables(folder):
     "The Arrow files of a folder, mapped, and what it says of itself; raises `StorageError`"
     folder = as_folder(folder)
     if not (folder/'state.json').exists():
-        raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in it).")
+        raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in "
+                           "it).")
     try:
-        files = [folder/f['filename'] for f in json.loads((folder/'state.json').read_text())['_data_files']]
+        files = [folder/f['filename']
+                 for f in json.loads((folder/'state.json').read_text())['_data_files']]
         tables = [pa.ipc.open_stream(pa.memory_map(str(f))).read_all() for f in files]
-        about = json.loads((folder/'geneformer_nb.json').read_text()) if (folder/'geneformer_nb.json').exists() else None
+        about = (json.loads((folder/'geneformer_nb.json').read_text())
+                 if (folder/'geneformer_nb.json').exists() else None)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise StorageError(f"'{folder.name}' is damaged ({type(e).__name__}: {str(e)[:120]}): write or copy it again.") from e
-    if not tables or 'input_ids' not in tables[0].column_names: raise StorageError(f"'{folder.name}' holds no tokens (no column input_ids).")
-    if odd := next((o for t in tables if (o := _no_tokens(t['input_ids']))), None): raise StorageError(f"'{folder.name}' holds no tokens: input_ids has {odd}.")
+        raise StorageError(f"'{folder.name}' is damaged ({type(e).__name__}: {str(e)[:120]}): "
+                           "write or copy it again.") from e
+    if not tables or 'input_ids' not in tables[0].column_names:
+        raise StorageError(f"'{folder.name}' holds no tokens (no column input_ids).")
+    if odd := next((o for t in tables if (o := _no_tokens(t['input_ids']))), None):
+        raise StorageError(f"'{folder.name}' holds no tokens: input_ids has {odd}.")
     return tables, about
 
 def _no_tokens(column):
     "What a column of tokens should not be, in words, or None"
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type): return f'the type {kind}'
+    if (not (pa.types.is_list(kind) or pa.types.is_large_list(kind))
+            or not pa.types.is_integer(kind.value_type)):
+        return f'the type {kind}'
     if column.null_count or any(c.flatten().null_count for c in column.chunks): return 'holes'
-    if kind.value_type.bit_width > 32 and any(len(v) and np.abs(v).max() >= 2**31 for v in (c.flatten().to_numpy() for c in column.chunks)): return 'numbers beyond 2³¹'
+    if kind.value_type.bit_width > 32 and any(len(v) and np.abs(v).max() >= 2**31
+                                              for v in (c.flatten().to_numpy()
+                                                        for c in column.chunks)):
+        return 'numbers beyond 2³¹'
 
 def cells_from_table(table, about, vocabulary):
     "Cells of an Arrow table"
-    named = {n: table[n] for n in ('input_ids', 'counts', 'input_ids_uncropped') if n in table.column_names}
-    (tokens, offsets), lists = _flat(named.pop('input_ids')), {n: _flat(c) for n, c in named.items()}
-    obs = table.drop_columns([c for c in _ours if c in table.column_names and c != 'barcode']).to_pandas()
+    named = {n: table[n] for n in ('input_ids', 'counts', 'input_ids_uncropped')
+             if n in table.column_names}
+    (tokens, offsets), lists = (_flat(named.pop('input_ids')),
+                                {n: _flat(c) for n, c in named.items()})
+    obs = table.drop_columns([c for c in _ours if c in table.column_names
+                              and c != 'barcode']).to_pandas()
     obs = obs.set_index('barcode') if 'barcode' in obs else obs.set_index(obs.index.astype(str))
-    if vocabulary is not None and not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"vocabulary is a Vocabulary, not {type(vocabulary).__name__}.")
-    about = about or dict(vocabulary_hash=None, special=bool(vocabulary and vocabulary.cls and len(tokens) and tokens[0] == 2))
-    out = Cells(tokens, offsets, obs.rename_axis(None), about['vocabulary_hash'], about['special'], vocabulary, lists=lists)
+    if vocabulary is not None and not isinstance(vocabulary, Vocabulary):
+        raise VocabularyError(f"vocabulary is a Vocabulary, not {type(vocabulary).__name__}.")
+    about = about or dict(vocabulary_hash=None, special=bool(vocabulary and vocabulary.cls
+        and len(tokens) and tokens[0] == 2))
+    out = Cells(tokens, offsets, obs.rename_axis(None), about['vocabulary_hash'], about['special'],
+                vocabulary, lists=lists)
     if vocabulary is not None: out.check_vocabulary(vocabulary)
     return out
 
@@ -171,7 +225,9 @@ def load_cells(
     "Cells from disk; raises `StorageError` for a folder that holds none, `VocabularyError` for another's vocabulary"
     tables, about = arrow_tables(folder)
     try: table = pa.concat_tables(tables)
-    except pa.ArrowInvalid as e: raise StorageError(f"The files of '{Path(folder).name}' do not belong together ({str(e)[:120]}).") from e
+    except pa.ArrowInvalid as e:
+        raise StorageError(f"The files of '{Path(folder).name}' do not belong together "
+                           f"({str(e)[:120]}).") from e
     return cells_from_table(table, about, vocabulary)
 
 def cell_parts(
@@ -181,4 +237,5 @@ def cell_parts(
     "Go through a folder larger than memory: every piece is mapped, none is copied; raises as `load_cells` does"
     tables, about = arrow_tables(folder)
     for t in tables:
-        for b in t.to_batches(): yield cells_from_table(pa.Table.from_batches([b]), about, vocabulary)
+        for b in t.to_batches():
+            yield cells_from_table(pa.Table.from_batches([b]), about, vocabulary)

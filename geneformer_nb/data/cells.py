@@ -27,7 +27,8 @@ class Cell:
         t = self.tokens[:8]
         words = self.vocabulary.symbol(t) if self.vocabulary else [str(i) for i in t]
         rows = ''.join(f'| {i} | {w} | {k} |\n' for i, (w, k) in enumerate(zip(words, t)))
-        return f'**{self.obs.name}**, {len(self.tokens)} tokens\n\n| rank | gene | token |\n|---|---|---|\n{rows}'
+        return (f'**{self.obs.name}**, {len(self.tokens)} tokens\n\n| rank | gene | token '
+                f'|\n|---|---|---|\n{rows}')
 
 @dataclass
 class Cells:
@@ -43,15 +44,22 @@ class Cells:
 
     def __post_init__(self):
         tokens = np.asarray(self.tokens)
-        if len(tokens) and (tokens.dtype.kind not in 'iu' or tokens.itemsize > 4 and not -2**31 <= tokens.min() <= tokens.max() < 2**31):
+        if len(tokens) and (tokens.dtype.kind not in 'iu' or tokens.itemsize > 4
+                            and not -2**31 <= tokens.min() <= tokens.max() < 2**31):
             raise GeneformerError("tokens are whole numbers below 2³¹.")
-        self.tokens, self.offsets = tokens.astype(np.int32, copy=False), np.asarray(self.offsets, dtype=np.int64)
-        if not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or (self.lengths < 0).any():
-            raise GeneformerError(f"offsets must begin with 0, never fall, and end with the number of tokens ({len(self.tokens):,}).")
-        if self.obs is None: self.obs = pd.DataFrame(index=[str(i) for i in range(len(self.offsets) - 1)])
-        if self.vocabulary is not None and self.vocabulary_hash is None: self.vocabulary_hash = self.vocabulary.hash
+        self.tokens, self.offsets = tokens.astype(np.int32, copy=False), np.asarray(self.offsets,
+            dtype=np.int64)
+        if (not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens)
+                or (self.lengths < 0).any()):
+            raise GeneformerError("offsets must begin with 0, never fall, and end with the number "
+                                  f"of tokens ({len(self.tokens):,}).")
+        if self.obs is None:
+            self.obs = pd.DataFrame(index=[str(i) for i in range(len(self.offsets) - 1)])
+        if self.vocabulary is not None and self.vocabulary_hash is None:
+            self.vocabulary_hash = self.vocabulary.hash
         if len(self.obs) != len(self.offsets) - 1:
-            raise VocabularyError(f"{len(self.offsets) - 1} cells but {len(self.obs)} rows of obs: they must agree.")
+            raise VocabularyError(f"{len(self.offsets) - 1} cells but {len(self.obs)} rows of obs: "
+                                  "they must agree.")
 
     def __len__(self): return len(self.offsets) - 1
     @property
@@ -61,19 +69,22 @@ class Cells:
 def need_cells(x):
     "The cells a function was given; raises `GeneformerError`, saying how to make them, for anything else"
     if isinstance(x, Cells): return x
-    raise GeneformerError(f"cells are what tokenize(adata, model.vocabulary) returns, not {type(x).__name__}.")
+    raise GeneformerError("cells are what tokenize(adata, model.vocabulary) returns, not "
+                          f"{type(x).__name__}.")
 
 def ragged(lists): # sequences of tokens
     "(tokens, offsets) of a list of token lists"
     lens = np.array([len(x) for x in lists], dtype=np.int64)
-    flat = np.concatenate([np.asarray(x, dtype=np.int32) for x in lists]) if len(lists) else np.zeros(0, np.int32)
+    flat = (np.concatenate([np.asarray(x, dtype=np.int32) for x in lists]) if len(lists)
+            else np.zeros(0, np.int32))
     return flat.astype(np.int32), np.concatenate([[0], np.cumsum(lens)])
 
 def segments(starts, lengths): # int arrays, one entry a piece
     "Indices of several pieces of a flat array, one after the other"
     lengths = np.asarray(lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(np.asarray(starts) - (ends - lengths), lengths)
+    return (np.arange(ends[-1] if len(ends) else 0)
+            + np.repeat(np.asarray(starts) - (ends - lengths), lengths))
 
 # %% ../../nbs/03_cells.ipynb #82b8a389
 @patch
@@ -83,24 +94,27 @@ def __getitem__(self:Cells,
     "One cell, or some of them; a slice shares the memory"
     if isinstance(i, (int, np.integer)):
         i = range(len(self))[i]
-        return Cell(self.tokens[self.offsets[i]:self.offsets[i+1]], self.obs.iloc[i], self.vocabulary)
+        return Cell(self.tokens[self.offsets[i]:self.offsets[i+1]], self.obs.iloc[i],
+                    self.vocabulary)
     if isinstance(i, slice) and (i.step or 1) == 1:
         lo, hi, _ = i.indices(len(self))
         rows = slice(lo, max(lo, hi))
         def cut(values, off): return values[off[lo]:off[rows.stop]], off[lo:rows.stop+1] - off[lo]
     else:
-        rows = np.arange(len(self))[i if isinstance(i, slice) else np.asarray(i) if np.size(i) else np.zeros(0, int)]
+        rows = np.arange(len(self))[i if isinstance(i, slice) else np.asarray(i) if np.size(i)
+                                    else np.zeros(0, int)]
         def cut(values, off):
             lens = np.diff(off)[rows]
             return values[segments(off[rows], lens)], np.concatenate([[0], np.cumsum(lens)])
     tokens, offsets = cut(self.tokens, self.offsets)
-    return replace(self, tokens=tokens, offsets=offsets, obs=self.obs.iloc[rows], lists={k: cut(*v) for k, v in self.lists.items()})
+    return replace(self, tokens=tokens, offsets=offsets, obs=self.obs.iloc[rows],
+                   lists={k: cut(*v) for k, v in self.lists.items()})
 
 @patch
 def __repr__(self:Cells)->str:
     n = self.lengths
-    return (f"{len(self):,} cells, {len(self.tokens):,} tokens" + (f" ({n.min()}–{n.max()} a cell)" if len(self) else '')
-            + f", obs: {', '.join(map(str, self.obs.columns)) or 'none'}")
+    return (f"{len(self):,} cells, {len(self.tokens):,} tokens" + (f" ({n.min()}–{n.max()} a cell)"
+        if len(self) else '') + f", obs: {', '.join(map(str, self.obs.columns)) or 'none'}")
 
 # %% ../../nbs/03_cells.ipynb #b2b74702
 @patch
@@ -108,18 +122,25 @@ def check_vocabulary(self:Cells,
     vocabulary:Vocabulary, # that of the model
 ):
     "Raise `VocabularyError` unless the cells were tokenized with this vocabulary"
-    if not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"vocabulary is model.vocabulary or Vocabulary.official(…), not {type(vocabulary).__name__}.")
+    if not isinstance(vocabulary, Vocabulary):
+        raise VocabularyError("vocabulary is model.vocabulary or Vocabulary.official(…), not "
+                              f"{type(vocabulary).__name__}.")
     if self.vocabulary_hash is not None and self.vocabulary_hash != vocabulary.hash:
-        raise VocabularyError(f"These cells were tokenized with another vocabulary (hash {self.vocabulary_hash}) than the "
-                              f"model's ({vocabulary.name!r}, {vocabulary.hash}): tokenize them again with model.vocabulary.")
-    if self.special != vocabulary.cls: raise VocabularyError(f"These cells are {'' if self.special else 'not '}framed by <cls> and <eos> and "
-        f"those of {vocabulary.name!r} are{' not' if self.special else ''}: tokenize again, or Cells.load(folder, model.vocabulary).")
+        raise VocabularyError("These cells were tokenized with another vocabulary (hash "
+                              f"{self.vocabulary_hash}) than the model's ({vocabulary.name!r}, "
+                              f"{vocabulary.hash}): tokenize them again with model.vocabulary.")
+    if self.special != vocabulary.cls:
+        raise VocabularyError(f"These cells are {'' if self.special else 'not '}framed by <cls> "
+                              f"and <eos> and those of {vocabulary.name!r} "
+                              f"are{' not' if self.special else ''}: tokenize again, or "
+                              "Cells.load(folder, model.vocabulary).")
     if len(self.tokens) and not 0 <= self.tokens.min() <= self.tokens.max() < vocabulary.n_tokens:
-        raise VocabularyError(f"Tokens from {self.tokens.min()} to {self.tokens.max()} do not fit {vocabulary.name!r}, which has 0 to "
-                              f"{vocabulary.n_tokens - 1}.")
+        raise VocabularyError(f"Tokens from {self.tokens.min()} to {self.tokens.max()} do not fit "
+                              f"{vocabulary.name!r}, which has 0 to {vocabulary.n_tokens - 1}.")
     if len(self) and self.lengths.max() > vocabulary.max_len:
-        raise VocabularyError(f"A cell has {self.lengths.max():,} tokens and the model takes {vocabulary.max_len:,}: tokenize "
-                              "again with this vocabulary, which cuts to that length.")
+        raise VocabularyError(f"A cell has {self.lengths.max():,} tokens and the model takes "
+                              f"{vocabulary.max_len:,}: tokenize again with this vocabulary, which "
+                              "cuts to that length.")
 
 @patch(cls_method=True)
 def concat(cls:Cells,
@@ -129,11 +150,15 @@ def concat(cls:Cells,
     parts = [need_cells(p) for p in parts]
     if not parts: raise GeneformerError("There are no cells to join.")
     if len({(p.vocabulary_hash, p.special) for p in parts}) > 1:
-        raise VocabularyError("Cells of different vocabularies cannot be joined: tokenize them with the same one.")
-    if len({tuple(p.lists) for p in parts}) > 1: raise GeneformerError("Some of these cells carry lists that others lack: join cells made alike.")
+        raise VocabularyError("Cells of different vocabularies cannot be joined: tokenize them "
+                              "with the same one.")
+    if len({tuple(p.lists) for p in parts}) > 1:
+        raise GeneformerError("Some of these cells carry lists that others lack: join cells made "
+                              "alike.")
     def join(pieces):
         sizes = np.cumsum([0] + [len(v) for v, _ in pieces])
-        return np.concatenate([v for v, _ in pieces]), np.concatenate([[0]] + [o[1:] + s for (_, o), s in zip(pieces, sizes)])
+        return (np.concatenate([v for v, _ in pieces]),
+                np.concatenate([[0]] + [o[1:] + s for (_, o), s in zip(pieces, sizes)]))
     tokens, offsets = join([(p.tokens, p.offsets) for p in parts])
     return replace(parts[0], tokens=tokens, offsets=offsets, obs=pd.concat([p.obs for p in parts]),
                    lists={k: join([p.lists[k] for p in parts]) for k in parts[0].lists})
@@ -147,7 +172,9 @@ def batches(self:Cells,
     order = np.argsort(-self.lengths, kind='stable')
     out, start, total = [], 0, 0
     for i, n in enumerate(self.lengths[order]):
-        if total + n > budget and i > start: out.append(order[start:i]); start, total = i, 0
+        if total + n > budget and i > start:
+            out.append(order[start:i])
+            start, total = i, 0
         total += n
     return out + ([order[start:]] if len(order) > start else [])
 

@@ -14,11 +14,13 @@ from threading import local
 import numpy as np
 from .cells import Cells
 from .arrow import obs_kinds, _Layout
-from ..core import CountsError, GeneformerError, Manifest, StorageError, as_folder, atomic, check_folder, digest, later, progress, write_json
+from ..core import (CountsError, GeneformerError, Manifest, StorageError, as_folder,
+                                atomic, check_folder, digest, later, progress, write_json)
 from .vocabulary import Vocabulary
 from ..jobs import prefetch, cores, run_shards
 from .sources import Source, shards, sources
-from .tokenizer import Encoder, add_books, carried, check_options, gate_file, settle
+from .tokenizer import (Encoder, add_books, carried, check_options, gate_file,
+                                          settle)
 pd = later('pandas')
 
 # %% ../../nbs/04a_corpus.ipynb #15be8119
@@ -35,8 +37,10 @@ class _Shard:
         self.flow = self.blocks(todo)
     def __call__(self, i, path):
         k, a, b = self.plan[i]
-        blocks = self.blocks([i]) if self.flow is None else islice(self.flow, len(range(a, b, self.block)))
-        write_shard(i, path, self.inputs[k], a, b, blocks, self.encoder, self.layout, self.min_match)
+        blocks = self.blocks([i]) if self.flow is None else islice(self.flow,
+            len(range(a, b, self.block)))
+        write_shard(i, path, self.inputs[k], a, b, blocks, self.encoder, self.layout,
+                    self.min_match)
 
 def encoded(
     parts, # (`Source`, first cell, last cell not included), one after the other
@@ -44,13 +48,15 @@ def encoded(
     block:int, threads:int, # cells at a time, blocks at once
 ): # (cells, columns, books) of each block, in order
     "Blocks of cells to be written, encoded a little prefetch; each is overwritten after the next was asked for"
-    own, spare = local(), []  # a thread reads into the same memory again, and tokens that were written make room for others
+    # a thread reads into the same memory again, and tokens that were written make room for others
+    own, spare = local(), []
     def one(piece):
         source, a, b = piece
         room = spare.pop() if spare else None
         cells, seen = encoder(source.block(a, b, encoder.columns, own.__dict__), room, frame=False)
         return cells, layout.batch(cells), seen
-    for cells, *more in prefetch(one, ((s, i, min(i + block, b)) for s, a, b in parts for i in range(a, b, block)), threads):
+    for cells, *more in prefetch(one, ((s, i, min(i + block, b)) for s, a, b in parts
+                                       for i in range(a, b, block)), threads):
         yield cells, *more
         if cells.tokens.base is not None: spare.append(cells.tokens.base)
 
@@ -72,15 +78,22 @@ def write_shard(
             books = add_books(books, seen)
             tokens, kept = tokens + len(cells.tokens), kept + len(cells)
     gate_file(match, encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}', books)
-    line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens, match=match.report(), **books, **more)
+    line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens,
+                match=match.report(), **books, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
 # %% ../../nbs/04a_corpus.ipynb #de9b4ae8
 def _lines(folder):
     "{shard: what its line says} of a folder, finished or not"
-    said = (folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists() else []
-    try: return {x['shard']: x for x in map(json.loads, said + [f.read_text() for f in folder.glob('shard-*.json')])}
-    except (ValueError, KeyError, TypeError) as e: raise StorageError(f"shards.jsonl of '{folder.name}' is damaged: delete the folder and run again.") from e
+    said = ((folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists()
+            else [])
+    try:
+        return {x['shard']: x for x in map(json.loads,
+                                           said + [f.read_text()
+                                                   for f in folder.glob('shard-*.json')])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise StorageError(f"shards.jsonl of '{folder.name}' is damaged: delete the folder and run "
+                           "again.") from e
 
 # %% ../../nbs/04a_corpus.ipynb #5f49283c
 def _done(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
@@ -90,14 +103,19 @@ def _finish(folder, n, layout, encoder):
     if _done(folder): return Corpus(folder)
     files = [f'shard-{i:05d}.arrow' for i in range(n)]
     lines = _lines(folder)
-    if lost := [i for i in range(n) if i not in lines]: raise StorageError(f"Shard {lost[0]} of '{folder.name}' has lost its line: delete {files[lost[0]]} and run again.")
+    if lost := [i for i in range(n) if i not in lines]:
+        raise StorageError(f"Shard {lost[0]} of '{folder.name}' has lost its line: delete "
+                           f"{files[lost[0]]} and run again.")
     lines = [lines[i] for i in range(n)]
     books = {}
     for x in lines: books[x['file']] = add_books(books.get(x['file'], {}), x)
     settle(books, encoder.keep, encoder.keep_empty)
     encoder.vocabulary.save(folder)
-    with atomic(folder/'shards.jsonl') as tmp: tmp.write_text(''.join(json.dumps(x) + '\n' for x in lines))
-    layout.finish(folder, files, digest(json.loads((folder/'manifest.json').read_text())['facts'], lines), dict(vocabulary_hash=encoder.vocabulary.hash, special=encoder.special))
+    with atomic(folder/'shards.jsonl') as tmp:
+        tmp.write_text(''.join(json.dumps(x) + '\n' for x in lines))
+    layout.finish(folder, files, digest(json.loads((folder/'manifest.json').read_text())['facts'],
+                                        lines), dict(vocabulary_hash=encoder.vocabulary.hash,
+                                                     special=encoder.special))
     for i in range(n): (folder/f'shard-{i:05d}.json').unlink(missing_ok=True)
     return Corpus(folder)
 
@@ -108,8 +126,9 @@ class Corpus:
         folder, # what `tokenize_to` wrote
     ):
         self.folder = as_folder(folder)
-        if not (self.folder/'shards.jsonl').exists(): raise StorageError(f"'{self.folder.name}' is no finished corpus (there is no shards.jsonl in it): "
-                                                                         "run tokenize_to to its end.")
+        if not (self.folder/'shards.jsonl').exists():
+            raise StorageError(f"'{self.folder.name}' is no finished corpus (there is no "
+                               "shards.jsonl in it): run tokenize_to to its end.")
         self.lines = list(_lines(self.folder).values())
     @cached_property
     def shards(self): return pd.DataFrame(self.lines)  # one row a shard
@@ -118,16 +137,23 @@ class Corpus:
     def n_tokens(self): return sum(x['tokens'] for x in self.lines)
     @property
     def vocabulary(self): return Vocabulary.load(self.folder)
-    def __repr__(self): return (f"{len(self):,} cells, {self.n_tokens:,} tokens, {len({x['file'] for x in self.lines}):,} file(s) in {len(self.lines):,} "
-                                f"shard(s) of '{self.folder.name}'")
+    def __repr__(self):
+        return (f"{len(self):,} cells, {self.n_tokens:,} tokens, "
+                f"{len({x['file'] for x in self.lines}):,} file(s) in {len(self.lines):,} shard(s) "
+                f"of '{self.folder.name}'")
 
     def report(self)->'pd.DataFrame': # by file
         "What became of the cells of each file, and how its genes matched"
-        s = self.shards.groupby('file', sort=False)[['cells', 'failed', 'n_empty', 'kept', 'tokens', 'off', 'known', 'total']].sum()
-        out = s[['cells', 'failed', 'n_empty', 'kept', 'tokens']].rename(columns=dict(failed='not kept', n_empty='without genes'))
+        s = self.shards.groupby('file', sort=False)[['cells', 'failed', 'n_empty', 'kept', 'tokens',
+                                                     'off', 'known', 'total']].sum()
+        out = s[['cells', 'failed', 'n_empty', 'kept', 'tokens']].rename(columns=dict(failed='not '
+            'kept', n_empty='without genes'))
         first = self.shards.groupby('file', sort=False)['match'].first()
-        return out.assign(**{'genes matched': [f"{m['matched']:,} of {m['genes']:,}" for m in first], '% of counts matched': (100 * s['known'] / s['total']).round(1),
-                             'n_counts differ': s['off'], 'counts in': self.shards.groupby('file', sort=False)['source'].first()})
+        return out.assign(**{'genes matched': [f"{m['matched']:,} of {m['genes']:,}"
+                                               for m in first], '% of counts '
+                             'matched': (100 * s['known'] / s['total']).round(1), 'n_counts '
+                             'differ': s['off'], 'counts in': self.shards.groupby('file',
+            sort=False)['source'].first()})
     def cells(self)->Cells:
         "All cells, in memory"
         return Cells.load(self.folder, self.vocabulary)
@@ -152,71 +178,101 @@ def tokenize_to(
     "Tokenize a corpus to an Arrow folder, shard by shard; raises `CountsError`, `GeneMatchError`, `StorageError`"
     check_options(min_match, rows=rows, block=block, workers=workers)
     folder = as_folder(folder)
-    if folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir()) and not (folder/'manifest.json').exists(): raise StorageError(
-        f"'{folder.name}' holds other things, which would be mixed with the cells: choose a new folder.")
-    if hasattr(data, '__next__'): return _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged, fractional, obs, min_match, block, workers, options)
+    if (folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir())
+            and not (folder/'manifest.json').exists()):
+        raise StorageError(f"'{folder.name}' holds other things, which would be mixed with the "
+                           "cells: choose a new folder.")
+    if hasattr(data, '__next__'):
+        return _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged,
+                            fractional, obs, min_match, block, workers, options)
     inputs = sources(data, counts_layer, logged, fractional)
-    if executor != 'serial' and any(s.path is None for s in inputs): raise GeneformerError(
-        f"executor={executor!r} sends every worker to a file, and an AnnData in memory is none: write it with write_h5ad, or use executor='serial'.")
+    if executor != 'serial' and any(s.path is None for s in inputs):
+        raise GeneformerError(f"executor={executor!r} sends every worker to a file, and an AnnData "
+                              "in memory is none: write it with write_h5ad, or use "
+                              "executor='serial'.")
     encoder = _encoder(vocabulary, inputs, obs, options)
-    plan, facts = shards(inputs, rows), _facts(encoder, counts_layer, logged, fractional, rows=rows) | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(inputs)}
+    plan, facts = shards(inputs, rows), _facts(encoder, counts_layer, logged, fractional,
+                                               rows=rows) | {f'input {k} {s.name}': s.fingerprint()
+        for k, s in enumerate(inputs)}
     layout = _Layout(corpus_kinds(inputs, encoder), _lists(encoder))
     threads = min(4, workers or cores()) if executor == 'serial' else 1
-    done = run_shards(_Shard(inputs, plan, encoder, layout, min_match, block, threads), len(plan), folder, facts, '.arrow', executor, workers, part,
-                      'tokenizing', _bytes(inputs))
+    done = run_shards(_Shard(inputs, plan, encoder, layout, min_match, block, threads), len(plan),
+                      folder, facts, '.arrow', executor, workers, part, 'tokenizing',
+                      _bytes(inputs))
     if len(done) < len(plan): return None
     return _finish(folder, len(plan), layout, encoder)
 
 # %% ../../nbs/04a_corpus.ipynb #40d2c6e0
 def _encoder(vocabulary, inputs, obs, options):
     "The encoder of all inputs; what would fail in a shard fails here"
-    if lost := set(options) - {'gene_ids', 'orthologs', 'keep', 'special', 'max_len', 'counts', 'uncropped', 'collapse'}: raise GeneformerError(
+    if lost := set(options) - {'gene_ids', 'orthologs', 'keep', 'special', 'max_len', 'counts',
+                               'uncropped', 'collapse'}:
+        raise GeneformerError(
         f"tokenize_to knows no option {sorted(lost)[0]!r}.")
-    encoder = Encoder(vocabulary, carried(inputs, obs, options.get('keep')), file=len(inputs) > 1, **options)
+    encoder = Encoder(vocabulary, carried(inputs, obs, options.get('keep')), file=len(inputs) > 1,
+                      **options)
     for s in inputs:
-        if not (encoder.match(s._var).index >= 0).any(): gate_file(encoder.match(s._var), vocabulary, 1, s.name)
+        if not (encoder.match(s._var).index >= 0).any():
+            gate_file(encoder.match(s._var), vocabulary, 1, s.name)
     return encoder
 
 def _facts(encoder, counts_layer, logged, fractional, **more):
     "What the tokens depend on, options left at their defaults included"
-    o, own = encoder.orthologs, ('max_len', 'special', 'gene_ids', 'keep', 'counts', 'uncropped', 'collapse')
-    return {k: getattr(encoder, k) for k in own} | dict(vocabulary=encoder.vocabulary.hash, carried=encoder.carry, counts_layer=counts_layer, logged=logged,
-        fractional=fractional, orthologs=None if o is None else digest(Path(o) if isinstance(o, str) else o), **more)
+    o, own = encoder.orthologs, ('max_len', 'special', 'gene_ids', 'keep', 'counts', 'uncropped',
+                                 'collapse')
+    return ({k: getattr(encoder, k) for k in own} | dict(vocabulary=encoder.vocabulary.hash,
+        carried=encoder.carry, counts_layer=counts_layer, logged=logged, fractional=fractional,
+        orthologs=None if o is None else digest(Path(o) if isinstance(o, str) else o), **more))
 
-def _lists(encoder): return ['counts'] * encoder.counts + ['input_ids_uncropped'] * encoder.uncropped
+def _lists(encoder):
+    return ['counts'] * encoder.counts + ['input_ids_uncropped'] * encoder.uncropped
 
 # %% ../../nbs/04a_corpus.ipynb #6045f561
 def corpus_kinds(inputs, encoder):
     "One type a column over all files: whole and broken numbers make broken ones, other mixtures make words"
     kinds = {}
     for s in inputs:
-        head = s._got.rows(slice(0, 1), list(encoder.carry))[list(encoder.carry)].rename(columns=encoder.carry)
-        for c, k in obs_kinds(head.assign(n_counts=np.zeros(len(head)), **dict(file=np.full(len(head), '', object)) if encoder.file else {})).items(): kinds.setdefault(c, set()).add(k)
-    return {c: k.pop() if len(k) == 1 else 'float64' if k == {'int64', 'float64'} else 'string' for c, k in kinds.items()}
+        head = s._got.rows(slice(0, 1),
+                           list(encoder.carry))[list(encoder.carry)].rename(columns=encoder.carry)
+        for c, k in obs_kinds(head.assign(n_counts=np.zeros(len(head)),
+                                          **dict(file=np.full(len(head), '', object))
+                                          if encoder.file else {})).items():
+            kinds.setdefault(c, set()).add(k)
+    return {c: k.pop() if len(k) == 1 else 'float64' if k == {'int64', 'float64'} else 'string'
+            for c, k in kinds.items()}
 
 def _bytes(inputs):
     "Bytes the tokens will take, where the inputs say how many counts they hold"
-    return sum(4 * int(X.indptr[-1]) for s in inputs if hasattr(X := s._chosen[0], 'indptr') and isinstance(X.indptr, np.ndarray))
+    return sum(4 * int(X.indptr[-1]) for s in inputs if hasattr(X := s._chosen[0], 'indptr')
+               and isinstance(X.indptr, np.ndarray))
 
 # %% ../../nbs/04a_corpus.ipynb #e67c68ae
 def _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged, fractional, obs, min_match, block, workers, options):
     "One shard for each AnnData that an iterator gives; a shard that is there is passed over when its cells are the same"
-    if executor != 'serial' or part: raise GeneformerError("An iterator is gone through once, by one process: use executor='serial' and no part, or write files first.")
+    if executor != 'serial' or part:
+        raise GeneformerError("An iterator is gone through once, by one process: use "
+                              "executor='serial' and no part, or write files first.")
     encoder, n, folder = None, 0, check_folder(folder)
     for n, adata in enumerate(progress(data, 'tokenizing', unit='blocks'), 1):
         source = Source(adata, counts_layer, logged, fractional)
         if encoder is None:
             encoder = _encoder(vocabulary, [source], obs, options)
             layout = _Layout(corpus_kinds([source], encoder), _lists(encoder))
-            Manifest(folder, _facts(encoder, counts_layer, logged, fractional, inputs='an iterator')).open()
+            Manifest(folder, _facts(encoder, counts_layer, logged, fractional, inputs='an '
+                                    'iterator')).open()
             there = _lines(folder)
         path, mark = folder/f'shard-{n - 1:05d}.arrow', source.fingerprint()
         if path.exists() and n - 1 in there:
             if there[n - 1].get('input') == mark: continue
-            raise StorageError(f"Block {n - 1} of the iterator is not the one that '{folder.name}' holds: choose another folder, or delete this one to start again.")
-        with atomic(path) as tmp: write_shard(n - 1, tmp, source, 0, source.n_obs, encoded([(source, 0, source.n_obs)], encoder, layout, block, min(4, workers or cores())),
-                                              encoder, layout, min_match, input=mark)
+            raise StorageError(f"Block {n - 1} of the iterator is not the one that '{folder.name}' "
+                               "holds: choose another folder, or delete this one to start again.")
+        with atomic(path) as tmp:
+            write_shard(n - 1, tmp, source, 0, source.n_obs, encoded([(source, 0, source.n_obs)],
+                encoder, layout, block, min(4, workers or cores())), encoder, layout, min_match,
+                        input=mark)
     if encoder is None: raise CountsError("The iterator gave no AnnData: nothing to tokenize.")
-    if max(there, default=0) >= n: raise StorageError(f"The iterator gave {n} blocks and '{folder.name}' holds {max(there) + 1} of another: choose another folder, "
-                                                      "or delete this one to start again.")
+    if max(there, default=0) >= n:
+        raise StorageError(f"The iterator gave {n} blocks and '{folder.name}' holds "
+                           f"{max(there) + 1} of another: choose another folder, or delete this "
+                           "one to start again.")
     return _finish(folder, n, layout, encoder)

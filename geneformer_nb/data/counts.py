@@ -22,7 +22,8 @@ def _where(X, bad, obs_names, var_names):
 
 def _sound(d, fractional):
     "Finite, not negative, and whole? In pieces that stay in the processor's cache"
-    return all(c.min() >= 0 and c.max() < np.inf and (fractional or c.dtype.kind in 'iub' or (c == np.rint(c)).all())
+    return all(c.min() >= 0 and c.max() < np.inf and (fractional or c.dtype.kind in 'iub'
+                                                      or (c == np.rint(c)).all())
                for c in np.split(d, range(65_536, len(d), 65_536)) if len(c))
 
 def check_counts(
@@ -35,15 +36,20 @@ def check_counts(
     d = X.data
     if _sound(d, fractional): return
     if (bad := ~np.isfinite(d)).any():
-        raise CountsError(f"The counts hold NaN or infinity, first at {_where(X, bad, obs_names, var_names)}: "
-                          "set missing values to 0 or drop those cells.")
+        raise CountsError("The counts hold NaN or infinity, first at "
+                          f"{_where(X, bad, obs_names, var_names)}: set missing values to 0 or "
+                          "drop those cells.")
     if (bad := d < 0).any():
-        raise CountsError(f"The counts hold negative values, first at {_where(X, bad, obs_names, var_names)}: this looks "
-                          "like scaled (z-scored) data, which cannot be turned back. Pass the raw counts (counts_layer=…).")
+        raise CountsError("The counts hold negative values, first at "
+                          f"{_where(X, bad, obs_names, var_names)}: this looks like scaled "
+                          "(z-scored) data, which cannot be turned back. Pass the raw counts "
+                          "(counts_layer=…).")
     if not fractional and (bad := d != np.rint(d)).any():
         hint = 'this looks log-normalized' if d.max() < 25 else 'this looks normalized'
-        raise CountsError(f"The counts are not whole numbers, first at {_where(X, bad, obs_names, var_names)}: {hint}. Pass "
-                          "raw counts (counts_layer=…), or logged=True for log1p values, or fractional=True for estimated counts.")
+        raise CountsError("The counts are not whole numbers, first at "
+                          f"{_where(X, bad, obs_names, var_names)}: {hint}. Pass raw counts "
+                          "(counts_layer=…), or logged=True for log1p values, or fractional=True "
+                          "for estimated counts.")
 
 # %% ../../nbs/01_counts.ipynb #7f7dfdec
 @dataclass
@@ -63,7 +69,9 @@ class Rows:
     def sums(self)->np.ndarray: # float64
         "The sum of each cell"
         out, full = np.zeros(self.shape[0]), self.indptr[1:] > self.indptr[:-1]
-        def add(kind): out[full] = np.add.reduceat(self.data[:self.nnz], self.indptr[:-1][full], dtype=kind) if full.any() else 0
+        def add(kind):
+            out[full] = (np.add.reduceat(self.data[:self.nnz], self.indptr[:-1][full], dtype=kind)
+                         if full.any() else 0)
         quick = self.whole and self.data.dtype == np.float32
         if quick: add(np.float32)  # five times faster, and exact for whole numbers up to 2²⁴
         if not quick or out.max(initial=0) >= 2**24: add(np.float64)
@@ -86,7 +94,8 @@ class Table:
         name:str=None, # what the names are names of
     ):
         self.index, self.data, self.name = index, data, name
-        if odd := [c for c, x in data.items() if len(x) != len(index)]: raise ValueError(f"column {odd[0]!r} has {len(data[odd[0]])} rows and not {len(index)}")
+        if odd := [c for c, x in data.items() if len(x) != len(index)]:
+            raise ValueError(f"column {odd[0]!r} has {len(data[odd[0]])} rows and not {len(index)}")
     def __len__(self): return len(self.index)
     def __iter__(self): return iter(self.data)
     def __contains__(self, c): return c in self.data
@@ -95,14 +104,19 @@ class Table:
     def items(self): return self.data.items()
     def __getitem__(self, what): # a column by its name, those of a list of names, or some rows
         if isinstance(what, str): return self.data[what]
-        if isinstance(what, list): return Table(self.index, {c: self.data[c] for c in what}, self.name)
+        if isinstance(what, list):
+            return Table(self.index, {c: self.data[c] for c in what}, self.name)
         return Table(self.index[what], {c: x[what] for c, x in self.data.items()}, self.name)
-    def rename(self, columns): return Table(self.index, {columns.get(c, c): x for c, x in self.data.items()}, self.name)
+    def rename(self, columns):
+        return Table(self.index, {columns.get(c, c): x for c, x in self.data.items()}, self.name)
     def assign(self, **new): return Table(self.index, self.data | new, self.name)
     @cached_property
     def frame(self):
-        def whole(x): return pd.Categorical.from_codes(x.codes, x.words, x.ordered) if isinstance(x, Coded) else x
-        return pd.DataFrame({c: whole(x) for c, x in self.data.items()}, pd.Index(self.index, name=self.name))
+        def whole(x):
+            return (pd.Categorical.from_codes(x.codes, x.words, x.ordered) if isinstance(x, Coded)
+                    else x)
+        return pd.DataFrame({c: whole(x) for c, x in self.data.items()}, pd.Index(self.index,
+            name=self.name))
 
 def _frame(table):
     "The `DataFrame` of a `Table`, or what is one already"
@@ -125,9 +139,12 @@ class Counts:
 
 def _sane(indices, indptr, n, n_values):
     "Refuse a sparse matrix that points outside of itself, before compiled code follows it there"
-    ends = len(indptr) and indptr[0] == 0 and indptr[-1] <= n_values and (np.diff(indptr) >= 0).all()
-    if not ends or len(indices) and indices.view(f'u{indices.itemsize}').max() >= n:  # a negative number, too, is large without its sign
-        raise CountsError(f"The matrix is damaged: it names cells or genes beyond the {n:,} there are. Write or copy the file again.")
+    ends = (len(indptr) and indptr[0] == 0 and indptr[-1] <= n_values
+            and (np.diff(indptr) >= 0).all())
+    # a negative number, too, is large without its sign
+    if not ends or len(indices) and indices.view(f'u{indices.itemsize}').max() >= n:
+        raise CountsError(f"The matrix is damaged: it names cells or genes beyond the {n:,} there "
+                          "are. Write or copy the file again.")
 
 def _in_order(X):
     "Do the genes of every cell rise, each named once?"
@@ -139,18 +156,22 @@ def _rows(X):
     for whole in ('to_memory', 'compute'): X = getattr(X, whole)() if hasattr(X, whole) else X
     if isinstance(X, Rows):
         _sane(X.indices, X.indptr, X.shape[1], len(X.data))
-        usual = X.indices.dtype in (np.int32, np.int64) and (X.data.dtype.kind in 'biu' or X.data.dtype in (np.float32, np.float64))
+        usual = X.indices.dtype in (np.int32, np.int64) and (X.data.dtype.kind in 'biu'
+            or X.data.dtype in (np.float32, np.float64))
         if usual and _in_order(X): return X
         X = X.csr()
     from scipy import sparse
     X = X if sparse.issparse(X) else np.asarray(X)
-    if X.dtype.kind not in 'biuf': raise CountsError(f"The matrix holds values of type {X.dtype}, which are no counts: turn them into "
-                                                     "numbers first, for instance with astype('float32').")
+    if X.dtype.kind not in 'biuf':
+        raise CountsError(f"The matrix holds values of type {X.dtype}, which are no counts: turn "
+                          "them into numbers first, for instance with astype('float32').")
     if X.dtype.kind == 'f' and X.dtype.itemsize not in (4, 8): X = X.astype(np.float64)
-    if sparse.issparse(X) and X.format in ('csr', 'csc'): _sane(X.indices, X.indptr, X.shape[X.format == 'csr'], len(X.data))
+    if sparse.issparse(X) and X.format in ('csr', 'csc'):
+        _sane(X.indices, X.indptr, X.shape[X.format == 'csr'], len(X.data))
     X = X.tocsr() if sparse.issparse(X) else sparse.csr_matrix(X)
     if not X.has_canonical_format:
-        X = X.astype(np.int64 if X.dtype.kind in 'biu' else X.dtype, copy=True)  # a byte does not hold the sum of two
+        # a byte does not hold the sum of two
+        X = X.astype(np.int64 if X.dtype.kind in 'biu' else X.dtype, copy=True)
         X.sum_duplicates()
     return Rows(X.data, X.indices, X.indptr, X.shape)
 
@@ -159,16 +180,20 @@ def _whole(X):
     d = X[:200]
     d = d.compute() if hasattr(d, 'compute') else d
     d = d.data if hasattr(d, 'indptr') else np.asarray(d).ravel()
-    return bool(len(d) == 0 or d.dtype.kind in 'biuf' and (np.isfinite(d).all() and (d >= 0).all() and (d == np.rint(d)).all()))
+    return bool(len(d) == 0 or d.dtype.kind in 'biuf' and (np.isfinite(d).all() and (d >= 0).all()
+        and (d == np.rint(d)).all()))
 
 def _choose(adata, counts_layer, logged):
     "The matrix of counts (or logged counts), its genes, and its name"
     if counts_layer is not None:
         if counts_layer not in adata.layers:
             have = ', '.join(map(repr, adata.layers)) or 'none'
-            raise CountsError(f"There is no layer {counts_layer!r} (layers here: {have}): name one of them, or leave counts_layer out.")
+            raise CountsError(f"There is no layer {counts_layer!r} (layers here: {have}): name one "
+                              "of them, or leave counts_layer out.")
         return adata.layers[counts_layer], adata.var, f'layers[{counts_layer!r}]'
-    if logged: return (adata.raw.X, adata.raw.var, 'raw.X') if adata.raw is not None else (adata.X, adata.var, 'X')
+    if logged:
+        return ((adata.raw.X, adata.raw.var, 'raw.X') if adata.raw is not None
+                else (adata.X, adata.var, 'X'))
     if 'counts' in adata.layers: return adata.layers['counts'], adata.var, "layers['counts']"
     if adata.X is not None and _whole(adata.X): return adata.X, adata.var, 'X'
     if adata.raw is not None and _whole(adata.raw.X): return adata.raw.X, adata.raw.var, 'raw.X'
@@ -182,10 +207,12 @@ def _checked(X, obs, var, source, logged, fractional, name=None):
     check_counts(X, obs.index, var.index, fractional or logged)
     if not logged: return Counts(replace(X, whole=not fractional), obs, var, source, name)
     if len(X.data) and (X.data.max() > 25 or _sound(X.data, False)):
-        why = (f"the largest value of {source} is {X.data.max():g}, and no logarithm of a count is that large" if X.data.max() > 25
-               else f"all values of {source} are whole numbers, and logarithms are not")
+        why = (f"the largest value of {source} is {X.data.max():g}, and no logarithm of a count is "
+               "that large" if X.data.max() > 25 else f"all values of {source} are whole numbers, "
+               "and logarithms are not")
         raise CountsError(f"logged=True, but {why}: pass logged=False if these are counts.")
-    return Counts(replace(X, data=np.expm1(X.data.astype(np.float64))), obs, var, source + ' (expm1)', name)
+    return Counts(replace(X, data=np.expm1(X.data.astype(np.float64))), obs, var, source + ' '
+                  '(expm1)', name)
 
 def counts_of(
     adata, # AnnData: in memory, backed or lazy
@@ -195,13 +222,16 @@ def counts_of(
 )->Counts: # checked counts
     "Find and check the counts of an AnnData, which is not changed; raises `CountsError`"
     if adata.n_obs == 0 or adata.n_vars == 0:
-        raise CountsError(f"The AnnData is empty ({adata.n_obs} cells × {adata.n_vars} genes): nothing to do.")
+        raise CountsError(f"The AnnData is empty ({adata.n_obs} cells × {adata.n_vars} genes): "
+                          "nothing to do.")
     X, var, source = _choose(adata, counts_layer, logged)
-    if X is None: raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
+    if X is None:
+        raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
     try: return _checked(X, adata.obs, var, source, logged, fractional)
     except CountsError as e:
         if source != 'X' or logged or adata.raw is None: raise
-        raise CountsError(f"{e} There is a raw.X too: if it holds log1p values, logged=True takes those.") from e
+        raise CountsError(f"{e} There is a raw.X too: if it holds log1p values, logged=True takes "
+                          "those.") from e
 
 # %% ../../nbs/01_counts.ipynb #01cd4f43
 _no_id = ('', 'NAN', 'NONE', '<NA>') # what stands in place of an id
@@ -220,9 +250,11 @@ def gene_names(
     if column is None: column = next((c for c in ('ensembl_id', 'gene_ids') if c in var), 'index')
     if column == 'index': return np.asarray(var.index).astype(str)
     if column not in var:
-        raise GeneMatchError(f"var has no column {column!r} (it has {', '.join(map(str, var.columns)) or 'none'}): name one of "
-                             "them as gene_ids=…, or gene_ids='index'.")
-    if isinstance(var, Table) and getattr(var[column], 'dtype', None) == object: return var[column]  # words, as they lay in the file
+        raise GeneMatchError(f"var has no column {column!r} (it has "
+                             f"{', '.join(map(str, var.columns)) or 'none'}): name one of them as "
+                             "gene_ids=…, or gene_ids='index'.")
+    # words, as they lay in the file
+    if isinstance(var, Table) and getattr(var[column], 'dtype', None) == object: return var[column]
     return _frame(var)[column].astype(str).to_numpy()
 
 # %% ../../nbs/01_counts.ipynb #9dee02e8
@@ -236,6 +268,6 @@ def as_flags(
     said = values.astype(str).str.strip().str.lower()
     if (odd := ~said.isin(_yes + _no).to_numpy()).any():
         i = int(np.argmax(odd))
-        raise CountsError(f"{where} says '{values.iloc[i]}' at '{values.index[i]}', which is neither true nor false: "
-                          "make it booleans, or name another column.")
+        raise CountsError(f"{where} says '{values.iloc[i]}' at '{values.index[i]}', which is "
+                          "neither true nor false: make it booleans, or name another column.")
     return said.isin(_yes).to_numpy()

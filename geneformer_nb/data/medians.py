@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core import CountsError, GeneformerError, StorageError, atomic, digest, later, progress
+from ..core import (CountsError, GeneformerError, StorageError, atomic, digest, later,
+                                progress)
 from .counts import _no_id, as_flags, gene_names, plain_id
 from ..jobs import run_shards
 from .sources import shards, sources
@@ -22,15 +23,18 @@ def nonzero_medians(
     totals=None, # all counts of each cell, when X holds a part of the genes
 )->tuple: # (median of counts per 10,000 over the cells where a gene is seen, number of those cells); nan where none
     "Exact non-zero medians (paper, Methods)"
-    totals = np.asarray(X.sum(1, dtype=np.float64) if totals is None else totals, dtype=np.float64).ravel()
+    totals = np.asarray(X.sum(1, dtype=np.float64) if totals is None else totals,
+                        dtype=np.float64).ravel()
     C = X.tocsc().astype(np.float64)
     C.data *= (1e4 / np.maximum(totals, 1e-300))[C.indices]
     C.eliminate_zeros()
     n = np.diff(C.indptr)
-    return np.array([np.median(C.data[a:b]) if b > a else np.nan for a, b in zip(C.indptr, C.indptr[1:])]), n
+    return np.array([np.median(C.data[a:b]) if b > a else np.nan for a, b in zip(C.indptr,
+        C.indptr[1:])]), n
 
 # %% ../../nbs/01c_medians.ipynb #198ef5cc
-_bits, _lowest, n_bins = 6, (127 - 10) << 6, 24 << 6 # bits of the mantissa, bin of 2**-10, bins up to 2**14
+# bits of the mantissa, bin of 2**-10, bins up to 2**14
+_bits, _lowest, n_bins = 6, (127 - 10) << 6, 24 << 6
 
 def bin_of(
     values, # counts per 10,000, above 0
@@ -42,7 +46,8 @@ def bin_of(
 def bin_middle(
 )->np.ndarray: # counts per 10,000, one a bin, float64
     "What a value counts as, once it is in its bin: within .79 % of it"
-    edge = ((np.arange(n_bins + 1, dtype=np.int32) + _lowest) << (23 - _bits)).view(np.float32).astype(np.float64)
+    edge = ((np.arange(n_bins + 1, dtype=np.int32)
+             + _lowest) << (23 - _bits)).view(np.float32).astype(np.float64)
     return (edge[:-1] + edge[1:])/2
 
 # %% ../../nbs/01c_medians.ipynb #fef96f5d
@@ -53,7 +58,8 @@ class Medians:
     ):
         self.genes, self._column = [], {} # ids as spelled in the data, {UPPER-CASE id: column}
         self.hist = np.zeros((n_bins, 0), np.uint32) # number of cells, bins × genes
-        self.cells = self.left_out = self.unmarked = 0 # counted; left out by `keep`; counted without being marked
+        # counted; left out by `keep`; counted without being marked
+        self.cells = self.left_out = self.unmarked = 0
         self._first = self.columns(genes)
 
 # %% ../../nbs/01c_medians.ipynb #ff2fac92
@@ -83,18 +89,20 @@ def _place(self:Medians, ids):
 def _fit(X, totals, columns):
     "Refuse sizes that do not fit, and counts in a cell without a total"
     if X.shape != (len(totals), len(columns)):
-        raise CountsError(f"X has {X.shape[0]} cells × {X.shape[1]} genes, but there are {len(totals)} totals and "
-                          f"{len(columns)} columns: pass one total a cell and one column a gene.")
+        raise CountsError(f"X has {X.shape[0]} cells × {X.shape[1]} genes, but there are "
+                          f"{len(totals)} totals and {len(columns)} columns: pass one total a cell "
+                          "and one column a gene.")
     if (odd := (totals <= 0) & (np.diff(X.indptr) > 0)).any():
-        raise CountsError(f"Cell {int(np.argmax(odd))} has counts and a total of 0: pass the counts of each cell "
-                          "over all genes, or totals=None.")
+        raise CountsError(f"Cell {int(np.argmax(odd))} has counts and a total of 0: pass the "
+                          "counts of each cell over all genes, or totals=None.")
 
 def _join(X, columns):
     "Rows of one gene summed within each cell"
     uniq, inverse = np.unique(columns, return_inverse=True)
     if len(uniq) == len(columns): return X, columns
     from scipy import sparse
-    S = sparse.csr_matrix((np.ones(len(columns)), (np.arange(len(columns)), inverse)), (len(columns), len(uniq)))
+    S = sparse.csr_matrix((np.ones(len(columns)), (np.arange(len(columns)), inverse)),
+                          (len(columns), len(uniq)))
     return (X @ S).tocsr(), uniq
 
 # %% ../../nbs/01c_medians.ipynb #1fc92a54
@@ -107,10 +115,12 @@ def add(self:Medians,
     columns=None, # column of each gene of X as `columns` gave it; None: the genes the object was made with, in order
 )->Medians: # itself
     "Count the cells of one block; raises `CountsError` when the sizes do not fit"
-    totals = np.asarray(X.sum(1, dtype=np.float64) if totals is None else totals, dtype=np.float64).ravel()
+    totals = np.asarray(X.sum(1, dtype=np.float64) if totals is None else totals,
+                        dtype=np.float64).ravel()
     columns = self._first if columns is None else np.asarray(columns, dtype=np.int64)
     _fit(X, totals, columns)
-    if self.cells + len(totals) > _most: raise GeneformerError(f"One Medians counts {_most:,} cells at most.")
+    if self.cells + len(totals) > _most:
+        raise GeneformerError(f"One Medians counts {_most:,} cells at most.")
     X, columns = _join(X, columns.astype(np.int32))
     flat, scale = self.hist.reshape(-1), 1e4/np.maximum(totals, 1e-300)
     clean = (columns >= 0).all() and X.data.min(initial=1) > 0
@@ -118,7 +128,8 @@ def add(self:Medians,
         ptr = X.indptr[r:r+33]
         count, col = X.data[ptr[0]:ptr[-1]], columns.take(X.indices[ptr[0]:ptr[-1]])
         at = bin_of(count*np.repeat(scale[r:r+32], np.diff(ptr))).astype(np.int64)
-        at *= self.hist.shape[1]; at += col
+        at *= self.hist.shape[1]
+        at += col
         np.add.at(flat, at if clean else at[(col >= 0) & (count > 0)], np.uint32(1))
     self.cells += len(totals)
     return self
@@ -133,7 +144,8 @@ def table(self:Medians,
     for a in range(0, len(self.genes), 2048):
         below = self.hist[:, a:a+2048].cumsum(0, dtype=np.int64)
         two = [(below <= r).sum(0).clip(max=n_bins - 1) for r in ((below[-1] - 1)//2, below[-1]//2)]
-        med.append(middle[two].mean(0)); n.append(below[-1])
+        med.append(middle[two].mean(0))
+        n.append(below[-1])
     out = pd.DataFrame(dict(median=np.concatenate(med), n_cells=np.concatenate(n)),
                        pd.Index(self.genes, name='gene_id', dtype=object))
     return out[out['n_cells'] >= max(1, min_cells)].sort_index(key=lambda i: i.str.upper())
@@ -141,7 +153,8 @@ def table(self:Medians,
 @patch
 def __repr__(self:Medians)->str:
     out = f"Medians of {int(self.hist.any(0).sum()):,} genes over {self.cells:,} cells"
-    aside = [('left out by quality control', self.left_out), ('without a mark of it', self.unmarked)]
+    aside = [('left out by quality control', self.left_out), ('without a mark of it',
+        self.unmarked)]
     aside = [f'{what}: {n:,}' for what, n in aside if n]
     return out + (f" ({', '.join(aside)})" if aside else '')
 
@@ -151,10 +164,12 @@ def update(self:Medians,
     other:Medians, # of other cells
 )->Medians: # itself
     "Add the cells of another; which is added to which, and in what order, changes nothing"
-    if self.cells + other.cells > _most: raise GeneformerError(f"One Medians counts {_most:,} cells at most.")
+    if self.cells + other.cells > _most:
+        raise GeneformerError(f"One Medians counts {_most:,} cells at most.")
     column, (b, g) = self._place(other.genes), np.nonzero(other.hist)
     self.hist[b, column[g]] += other.hist[b, g]
-    for k in ('cells', 'left_out', 'unmarked'): setattr(self, k, getattr(self, k) + getattr(other, k))
+    for k in ('cells', 'left_out', 'unmarked'):
+        setattr(self, k, getattr(self, k) + getattr(other, k))
     return self
 
 @patch
@@ -174,10 +189,12 @@ def save(self:Medians,
     place = np.argsort(np.array(order, np.int64))
     o = np.argsort(place[g]*n_bins + b, kind='stable')
     ids = pa.array([self.genes[i] for i in order], pa.string()).take(pa.array(place[g[o]]))
-    t = pa.table(dict(gene_id=ids, bin=pa.array(b[o], pa.int16()), n=pa.array(self.hist[b[o], g[o]], pa.int64())))
+    t = (pa.table(dict(gene_id=ids, bin=pa.array(b[o], pa.int16()),
+                       n=pa.array(self.hist[b[o], g[o]], pa.int64()))))
     says = dict(bits=_bits, cells=self.cells, left_out=self.left_out, unmarked=self.unmarked)
     with atomic(path) as tmp:
-        pq.write_table(t.replace_schema_metadata({_kind: json.dumps(says)}), tmp, compression='zstd')
+        pq.write_table(t.replace_schema_metadata({_kind: json.dumps(says)}), tmp,
+                       compression='zstd')
     return Path(path)
 
 # %% ../../nbs/01c_medians.ipynb #853ab10a
@@ -190,12 +207,15 @@ def load(cls:Medians,
     try:
         t = pq.read_table(path)
         says = json.loads(t.schema.metadata[_kind.encode()])
-        g, b, n = t['gene_id'].combine_chunks().dictionary_encode(), t['bin'].to_numpy(), t['n'].to_numpy()
-        if says.pop('bits') != _bits or len(b) and not (0 <= b.min() and b.max() < n_bins and n.min() > 0):
+        g, b, n = (t['gene_id'].combine_chunks().dictionary_encode(), t['bin'].to_numpy(),
+                   t['n'].to_numpy())
+        if says.pop('bits') != _bits or len(b) and not (0 <= b.min() and b.max() < n_bins
+                                                        and n.min() > 0):
             raise ValueError('other bins')
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise StorageError(f"'{Path(path).name}' holds no medians ({type(e).__name__}: {str(e).splitlines()[0][:99]}): "
-                           "it is damaged or another kind of file. Delete it and run the same command again.") from e
+        raise StorageError(f"'{Path(path).name}' holds no medians ({type(e).__name__}: "
+                           f"{str(e).splitlines()[0][:99]}): it is damaged or another kind of "
+                           "file. Delete it and run the same command again.") from e
     out = cls(g.dictionary.to_pylist())
     out.hist[b, out._first[g.indices.to_numpy()]] += n.astype(np.uint32)
     for k, v in says.items(): setattr(out, k, v)
@@ -207,15 +227,17 @@ def _split(keep, sources):
     if keep is None or isinstance(keep, str): return keep
     keep, n = np.asarray(keep), [s.n_obs for s in sources]
     if keep.dtype != bool or keep.shape != (sum(n),):
-        raise CountsError(f"keep has {keep.size:,} values of type {keep.dtype}, and the data {sum(n):,} cells: pass "
-                          "one boolean a cell, in the order of the data, or the name of an obs column.")
+        raise CountsError(f"keep has {keep.size:,} values of type {keep.dtype}, and the data "
+                          f"{sum(n):,} cells: pass one boolean a cell, in the order of the data, "
+                          "or the name of an obs column.")
     return np.split(keep, np.cumsum(n)[:-1])
 
 # %% ../../nbs/01c_medians.ipynb #4ef9079b
 class _Shard:
     "Medians of one shard; an object, so that processes can receive it"
     def __init__(self, sources, shards, keep, genes, aliases):
-        self.sources, self.shards, self.keep, self.genes, self.aliases = sources, shards, keep, genes, aliases
+        self.sources, self.shards, self.keep, self.genes, self.aliases = (sources, shards, keep,
+            genes, aliases)
 
     def count(self, i, step=2048):
         k, a, b = self.shards[i]
@@ -225,7 +247,9 @@ class _Shard:
             hi = min(b, lo + step)
             c = src.block(lo, hi, [self.keep] if named else [])
             if not named: ok = self.keep and self.keep[k][lo:hi]
-            else: ok = as_flags(c.obs[self.keep], f"obs[{self.keep!r}] of '{src.name}'") if self.keep in c.obs else None
+            else:
+                ok = (as_flags(c.obs[self.keep], f"obs[{self.keep!r}] of '{src.name}'")
+                      if self.keep in c.obs else None)
             out.add(c.X if ok is None or ok.all() else c.X[np.flatnonzero(ok)], columns=column)
             if ok is not None: out.left_out += int((~ok).sum())
             elif named: out.unmarked += c.X.shape[0]
@@ -254,12 +278,15 @@ def corpus_medians(
     job = _Shard(src, shards(src, rows), _split(keep, src), gene_ids, aliases)
     if out is None:
         total = Medians()
-        for i in progress(range(len(job.shards)), 'medians', unit='shards'): total.update(job.count(i))
+        for i in progress(range(len(job.shards)), 'medians', unit='shards'):
+            total.update(job.count(i))
         return total
-    facts = dict(medians=_bits, data=digest([s.fingerprint() for s in src]), rows=rows, gene_ids=gene_ids, counts_layer=counts_layer,
-                 logged=logged, fractional=fractional, aliases=aliases and digest(aliases),
-                 keep=digest(np.asarray(keep)) if isinstance(job.keep, list) else keep)
-    paths = run_shards(job, len(job.shards), out, facts, '.parquet', executor, workers, part, 'medians')
+    facts = dict(medians=_bits, data=digest([s.fingerprint() for s in src]), rows=rows,
+                 gene_ids=gene_ids, counts_layer=counts_layer, logged=logged, fractional=fractional,
+                 aliases=aliases and digest(aliases), keep=digest(np.asarray(keep))
+                 if isinstance(job.keep, list) else keep)
+    paths = run_shards(job, len(job.shards), out, facts, '.parquet', executor, workers, part,
+                       'medians')
     total = Medians()
     for p in paths: total.update(Medians.load(p))
     if len(paths) == len(job.shards): total.save(Path(out)/'medians.parquet')

@@ -16,7 +16,8 @@ from .counts import as_flags, gene_names, plain_id
 from .sources import pieces
 
 # %% ../../nbs/01b_quality.ipynb #64fadb56
-_mt = [f'ENSG00000{n}' for n in (198888, 198763, 198804, 198712, 228253, 198899, 198938, # ND1 ND2 CO1 CO2 ATP8 ATP6 CO3
+# ND1 ND2 CO1 CO2 ATP8 ATP6 CO3
+_mt = [f'ENSG00000{n}' for n in (198888, 198763, 198804, 198712, 228253, 198899, 198938,
                                  198840, 212907, 198886, 198786, 198695, 198727)] # ND3 ND4L ND4 ND5 ND6 CYB
 
 # %% ../../nbs/01b_quality.ipynb #18a30b1e
@@ -27,25 +28,28 @@ def mito_genes(
     "Which genes are mitochondrial; raises `GeneMatchError` when those asked for are not there"
     if isinstance(mito, str):
         if mito not in var:
-            raise GeneMatchError(f"var has no column {mito!r} (it has {', '.join(map(str, var)) or 'none'}): name "
-                                 "one of them, or list the genes.")
+            raise GeneMatchError(f"var has no column {mito!r} (it has "
+                                 f"{', '.join(map(str, var)) or 'none'}): name one of them, or "
+                                 "list the genes.")
         return as_flags(var[mito], f"var[{mito!r}]")
     words = [var.index, *(var[c] for c in var if var[c].dtype.kind not in 'biuf')]
     words = [np.array([plain_id(w).upper() for w in v]) for v in words]
     wanted = _mt if mito is None else [plain_id(g).upper() for g in mito]
     hit = np.any([np.isin(v, wanted) for v in words], 0)
-    if mito is None: return hit | np.any([[re.match(r'(\w+_)?MT-', w) is not None for w in v] for v in words], 0)
+    if mito is None:
+        return hit | np.any([[re.match(r'(\w+_)?MT-', w) is not None for w in v] for v in words], 0)
     if not hit.any():
-        raise GeneMatchError(f"None of the {len(wanted)} genes of mito ({', '.join(wanted[:3])}) is in var: name genes "
-                             "as the data does, or leave mito out.")
+        raise GeneMatchError(f"None of the {len(wanted)} genes of mito ({', '.join(wanted[:3])}) "
+                             "is in var: name genes as the data does, or leave mito out.")
     return hit
 
 # %% ../../nbs/01b_quality.ipynb #d5cc7bde
-_usual = dict(doublet=('doublet', 'is_doublet', 'predicted_doublet', 'predicted_doublets', 'scdblfinder.class'),
-              malignant=('malignant', 'is_malignant', 'is_cancer'), cell_line=('cell_line', 'is_cell_line'),
-              tissue=('tissue', 'organ_major', 'organ'))
+_usual = dict(doublet=('doublet', 'is_doublet', 'predicted_doublet', 'predicted_doublets',
+                       'scdblfinder.class'), malignant=('malignant', 'is_malignant', 'is_cancer'),
+              cell_line=('cell_line', 'is_cell_line'), tissue=('tissue', 'organ_major', 'organ'))
 _marks = ('doublet', 'malignant', 'cell_line')
-rules = ('depth', 'mito', 'few_genes', *_marks) # columns of `Quality.cells` that are True where a cell fails
+# columns of `Quality.cells` that are True where a cell fails
+rules = ('depth', 'mito', 'few_genes', *_marks)
 
 def _find(source, what, asked):
     "The obs column for `what`: the one asked for, else one with a usual name; None without one, or for False"
@@ -66,19 +70,25 @@ class _Plan:
         self.name = source.name if source.name not in taken else f'{source.name} ({len(taken) + 1})'
         self.columns = {k: _find(source, k, v) for k, v in asked.items()}
         self.mito, names = mito_genes(source.var, mito), gene_names(source._var)
-        self.genes = np.array([coding is None or plain_id(g).upper() in coding for g in names], float)
+        self.genes = np.array([coding is None or plain_id(g).upper() in coding for g in names],
+                              float)
         if not self.genes.any():
-            raise GeneMatchError(f"None of the {len(names):,} genes of '{source.name}' is in coding: it wants ids like "
-                                 f"{', '.join(sorted(coding)[:2])}, and the data has {', '.join(names[:2])}.")
-        self.how = dict(depth='total counts', mito='no mitochondrial gene found', few_genes='all genes')
-        if self.mito.any(): self.how['mito'] = f"counts of {(m := int(self.mito.sum()))} gene{'s'*(m > 1)}"
+            raise GeneMatchError(f"None of the {len(names):,} genes of '{source.name}' is in "
+                                 f"coding: it wants ids like {', '.join(sorted(coding)[:2])}, and "
+                                 f"the data has {', '.join(names[:2])}.")
+        self.how = dict(depth='total counts', mito='no mitochondrial gene found', few_genes='all '
+                        'genes')
+        if self.mito.any():
+            self.how['mito'] = f"counts of {(m := int(self.mito.sum()))} gene{'s'*(m > 1)}"
         if coding is not None: self.how['few_genes'] = f'{int(self.genes.sum()):,} genes of coding'
         for k in _marks: self.how[k] = 'left out' if asked[k] is False else 'no column found'
-        self.how |= {k: f'obs[{c!r}]' for k, c in self.columns.items() if k in _marks and c is not None}
+        self.how |= {k: f'obs[{c!r}]' for k, c in self.columns.items() if k in _marks
+                     and c is not None}
 
     def tested(self, rule):
         "Can this rule be tested here?"
-        return rule in ('depth', 'few_genes') or (self.mito.any() if rule == 'mito' else self.columns[rule] is not None)
+        return rule in ('depth', 'few_genes') or (self.mito.any() if rule == 'mito'
+                                                  else self.columns[rule] is not None)
 
 # %% ../../nbs/01b_quality.ipynb #fdea7f3a
 def _measure(c, plan):
@@ -90,7 +100,8 @@ def _measure(c, plan):
     out['n_genes'] = (seen @ plan.genes).astype(np.int64)
     for k in _marks:
         col = plan.columns[k]
-        out[k] = as_flags(c.obs[col], f"obs[{col!r}] of '{plan.name}'") if col is not None else np.zeros(n, bool)
+        out[k] = (as_flags(c.obs[col], f"obs[{col!r}] of '{plan.name}'") if col is not None
+                  else np.zeros(n, bool))
     for k, other in (('tissue', 'unknown'), ('dataset', plan.name)):
         col = plan.columns[k]
         said = pd.Series(other, c.obs.index) if col is None else c.obs[col].astype(object)
@@ -104,8 +115,10 @@ def _limits(cells, n_sd):
         for what, col in (('depth', 'n_counts'), ('mito', 'n_mito')):
             x = d[col].dropna().to_numpy()
             mean, sd = (x.mean(), x.std()) if len(x) else (np.nan, np.nan)
-            reach = n_sd*sd if sd > 1e-6*mean else np.inf   # the same in every cell, but for rounding: no limits
-            rows[name, what] = dict(cells=len(x), mean=mean, sd=sd, low=mean - reach, high=mean + reach)
+            # the same in every cell, but for rounding: no limits
+            reach = n_sd*sd if sd > 1e-6*mean else np.inf
+            rows[name, what] = dict(cells=len(x), mean=mean, sd=sd, low=mean - reach, high=mean
+                                    + reach)
     return pd.DataFrame.from_dict(rows, 'index').rename_axis(['dataset', 'rule'])
 
 # %% ../../nbs/01b_quality.ipynb #9980168d
@@ -124,13 +137,17 @@ class Quality:
 
     def __repr__(self):
         t, n, ok = self.table, len(self.cells), int(self.cells['filter_pass'].sum())
-        k, failed = t['dataset'].nunique(), t[t['rule'] != 'passed'].groupby('rule', sort=False)[['cells', 'of']].sum()
-        says = [f'{r} {c:,}' + (f' (tested in {of:,})' if of < n else '') for r, (c, of) in failed.iterrows() if of]
+        k, failed = t['dataset'].nunique(), t[t['rule'] != 'passed'].groupby('rule',
+            sort=False)[['cells', 'of']].sum()
+        says = [f'{r} {c:,}' + (f' (tested in {of:,})' if of < n else '')
+                for r, (c, of) in failed.iterrows() if of]
         lost = [r for r, (c, of) in failed.iterrows() if not of]
-        over = [f'{x} {share:.0%}' for x, share in self.tissues.loc[self.tissues['over'], 'share'].items()]
-        lines = [f"Quality of {n:,} cells in {k:,} data set{'s' if k != 1 else ''}: {ok:,} pass ({ok/n:.1%})",
-                 f"fail: {', '.join(says)}", lost and f"not tested: {', '.join(lost)} (see report())",
-                 over and f"tissues above their share: {', '.join(over)}"]
+        over = [f'{x} {share:.0%}' for x, share in self.tissues.loc[self.tissues['over'],
+            'share'].items()]
+        lines = [f"Quality of {n:,} cells in {k:,} data set{'s' if k != 1 else ''}: {ok:,} pass "
+                 f"({ok/n:.1%})", f"fail: {', '.join(says)}", lost and "not tested: "
+                 f"{', '.join(lost)} (see report())", over and "tissues above their share: "
+                 f"{', '.join(over)}"]
         return '\n'.join(l for l in lines if l)
 
 # %% ../../nbs/01b_quality.ipynb #17b5a302
@@ -151,8 +168,10 @@ def _report(cells, plans, limits, n_sd, min_genes):
         for rule in rules:
             how, can = _how(name, rule, [plans[i] for i in mine], limits, n_sd, min_genes)
             of = can*int(np.isin(d['_source'], [i for i in mine if plans[i].tested(rule)]).sum())
-            rows.append([name, rule, int(d[rule].sum()), of, d[rule].sum()/of if of else np.nan, how])
-        rows.append([name, 'passed', int(d['filter_pass'].sum()), len(d), d['filter_pass'].mean(), ''])
+            rows.append([name, rule, int(d[rule].sum()), of, d[rule].sum()/of if of else np.nan,
+                         how])
+        rows.append([name, 'passed', int(d['filter_pass'].sum()), len(d), d['filter_pass'].mean(),
+                     ''])
     return pd.DataFrame(rows, columns=['dataset', 'rule', 'cells', 'of', 'share', 'how'])
 
 def _tissues(cells, plans, max_share):
@@ -168,7 +187,9 @@ def _scan(inputs, asked, mito, coding):
     coding = None if coding is None else {plain_id(g).upper() for g in coding}
     plans, got, last = [], [], None
     for s, a, b in inputs:
-        if s is not last: last = s; plans.append(_Plan(s, asked, mito, coding, [p.name for p in plans]))
+        if s is not last:
+            last = s
+            plans.append(_Plan(s, asked, mito, coding, [p.name for p in plans]))
         c = s.block(a, b, [k for k in plans[-1].columns.values() if k is not None])
         got.append(_measure(c, plans[-1]).assign(_source=len(plans) - 1))
     if not got: raise CountsError("There is no input: the list is empty.")
@@ -177,7 +198,8 @@ def _scan(inputs, asked, mito, coding):
 def _decide(cells, limits, min_genes):
     "The columns of the rules that are counted, and of the verdict"
     for rule, col in (('depth', 'n_counts'), ('mito', 'n_mito')):
-        low, high = (limits.xs(rule, level='rule')[k].reindex(cells['dataset']).to_numpy() for k in ('low', 'high'))
+        low, high = (limits.xs(rule, level='rule')[k].reindex(cells['dataset']).to_numpy()
+                     for k in ('low', 'high'))
         cells[rule] = ((cells[col] < low) | (cells[col] > high)).to_numpy()
     cells['few_genes'] = cells['n_genes'] < min_genes
     cells['mito_share'] = cells['n_mito']/cells['n_counts'].clip(lower=1e-300)
@@ -203,8 +225,10 @@ def check_quality(
     fractional:bool=False, # as in `counts_of`
 )->Quality: # nothing is changed
     "The paper's quality control (Methods), data set by data set; raises `CountsError` or `GeneMatchError`"
-    if not n_sd > 0: raise GeneformerError(f"n_sd={n_sd} lets no cell through: pass a number above 0.")
-    asked = dict(dataset=dataset, doublet=doublet, malignant=malignant, cell_line=cell_line, tissue=tissue)
+    if not n_sd > 0:
+        raise GeneformerError(f"n_sd={n_sd} lets no cell through: pass a number above 0.")
+    asked = dict(dataset=dataset, doublet=doublet, malignant=malignant, cell_line=cell_line,
+                 tissue=tissue)
     seen, plans = _scan(pieces(data, 2048, counts_layer, logged, fractional), asked, mito, coding)
     limits = _limits(seen, n_sd)
     cells = _decide(seen, limits, min_genes)
@@ -220,12 +244,15 @@ def apply(self:Quality,
 )->None: # adds obs["filter_pass"], obs["filter_reason"]; n_counts, n_genes, mito_share where there is no such column
     "Write the verdict into `adata.obs`; raises `GeneformerError` for other cells"
     ends = np.cumsum([0, *self.sources.values()])
-    segments = {k: self.cells.iloc[a:b] for k, a, b in zip(self.sources, ends, ends[1:]) if source in (None, k)}
-    fit = [c for c in segments.values() if len(c) == adata.n_obs and (c.index == adata.obs_names).all()]
+    segments = {k: self.cells.iloc[a:b] for k, a, b in zip(self.sources, ends, ends[1:])
+                if source in (None, k)}
+    fit = [c for c in segments.values() if len(c) == adata.n_obs
+           and (c.index == adata.obs_names).all()]
     if len(fit) != 1:
-        raise GeneformerError(f"{len(fit) or 'None'} of the {len(segments)} inputs has these {adata.n_obs:,} cells in "
-                              "this order: pass the AnnData that was looked at"
-                              + (f", and source=, one of {', '.join(self.sources)}." if len(self.sources) > 1 else '.'))
+        raise GeneformerError(f"{len(fit) or 'None'} of the {len(segments)} inputs has these "
+                              f"{adata.n_obs:,} cells in this order: pass the AnnData that was "
+                              "looked at" + (f", and source=, one of {', '.join(self.sources)}."
+                                              if len(self.sources) > 1 else '.'))
     cells, why = fit[0], fit[0][list(rules)].to_numpy()
     adata.obs['filter_pass'] = cells['filter_pass'].to_numpy()
     adata.obs['filter_reason'] = [', '.join(r for r, x in zip(rules, row) if x) for row in why]

@@ -17,7 +17,8 @@ from weakref import ref
 import numpy as np
 from fastcore.basics import patch
 from ..core import CountsError, digest, later
-from .counts import Coded, Counts, Rows, Table, _checked, _choose, _frame, _rows, _sane
+from .counts import (Coded, Counts, Rows, Table, _checked, _choose, _frame, _rows,
+                                       _sane)
 pd = later('pandas')
 
 # %% ../../nbs/01a_sources.ipynb #1af02953
@@ -33,7 +34,8 @@ def _read(d, a, b, room=None):
 class _Csr:
     "Rows of a CSR matrix on disk, without the rest; `columns` keeps some of its columns"
     def __init__(self, data, indices, indptr, n_vars, columns=None):
-        self.data, self.indices, self.indptr, self.n_vars, self.columns = data, indices, indptr[()], int(n_vars), columns
+        self.data, self.indices, self.indptr, self.n_vars, self.columns = (data, indices,
+            indptr[()], int(n_vars), columns)
         self.shape = len(self.indptr) - 1, self.n_vars if columns is None else len(columns)
         _sane(np.zeros(0, np.int32), self.indptr, self.n_vars, min(data.shape[0], indices.shape[0]))
     def __getitem__(self, rows): return self.rows(rows)
@@ -56,7 +58,8 @@ class _Turned:
         _sane(indices, indptr, self.shape[0], len(data))
         from scipy import sparse
         return sparse.csc_matrix((data, indices, indptr), self.shape).tocsr()
-    def __getitem__(self, rows): return self.group[:, rows].T if hasattr(self.group, 'dtype') else self.csr[rows]
+    def __getitem__(self, rows):
+        return self.group[:, rows].T if hasattr(self.group, 'dtype') else self.csr[rows]
 
 def _matrix(e):
     "A matrix of an .h5ad or .zarr as something to slice by rows"
@@ -67,7 +70,9 @@ def _matrix(e):
 # %% ../../nbs/01a_sources.ipynb #eb05a1b4
 def _coded(codes, words, ordered):
     "`Coded`, when the codes are those of the words and no word stands twice"
-    if codes.dtype.kind not in 'iu' or len(codes) and not -1 <= int(codes.min()) <= int(codes.max()) < len(words): raise ValueError('codes beyond the categories')
+    if (codes.dtype.kind not in 'iu' or len(codes)
+            and not -1 <= int(codes.min()) <= int(codes.max()) < len(words)):
+        raise ValueError('codes beyond the categories')
     if len(set(words.tolist())) < len(words): raise ValueError('a category stands twice')
     return Coded(codes, words, bool(ordered))
 
@@ -79,14 +84,16 @@ def _column(e, rows=slice(None)):
         return _coded(e[rows], _column(names), names.attrs.get('ordered', False))
     if kind == 'string-array' or kind == 'array' and e.dtype.kind in 'OS': return e.asstr()[rows]
     if kind == 'array' and e.dtype.kind in 'biuf': return e[rows]
-    if kind == 'categorical': return _coded(e['codes'][rows], _column(e['categories']), e.attrs['ordered'])
+    if kind == 'categorical':
+        return _coded(e['codes'][rows], _column(e['categories']), e.attrs['ordered'])
     from anndata.io import read_elem
     return read_elem(e)[rows]
 
 def _table(g, rows=slice(None), columns=None):
     "Some rows and columns of a table in an .h5ad"
     key = g.attrs['_index']
-    data = {c: _column(g[c], rows) for c in g.attrs['column-order'] if columns is None or c in columns}
+    data = {c: _column(g[c], rows) for c in g.attrs['column-order'] if columns is None
+            or c in columns}
     return Table(_column(g[key], rows), data, None if key in ('_index', 'index') else key)
 
 # %% ../../nbs/01a_sources.ipynb #0418c7d2
@@ -98,7 +105,8 @@ class _Window:
         with self.lock:
             first, last, which = self.held
             if not (first <= a and b <= last and which == columns):
-                self.table, self.held = _table(self.g, slice(a, a + 4 * (b - a)), columns), (a, min(self.n, a + 4 * (b - a)), columns)
+                self.table, self.held = (_table(self.g, slice(a, a + 4 * (b - a)), columns),
+                                         (a, min(self.n, a + 4 * (b - a)), columns))
             return self.table[a - self.held[0]:b - self.held[0]]
 
 def _opened(X, layers, raw, obs, var):
@@ -109,20 +117,25 @@ def _opened(X, layers, raw, obs, var):
     else:
         n, columns = obs[obs.attrs['_index']].shape[0], list(obs.attrs['column-order'])
         rows = _Window(obs, n)
-    return SimpleNamespace(X=X, layers=layers, raw=raw, rows=rows, columns=columns, var=var, n_obs=n, n_vars=len(var))
+    return SimpleNamespace(X=X, layers=layers, raw=raw, rows=rows, columns=columns, var=var,
+                           n_obs=n, n_vars=len(var))
 
 def _store(g, table):
     "An open .h5ad or .zarr"
-    raw = SimpleNamespace(X=_matrix(g['raw/X']), var=table(g['raw/var'])) if 'raw' in g and 'X' in g['raw'] else None
+    raw = (SimpleNamespace(X=_matrix(g['raw/X']), var=table(g['raw/var'])) if 'raw' in g
+           and 'X' in g['raw'] else None)
     layers = {k: _matrix(g['layers'][k]) for k in (g['layers'] if 'layers' in g else ())}
     X = _matrix(g['X']) if 'X' in g and g['X'].attrs.get('encoding-type') != 'null' else None
-    return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']), table(g['var']))
+    return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']),
+                   table(g['var']))
 
 # %% ../../nbs/01a_sources.ipynb #a5106ba8
 def _h5ad(path):
     import h5py
-    f = h5py.File(path, rdcc_nbytes=1 << 20)  # every piece is read once: a large cache is memory for nothing
-    if all(f[k].attrs.get('encoding-type') == 'dataframe' for k in ('obs', 'var')): return _store(f, _table)
+    # every piece is read once: a large cache is memory for nothing
+    f = h5py.File(path, rdcc_nbytes=1 << 20)
+    if all(f[k].attrs.get('encoding-type') == 'dataframe' for k in ('obs', 'var')):
+        return _store(f, _table)
     from anndata import read_h5ad   # as written before 2020
     return _adata(read_h5ad(path))
 
@@ -135,24 +148,30 @@ def _zarr(path):
 def _loom(path):
     import h5py
     f = h5py.File(path)
-    def table(g, n): return pd.DataFrame({k: (v.asstr('utf-8')[()] if v.dtype.kind in 'OS' else v[()])
+    def table(g, n):
+        return pd.DataFrame({k: (v.asstr('utf-8')[()] if v.dtype.kind in 'OS' else v[()])
                                           for k, v in g.items() if v.shape == (n,)}).rename(str)
     def named(d, *keys): return next((d.set_index(d[k].rename(None)) for k in keys if k in d), d)
     g, c = f['matrix'].shape
     layers = {k: _Turned(v, (c, g)) for k, v in f.get('layers', {}).items()}
-    return _opened(_Turned(f['matrix'], (c, g)), layers, None, named(table(f['col_attrs'], c), 'CellID', 'obs_names', 'cell_id'),
-                   named(table(f['row_attrs'], g), 'Gene', 'var_names', 'gene_name'))
+    return _opened(_Turned(f['matrix'], (c, g)), layers, None, named(table(f['col_attrs'], c),
+        'CellID', 'obs_names', 'cell_id'), named(table(f['row_attrs'], g), 'Gene', 'var_names',
+                                                 'gene_name'))
 
 def _10x_h5(path):
     import h5py
     f = h5py.File(path)
-    if len(f) != 1: raise CountsError(f"'{path.name}' holds the genomes {', '.join(f)}: write one file for each with scanpy.")
+    if len(f) != 1:
+        raise CountsError(f"'{path.name}' holds the genomes {', '.join(f)}: write one file for "
+                          "each with scanpy.")
     g = next(iter(f.values()))
     t = g['features'] if 'features' in g else g
     def words(k): return t[k].asstr()[()]
-    var = pd.DataFrame(dict(gene_ids=words('id' if 'id' in t else 'genes')), words('name' if 'name' in t else 'gene_names'))
+    var = pd.DataFrame(dict(gene_ids=words('id' if 'id' in t else 'genes')),
+                       words('name' if 'name' in t else 'gene_names'))
     rna = None
-    if 'feature_type' in t and not (gex := words('feature_type') == 'Gene Expression').all(): rna, var = np.flatnonzero(gex), var[gex]
+    if 'feature_type' in t and not (gex := words('feature_type') == 'Gene Expression').all():
+        rna, var = np.flatnonzero(gex), var[gex]
     return _opened(_Csr(g['data'], g['indices'], g['indptr'], g['shape'][0], rna), {}, None,
                    pd.DataFrame(index=g['barcodes'].asstr()[()]), var)
 
@@ -162,7 +181,9 @@ def _10x_mtx(path):
 
 def _adata(a):
     "An AnnData, which stays as it is; what cannot be sliced by rows is turned"
-    def turn(X): return X if X is None or getattr(X, 'format', 'csr') == 'csr' else (X.to_memory() if hasattr(X, 'to_memory') else X).tocsr()
+    def turn(X):
+        return X if X is None or getattr(X, 'format', 'csr') == 'csr' else (X.to_memory()
+            if hasattr(X, 'to_memory') else X).tocsr()
     class Layers(dict):
         def __getitem__(self, k): return turn(a.layers[k])
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
@@ -173,12 +194,14 @@ _readers = {'.h5ad': _h5ad, '.zarr': _zarr, '.loom': _loom, '.h5': _10x_h5, '10x
 
 def _kind(path):
     "The reader for a path, or None"
-    return '10x' if path.is_dir() and any(path.glob('*matrix.mtx*')) else path.suffix if path.suffix in _readers else None
+    return ('10x' if path.is_dir() and any(path.glob('*matrix.mtx*')) else path.suffix
+            if path.suffix in _readers else None)
 
 def _unreadable(path, e):
     "The sentence for a file that some reader failed on; raise it `from e.with_traceback(None)`, since frames of h5py hold its lock"
     said = (str(e).splitlines() or [''])[0][:120]
-    return CountsError(f"'{Path(path).name}' cannot be read ({type(e).__name__}: {said}): it is damaged, or not what its name says.")
+    return CountsError(f"'{Path(path).name}' cannot be read ({type(e).__name__}: {said}): it is "
+                       "damaged, or not what its name says.")
 
 def _in_file(e, path):
     "The same error, with the file in its sentence"
@@ -186,10 +209,13 @@ def _in_file(e, path):
 
 def _open(path):
     "An input by its path; raises `CountsError` for a file that is not there, not known or damaged"
-    if not isinstance(path, (str, Path)): raise CountsError(f"A file is named by its path, not by {type(path).__name__}.")
+    if not isinstance(path, (str, Path)):
+        raise CountsError(f"A file is named by its path, not by {type(path).__name__}.")
     path = Path(path).expanduser()
     if not path.exists(): raise CountsError(f"There is no file '{path.name}' in '{path.parent}'.")
-    if _kind(path) is None: raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: convert it with scanpy first.")
+    if _kind(path) is None:
+        raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: "
+                          "convert it with scanpy first.")
     try: return _readers[_kind(path)](path)
     except CountsError as e: raise _in_file(e, path) from e
     except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
@@ -201,8 +227,10 @@ def read_any(
     import anndata as ad
     o = _open(path)
     try:
-        if Path(path).suffix in ('.h5ad', '.zarr'): return (ad.read_h5ad if Path(path).suffix == '.h5ad' else ad.read_zarr)(path)
-        return ad.AnnData(_rows(o.X[:]).csr(), o.rows(slice(None)), o.var, layers={k: _rows(v[:]).csr() for k, v in o.layers.items()})
+        if Path(path).suffix in ('.h5ad', '.zarr'):
+            return (ad.read_h5ad if Path(path).suffix == '.h5ad' else ad.read_zarr)(path)
+        return ad.AnnData(_rows(o.X[:]).csr(), o.rows(slice(None)), o.var,
+                          layers={k: _rows(v[:]).csr() for k, v in o.layers.items()})
     except CountsError: raise
     except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
 
@@ -215,7 +243,9 @@ def _let_go(source, most=16):
     _held.move_to_end(id(source))
     while len(_held) > most:
         old = _held.popitem(last=False)[1]()
-        if old is not None: old.__dict__.pop('_open', None); old.__dict__.pop('_pick', None)
+        if old is not None:
+            old.__dict__.pop('_open', None)
+            old.__dict__.pop('_pick', None)
 
 class Source:
     "The counts of one file or AnnData, by blocks of cells"
@@ -226,15 +256,19 @@ class Source:
         fractional:bool=False, # as in `counts_of`
     ):
         if not isinstance(data, (str, Path)) and not hasattr(data, 'obs'):
-            raise CountsError(f"Counts come from an AnnData or the path of one, not {type(data).__name__}.")
+            raise CountsError("Counts come from an AnnData or the path of one, not "
+                              f"{type(data).__name__}.")
         if isinstance(data, str) and not data: raise CountsError("The path of the data is empty.")
         self.path = Path(data).expanduser() if isinstance(data, (str, Path)) else None
-        self.name, self._data, self.how = self.path.stem if self.path else 'AnnData', data, (counts_layer, logged, fractional)
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
+        self.name, self._data, self.how = (self.path.stem if self.path else 'AnnData', data,
+                                           (counts_layer, logged, fractional))
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
 
     @property
     def _got(self):
-        if '_open' not in self.__dict__: self._open = _open(self.path) if self.path else _adata(self._data)
+        if '_open' not in self.__dict__:
+            self._open = _open(self.path) if self.path else _adata(self._data)
         got = self._open
         if self.path: _let_go(self)
         return got
@@ -243,14 +277,20 @@ class Source:
         if '_pick' not in self.__dict__:
             try: self._pick = self._choice(self._got)
             except CountsError as e: raise _in_file(e, self.path) from e
-            except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
+            except Exception as e:
+                raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
         return self._pick
     def _choice(self, o):
-        if 0 in (o.n_obs, o.n_vars): raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing to do.")
+        if 0 in (o.n_obs, o.n_vars):
+            raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing "
+                              "to do.")
         X, var, where = _choose(o, *self.how[:2])
-        if X is None: raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
-        if tuple(X.shape) != (o.n_obs, len(var)): raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × {X.shape[1]:,} genes, obs "
-                                                                    f"{o.n_obs:,} rows and var {len(var):,}. Write or copy it again.")
+        if X is None:
+            raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
+        if tuple(X.shape) != (o.n_obs, len(var)):
+            raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × "
+                              f"{X.shape[1]:,} genes, obs {o.n_obs:,} rows and var {len(var):,}. "
+                              "Write or copy it again.")
         return X, var, where
 
     @cached_property
@@ -276,12 +316,15 @@ def block(self:Source,
 )->Counts:
     "Checked counts of some cells; raises `CountsError`"
     (X, var, where), (_, logged, fractional) = self._chosen, self.how
-    try: rows, obs = X.rows(slice(a, b), room) if isinstance(X, _Csr) else X[a:b], self._got.rows(slice(a, b), columns)
+    try:
+        rows, obs = (X.rows(slice(a, b), room) if isinstance(X, _Csr) else X[a:b],
+                     self._got.rows(slice(a, b), columns))
     except CountsError as e: raise _in_file(e, self.path) from e
     except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
     try: return _checked(rows, obs, var, where, logged, fractional, self.name)
     except CountsError as e:
-        hint = " There is a raw.X too: if it holds log1p values, logged=True takes those." if where == 'X' and not logged and self._got.raw else ''
+        hint = (" There is a raw.X too: if it holds log1p values, logged=True takes those."
+                if where == 'X' and not logged and self._got.raw else '')
         raise _in_file(CountsError(f"{e}{hint}"), self.path) from e
 
 @patch
@@ -289,8 +332,10 @@ def fingerprint(self:Source)->str: # 16 hexadecimal characters
     "What tells this input from another: size and time of a file, the counts of an AnnData in memory"
     if self.path is None:
         X = _rows(self._chosen[0])
-        return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), self.var, self.obs, list(self.how))
-    files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
+        return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), self.var,
+                      self.obs, list(self.how))
+    files = ([f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir()
+             else [self.path])
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
 
 # %% ../../nbs/01a_sources.ipynb #1a752b26
@@ -320,18 +365,23 @@ def sources(
     fractional:bool=False, # as in `counts_of`
 )->list: # of `Source`
     "Every input, in order; raises `CountsError` for none, and for a file named twice"
-    if isinstance(data, (str, Path)) and not str(data).strip('.'): raise CountsError(f"The path of the data is {str(data)!r}: name a file or folder.")
+    if isinstance(data, (str, Path)) and not str(data).strip('.'):
+        raise CountsError(f"The path of the data is {str(data)!r}: name a file or folder.")
     found = list(_expand(data))
     if not found: raise CountsError("There is no input: the list is empty.")
     paths = [p.resolve() for p in found if isinstance(p, Path)]
-    if len(set(paths)) < len(paths): raise CountsError(f"'{next(p for p in paths if paths.count(p) > 1).name}' is named twice: its cells would count double.")
-    out = [d if isinstance(d, Source) else Source(d, counts_layer, logged, fractional) for d in found]
+    if len(set(paths)) < len(paths):
+        raise CountsError(f"'{next(p for p in paths if paths.count(p) > 1).name}' is named twice: "
+                          "its cells would count double.")
+    out = [d if isinstance(d, Source) else Source(d, counts_layer, logged, fractional)
+           for d in found]
     for s in out: s.n_obs, s.columns  # what cannot be opened is said now, before the work
     return _named(out)
 
 def _named(inputs):
     "Inputs with names that tell them apart: of the same name, files get that of their folder, and what is left a number"
-    for how in (lambda s, i: f'{s.path.absolute().parent.name}/{s.name}' if s.path else s.name, lambda s, i: f'{s.name} {i}'):
+    for how in (lambda s, i: f'{s.path.absolute().parent.name}/{s.name}' if s.path else s.name,
+                lambda s, i: f'{s.name} {i}'):
         names = [s.name for s in inputs]
         for i, s in enumerate(inputs):
             if names.count(names[i]) > 1: s.name = how(s, i)
@@ -343,7 +393,8 @@ def shards(
     rows:int, # cells in a shard
 )->list: # of (number of the source, first cell, last cell not included)
     "All cells of all inputs, in order, cut into shards"
-    return [(k, a, min(a + rows, s.n_obs)) for k, s in enumerate(inputs) for a in range(0, s.n_obs, rows)]
+    return [(k, a, min(a + rows, s.n_obs)) for k, s in enumerate(inputs) for a in range(0, s.n_obs,
+        rows)]
 
 def pieces(
     data, # as `sources` takes it, or an iterator of AnnData
@@ -355,7 +406,8 @@ def pieces(
     "Blocks of cells to be read, perhaps by several threads; raises `CountsError`"
     if size < 1: raise CountsError(f"A block holds one cell or more, not {size}.")
     stream = hasattr(data, '__next__')
-    for s in (Source(a, counts_layer, logged, fractional) for a in data) if stream else sources(data, counts_layer, logged, fractional):
+    for s in ((Source(a, counts_layer, logged, fractional) for a in data) if stream
+              else sources(data, counts_layer, logged, fractional)):
         s._chosen
         for i in range(0, s.n_obs, size): yield s, i, min(i + size, s.n_obs)
 

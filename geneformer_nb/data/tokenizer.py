@@ -24,7 +24,8 @@ def _packed(value, turned, low):
     "One integer a gene, in the place of `value`, smallest for the highest value: bits of the value turned over, gene number in the bits of `low`"
     keys = value.view(np.int64)
     np.bitwise_or(keys, low, out=keys)
-    return np.bitwise_xor(keys, turned, out=keys)  # `turned` is ~number: ones above, so that the value turns over as well
+    # `turned` is ~number: ones above, so that the value turns over as well
+    return np.bitwise_xor(keys, turned, out=keys)
 
 # %% ../../nbs/04_tokenizer.ipynb #045502d7
 def _rank_rows(data, columns, cuts, turned, divisor, medians, low, room):
@@ -32,13 +33,15 @@ def _rank_rows(data, columns, cuts, turned, divisor, medians, low, room):
     m, ends = len(data), np.asarray(cuts)
     value, gene, free, out = (r[:m] for r in room)
     np.copyto(free, columns)  # in the type that np.take would make of them each time
-    np.take(divisor, free, out=value, mode='clip')  # a gene of no number has an infinite median: value 0
+    # a gene of no number has an infinite median: value 0
+    np.take(divisor, free, out=value, mode='clip')
     np.divide(data, value, out=value)
     np.take(turned, free, out=gene, mode='clip')
     keys = _packed(value, gene, low)
     for a, b in zip(cuts, cuts[1:]): keys[a:b].sort()
     np.bitwise_and(keys, low, out=out, casting='unsafe')
-    near = np.flatnonzero(np.bitwise_xor(keys[1:], keys[:-1], out=free[:max(0, m - 1)]).view(np.uint64) <= low)
+    near = np.flatnonzero(np.bitwise_xor(keys[1:], keys[:-1],
+                                         out=free[:max(0, m - 1)]).view(np.uint64) <= low)
     near = near[keys[near + 1] < ~low]
     unsure = near[medians[out[near]] != medians[out[near + 1]]] if len(near) else near
     for c in np.unique(np.searchsorted(ends, unsure, 'right') - 1) if len(unsure) else ():
@@ -47,7 +50,8 @@ def _rank_rows(data, columns, cuts, turned, divisor, medians, low, room):
         out[s] = g[np.lexsort((g, -x))]
     seen = np.diff(ends)
     last = keys[np.maximum(ends[1:] - 1, 0)] if m else keys
-    for c in np.flatnonzero((seen > 0) & (last >= ~low)) if m else (): seen[c] = keys[cuts[c]:cuts[c + 1]].searchsorted(~low)
+    for c in np.flatnonzero((seen > 0) & (last >= ~low)) if m else ():
+        seen[c] = keys[cuts[c]:cuts[c + 1]].searchsorted(~low)
     return out, seen
 
 def _several(gene):
@@ -59,24 +63,30 @@ def _summed(data, columns, cuts, gene, several):
     "The counts of some cells; where a gene stands in several columns, its first one in a cell gets their sum and the others 0"
     at = np.flatnonzero(several[columns])
     row = np.searchsorted(cuts, at, 'right') - 1
-    _, first, code = np.unique(row * len(gene) + gene[columns[at]], return_index=True, return_inverse=True)
+    _, first, code = np.unique(row * len(gene) + gene[columns[at]], return_index=True,
+                               return_inverse=True)
     sums = np.bincount(code, data[at])
     data = data.astype(data.dtype if (sums.astype(data.dtype) == sums).all() else np.float64)
-    data[at] = 0; data[at[first]] = sums
+    data[at] = 0
+    data[at[first]] = sums
     return data
 
 # %% ../../nbs/04_tokenizer.ipynb #05f4b193
 def _ranked(X, gene, medians):
     "Some fifty cells at a time: (numbers of their genes by rank, where each cell begins, how many it has); overwritten by the next"
-    number, low, several = np.asarray(gene, np.int64), (1 << len(medians).bit_length()) - 1, _several(np.asarray(gene, np.int64))
+    number, low, several = (np.asarray(gene, np.int64), (1 << len(medians).bit_length()) - 1,
+                            _several(np.asarray(gene, np.int64)))
     turned, divisor = ~number, np.append(medians, np.inf)[number]
     step = max(1, 131_072 * X.shape[0] // max(1, X.nnz))
-    most = max((int(X.indptr[min(r + step, X.shape[0])] - X.indptr[r]) for r in range(0, X.shape[0], step)), default=0)
-    room = np.empty(most), np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int32)
+    most = max((int(X.indptr[min(r + step, X.shape[0])] - X.indptr[r]) for r in range(0, X.shape[0],
+        step)), default=0)
+    room = (np.empty(most), np.empty(most, np.int64), np.empty(most, np.int64),
+            np.empty(most, np.int32))
     for r in range(0, X.shape[0], step):
         ends = X.indptr[r:r + step + 1]
         here, cuts = slice(ends[0], ends[-1]), (ends - ends[0]).tolist()
-        data = X.data[here] if several is None else _summed(X.data[here], X.indices[here], cuts, number, several)
+        data = X.data[here] if several is None else _summed(X.data[here], X.indices[here], cuts,
+            number, several)
         out, seen = _rank_rows(data, X.indices[here], cuts, turned, divisor, medians, low, room)
         yield out, cuts[:-1], seen
 
@@ -86,7 +96,8 @@ def rank_genes(
     medians:np.ndarray, # non-zero median of each gene of the vocabulary
 )->list: # gene numbers of each cell, by rank
     "Rank value encoding of many cells; ties go to the lower gene number"
-    return [out[a:a + n].copy() for out, starts, seen in _ranked(X, gene, medians) for a, n in zip(starts, seen.tolist())]
+    return [out[a:a + n].copy() for out, starts, seen in _ranked(X, gene, medians)
+            for a, n in zip(starts, seen.tolist())]
 
 # %% ../../nbs/04_tokenizer.ipynb #d07bf5af
 class Sequences:
@@ -98,10 +109,13 @@ class Sequences:
         max_len:int=None, # longest cell in tokens, specials included; None as the vocabulary says
         room:np.ndarray=None, # int32, memory to use where there is enough of it
     ):
-        special, max_len = vocabulary.cls if special is None else special, vocabulary.max_len if max_len is None else max_len
-        self.k, self.extra, self.most, self.n = len(vocabulary.specials), 2 * special, max_len - 2 * special, 0
+        special, max_len = (vocabulary.cls if special is None else special, vocabulary.max_len
+                            if max_len is None else max_len)
+        self.k, self.extra, self.most, self.n = (len(vocabulary.specials), 2 * special,
+                                                 max_len - 2 * special, 0)
         need = (np.minimum(np.asarray(lengths, np.int64), self.most) + self.extra).sum()
-        self.tokens = room if room is not None and len(room) >= need else np.empty(need, np.int32)  # what is not filled takes no memory
+        # what is not filled takes no memory
+        self.tokens = room if room is not None and len(room) >= need else np.empty(need, np.int32)
         self.offsets = np.zeros(len(lengths) + 1, np.int64)
     def add(self,
         genes:np.ndarray, # gene numbers by rank, of the next cells
@@ -112,7 +126,8 @@ class Sequences:
         to = self.offsets[self.n:self.n + len(keep) + 1]
         to[1:] = to[0] + np.cumsum(np.where(keep > 0, keep + self.extra, 0))
         self.n += len(keep)
-        for a, s, m in zip((to[:-1] + self.extra // 2).tolist(), starts, keep.tolist()): self.tokens[a:a + m] = genes[s:s + m]
+        for a, s, m in zip((to[:-1] + self.extra // 2).tolist(), starts, keep.tolist()):
+            self.tokens[a:a + m] = genes[s:s + m]
         self.tokens[to[0]:to[-1]] += self.k
         if self.extra: self.tokens[to[:-1][keep > 0]], self.tokens[to[1:][keep > 0] - 1] = 2, 3
     def __iter__(self): yield from (self.tokens[:self.offsets[-1]], self.offsets)  # tokens, offsets
@@ -136,24 +151,34 @@ class Encoder:
 
     def __post_init__(self):
         v = self.vocabulary
-        if not isinstance(v, Vocabulary): raise VocabularyError(f"A vocabulary is model.vocabulary, Vocabulary.official(…) or "
+        if not isinstance(v, Vocabulary):
+            raise VocabularyError(f"A vocabulary is model.vocabulary, Vocabulary.official(…) or "
             f"Vocabulary.from_counts(…), not {type(v).__name__}.")
         if self.special is None: self.special = v.cls
         if self.max_len is None: self.max_len = v.max_len
-        if self.special and not v.cls: raise VocabularyError(f"special=True, but {v.name!r} has no <cls> and <eos>: leave special out.")
-        if not isinstance(self.max_len, (int, np.integer)) or not 2 * self.special < self.max_len <= v.max_len: raise VocabularyError(f"max_len={self.max_len!r} does not fit {v.name!r}, "
-            f"which takes {v.max_len:,} tokens: choose from {2 * self.special + 1} to {v.max_len:,}.")
+        if self.special and not v.cls:
+            raise VocabularyError(f"special=True, but {v.name!r} has no <cls> and <eos>: leave "
+                                  "special out.")
+        if (not isinstance(self.max_len, (int, np.integer))
+                or not 2 * self.special < self.max_len <= v.max_len):
+            raise VocabularyError(f"max_len={self.max_len!r} does not fit {v.name!r}, which takes "
+                                  f"{v.max_len:,} tokens: choose from {2 * self.special + 1} to "
+                                  f"{v.max_len:,}.")
     def __getstate__(self): return {k: x for k, x in self.__dict__.items() if k != '_last'}
 
     @property
-    def columns(self): return [*self.carry, *(c for c in (self.keep, 'n_counts') if c is not None and c not in self.carry)]
+    def columns(self):
+        return [*self.carry, *(c for c in (self.keep, 'n_counts') if c is not None
+                               and c not in self.carry)]
     def match(self, var):
         "Where the genes of some data stand; looked up once for all blocks of a file"
         last = self.__dict__.get('_last')
         if last is None or last[0] is not var:
             m = match_genes(gene_names(var, self.gene_ids), self.vocabulary, self.orthologs)
-            if m.summed and not self.collapse: raise GeneMatchError(f"collapse=False, but {m.summed} genes stand in several rows, "
-                f"such as {', '.join(m.twice()[:5])}: give every gene one row, or let collapse sum them.")
+            if m.summed and not self.collapse:
+                raise GeneMatchError(f"collapse=False, but {m.summed} genes stand in several rows, "
+                                     f"such as {', '.join(m.twice()[:5])}: give every gene one "
+                                     "row, or let collapse sum them.")
             self._last = last = var, m
         return last[1]
 
@@ -162,7 +187,8 @@ def _disagree(obs, totals, source):
     "Cells whose own `n_counts` is not the sum of their counts"
     if 'n_counts' not in obs or 'expm1' in source: return 0
     said = obs['n_counts']
-    if getattr(getattr(said, 'dtype', None), 'kind', 'O') not in 'iuf': said = pd.to_numeric(_frame(obs)['n_counts'], errors='coerce')
+    if getattr(getattr(said, 'dtype', None), 'kind', 'O') not in 'iuf':
+        said = pd.to_numeric(_frame(obs)['n_counts'], errors='coerce')
     return int((~np.isclose(said, totals, rtol=1e-3)).sum())
 
 @patch
@@ -173,33 +199,41 @@ def __call__(self:Encoder,
 )->tuple: # (Cells, books)
     "Cells of a block of counts, with what was seen on the way"
     m, v, X, obs = self.match(b._var), self.vocabulary, b.rows, b._obs
-    if lost := [c for c in self.carry if c not in obs]: raise GeneformerError(
-        f"obs has no column {lost[0]!r} from cell '{obs.index[0]}' on, and had one before: pass obs=[…] with columns that all have.")
-    passed = as_flags(_frame(obs)[self.keep], f"obs[{self.keep!r}] of '{b.name}'") if self.keep is not None and self.keep in obs else None
+    if lost := [c for c in self.carry if c not in obs]:
+        raise GeneformerError(f"obs has no column {lost[0]!r} from cell '{obs.index[0]}' on, and "
+                              "had one before: pass obs=[…] with columns that all have.")
+    passed = (as_flags(_frame(obs)[self.keep], f"obs[{self.keep!r}] of '{b.name}'")
+              if self.keep is not None and self.keep in obs else None)
     if passed is not None and not passed.all(): X, obs = _rows(b.X[passed]), obs[passed]
     totals, known = X.sums(), m.index >= 0
-    known = totals.sum() if known.all() else X.data[:X.nnz][known[X.indices[:X.nnz]]].sum(dtype=np.float64)
+    known = (totals.sum() if known.all()
+             else X.data[:X.nnz][known[X.indices[:X.nnz]]].sum(dtype=np.float64))
     n = np.diff(X.indptr)
-    written = [Sequences(n, v, self.special, self.max_len, room)] + ([Sequences(n, v, False, 2**31)] if self.uncropped else [])
+    written = ([Sequences(n, v, self.special, self.max_len, room)]
+               + ([Sequences(n, v, False, 2**31)] if self.uncropped else []))
     for some in _ranked(X, m.index, v.medians):
         for w in written: w.add(*some)
     tokens, offsets = written[0]
     lists = {}
     if self.counts: lists['counts'] = _levels(X, m.index, totals, tokens, offsets, v), offsets
     if self.uncropped: lists['input_ids_uncropped'] = tuple(written[1])
-    out, empty = obs[list(self.carry)].rename(columns=self.carry).assign(n_counts=totals), np.diff(offsets) == 0
+    out, empty = (obs[list(self.carry)].rename(columns=self.carry).assign(n_counts=totals),
+                  np.diff(offsets) == 0)
     if self.file: out = out.assign(file=np.full(len(n), b.name, object))
     drop = empty.any() and not self.keep_empty
-    cells = Cells(tokens, offsets, _frame(out) if frame or drop else out, v.hash, self.special, v, lists=lists)
+    cells = Cells(tokens, offsets, _frame(out) if frame or drop else out, v.hash, self.special, v,
+                  lists=lists)
     if drop: cells = cells[~empty]
-    return cells, dict(cells=len(b._obs), failed=len(b._obs) - len(obs), known=float(known), total=float(totals.sum()), source=b.source,
-                       off=_disagree(obs, totals, b.source), n_empty=int(empty.sum()), empty=list(map(str, obs.index[empty][:5])))
+    return cells, dict(cells=len(b._obs), failed=len(b._obs) - len(obs), known=float(known),
+                       total=float(totals.sum()), source=b.source, off=_disagree(obs, totals,
+        b.source), n_empty=int(empty.sum()), empty=list(map(str, obs.index[empty][:5])))
 
 # %% ../../nbs/04_tokenizer.ipynb #c579c04b
 def _levels(X, gene, totals, tokens, offsets, vocabulary):
     "Counts per 10,000 in the order of the tokens, 0 for special ones (official `keep_counts`)"
     k, n = len(vocabulary.specials), len(vocabulary)
-    out, wide = np.zeros(len(tokens)), np.zeros(k + n + 1)  # the last place is for genes without a token
+    # the last place is for genes without a token
+    out, wide = np.zeros(len(tokens)), np.zeros(k + n + 1)
     for i in range(X.shape[0]):
         row, here = slice(X.indptr[i], X.indptr[i + 1]), slice(offsets[i], offsets[i + 1])
         at = np.where((g := gene[X.indices[row]]) < 0, n, g) + k
@@ -215,25 +249,37 @@ def carried(
     keep=None, # column that says which cells to keep
 )->dict: # {column: name among the cells}
     "The obs columns that every input has; raises `GeneformerError` for one asked for that is missing"
-    if not (obs is None or isinstance(obs, (str, dict, list, tuple, pd.Index))): raise GeneformerError(
-        f"obs names columns: a name, a list of names, or {{name: new name}}, not {type(obs).__name__}.")
-    if not (keep is None or isinstance(keep, str)): raise GeneformerError(f"keep is the name of an obs column, not {type(keep).__name__}: write the marks "
-        "into obs first (for quality control, q.apply(adata)).")
-    if keep not in (None, 'filter_pass') and not any(keep in s.columns for s in inputs): raise GeneformerError(
-        f"obs has no column {keep!r} to say which cells to keep (it has {', '.join(map(str, inputs[0].columns)) or 'none'}).")
-    if len(inputs) > 1 and any('file' in s.columns for s in inputs) and (obs is None or 'file' in (obs if isinstance(obs, (list, tuple)) else [])): warnings.warn(
-        "obs has a column called file, which gives way to the name of the input: carry it as obs={'file': 'other name'} to keep it.", stacklevel=3)
+    if not (obs is None or isinstance(obs, (str, dict, list, tuple, pd.Index))):
+        raise GeneformerError(f"obs names columns: a name, a list of names, or {{name: new name}}, "
+                              f"not {type(obs).__name__}.")
+    if not (keep is None or isinstance(keep, str)):
+        raise GeneformerError(f"keep is the name of an obs column, not {type(keep).__name__}: "
+                              "write the marks into obs first (for quality control, "
+                              "q.apply(adata)).")
+    if keep not in (None, 'filter_pass') and not any(keep in s.columns for s in inputs):
+        raise GeneformerError(f"obs has no column {keep!r} to say which cells to keep (it has "
+                              f"{', '.join(map(str, inputs[0].columns)) or 'none'}).")
+    if (len(inputs) > 1 and any('file' in s.columns for s in inputs)
+            and (obs is None or 'file' in (obs if isinstance(obs, (list, tuple)) else []))):
+        warnings.warn("obs has a column called file, which gives way to the name of the input: "
+                      "carry it as obs={'file': 'other name'} to keep it.", stacklevel=3)
     if obs is None:
         common = [c for c in inputs[0].columns if all(c in s.columns for s in inputs)]
-        if lost := sorted({str(c) for s in inputs for c in s.columns} - set(map(str, common))): warnings.warn(
-            f"obs columns {', '.join(lost[:9])} are not in every file and are left out: pass obs=[…] to choose columns.", stacklevel=3)
+        if lost := sorted({str(c) for s in inputs for c in s.columns} - set(map(str, common))):
+            warnings.warn(f"obs columns {', '.join(lost[:9])} are not in every file and are left "
+                          "out: pass obs=[…] to choose columns.", stacklevel=3)
         return {c: c for c in common if c != 'n_counts'}
-    obs = {obs: obs} if isinstance(obs, str) else obs if isinstance(obs, dict) else {c: c for c in obs}
-    obs = {c: n for c, n in obs.items() if (c, n) != ('n_counts', 'n_counts')}  # it is computed in any case
+    obs = ({obs: obs} if isinstance(obs, str) else obs if isinstance(obs, dict)
+           else {c: c for c in obs})
+    # it is computed in any case
+    obs = {c: n for c, n in obs.items() if (c, n) != ('n_counts', 'n_counts')}
     for s in inputs:
-        if lost := [c for c in obs if c not in s.columns]: raise GeneformerError(
-            f"obs has no column {lost[0]!r} (it has {', '.join(map(str, s.columns)) or 'none'})" + (f" in '{s.path.name}'." if s.path else '.'))
-    if twice := [c for c in obs.values() if list(obs.values()).count(c) > 1 or c == 'n_counts']: raise GeneformerError(
+        if lost := [c for c in obs if c not in s.columns]:
+            raise GeneformerError(f"obs has no column {lost[0]!r} (it has "
+                                  f"{', '.join(map(str, s.columns)) or 'none'})"
+                                  + (f" in '{s.path.name}'." if s.path else '.'))
+    if twice := [c for c in obs.values() if list(obs.values()).count(c) > 1 or c == 'n_counts']:
+        raise GeneformerError(
         f"Two columns would be called {twice[0]!r} (n_counts is computed): give one another name.")
     return obs
 
@@ -244,7 +290,9 @@ def check_options(
 ):
     "Raise `GeneformerError` for numbers that are none, before the work"
     whole(**numbers)
-    if isinstance(min_match, (str, bool)) or not isinstance(min_match, (int, float)) or not 0 <= min_match <= 1: raise GeneformerError(
+    if (isinstance(min_match, (str, bool)) or not isinstance(min_match, (int, float))
+            or not 0 <= min_match <= 1):
+        raise GeneformerError(
         f"min_match={min_match!r} is a share of the counts, from 0 to 1.")
 
 def gate_file(
@@ -268,7 +316,8 @@ def add_books(
     books:dict, # of one block
 )->dict:
     "The books of several blocks of one file together"
-    out = {k: sums.get(k, 0) + books[k] for k in ('cells', 'failed', 'known', 'total', 'off', 'n_empty')}
+    out = {k: sums.get(k, 0) + books[k] for k in ('cells', 'failed', 'known', 'total', 'off',
+                                                  'n_empty')}
     return out | dict(empty=(sums.get('empty', []) + books['empty'])[:5], source=books['source'])
 
 # %% ../../nbs/04_tokenizer.ipynb #60e51342
@@ -278,15 +327,24 @@ def settle(
     keep_empty:bool, # were empty cells kept?
 ):
     "Say what was left out; raises `CountsError` when nothing remains"
-    t = {k: sum(b[k] for b in books.values()) for k in ('cells', 'failed', 'total', 'off', 'n_empty')}
-    if t['failed'] == t['cells']: raise CountsError(f"All {t['cells']} cells have {keep} = 0: nothing to tokenize (keep=None takes them all).")
-    if not t['total']: raise CountsError(f"All {t['cells']} cells are empty (no counts at all): nothing to tokenize.")
+    t = {k: sum(b[k] for b in books.values()) for k in ('cells', 'failed', 'total', 'off',
+                                                        'n_empty')}
+    if t['failed'] == t['cells']:
+        raise CountsError(f"All {t['cells']} cells have {keep} = 0: nothing to tokenize (keep=None "
+                          "takes them all).")
+    if not t['total']:
+        raise CountsError(f"All {t['cells']} cells are empty (no counts at all): nothing to "
+                          "tokenize.")
     def say(text): warnings.warn(text, stacklevel=3)
-    if t['failed']: say(f"{t['failed']:,} of {t['cells']:,} cells have {keep} = 0 and were left out (keep=None takes them all).")
-    if t['off']: say(f"obs['n_counts'] differs from the sum of counts in {t['off']:,} of {t['cells']:,} cells: the sum is used (ranks do not "
-                     "depend on it).")
-    if t['n_empty'] and not keep_empty: say(f"{t['n_empty']} of {t['cells']} cells hold no gene of the vocabulary and were dropped: "
-                                            f"{', '.join([c for b in books.values() for c in b['empty']][:5])}.")
+    if t['failed']:
+        say(f"{t['failed']:,} of {t['cells']:,} cells have {keep} = 0 and were left out (keep=None "
+            "takes them all).")
+    if t['off']:
+        say(f"obs['n_counts'] differs from the sum of counts in {t['off']:,} of {t['cells']:,} "
+            "cells: the sum is used (ranks do not depend on it).")
+    if t['n_empty'] and not keep_empty:
+        say(f"{t['n_empty']} of {t['cells']} cells hold no gene of the vocabulary and were "
+            f"dropped: {', '.join([c for b in books.values() for c in b['empty']][:5])}.")
 
 # %% ../../nbs/04_tokenizer.ipynb #203ec7db
 def tokenize(
@@ -313,15 +371,18 @@ def tokenize(
     "Rank value encoding (paper, Methods; official `TranscriptomeTokenizer`); raises `CountsError` and `GeneMatchError`"
     check_options(min_match, block=block, workers=workers)
     inputs = None if hasattr(data, '__next__') else sources(data, counts_layer, logged, fractional)
-    enc = Encoder(vocabulary, None, gene_ids, keep, special, max_len, counts, uncropped, collapse, orthologs, keep_empty, file=len(inputs or '1') > 1)
+    enc = Encoder(vocabulary, None, gene_ids, keep, special, max_len, counts, uncropped, collapse,
+                  orthologs, keep_empty, file=len(inputs or '1') > 1)
     if inputs: enc.carry = carried(inputs, obs, keep)
     own = local()  # a thread reads into the same memory again
     def one(piece):
         s, a, b = piece
-        if enc.carry is None: enc.carry = carried([s], obs, keep)  # the first of an iterator decides
+        # the first of an iterator decides
+        if enc.carry is None: enc.carry = carried([s], obs, keep)
         return s, enc.match(s._var), *enc(s.block(a, b, enc.columns, own.__dict__))
     parts, books, matches = [], {}, {}
-    for s, m, cells, seen in prefetch(one, pieces(inputs or data, block, counts_layer, logged, fractional), workers or min(4, cores())):
+    for s, m, cells, seen in prefetch(one, pieces(inputs or data, block, counts_layer, logged,
+                                                  fractional), workers or min(4, cores())):
         parts.append(cells)
         matches.setdefault(s.name, m)
         books[s.name] = add_books(books.get(s.name, {}), seen)

@@ -40,12 +40,13 @@ def learners(
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
     def scaled(model): return make_pipeline(StandardScaler(), model)
-    return {'majority class': ('nothing', DummyClassifier()),
-            'logistic regression, log CP10k': ('genes', scaled(LogisticRegression(C=C, max_iter=1000))),
-            'counts and detected genes': ('depth', scaled(LogisticRegression())),
-            'SVM, log CP10k': ('genes', scaled(SVC())),
-            'random forest, log CP10k': ('genes', RandomForestClassifier(random_state=seed)),
-            'gradient boosting, log CP10k': ('genes', HistGradientBoostingClassifier(random_state=seed))}
+    return {'majority class': ('nothing', DummyClassifier()), 'logistic regression, log '
+            'CP10k': ('genes', scaled(LogisticRegression(C=C, max_iter=1000))), 'counts and '
+            'detected genes': ('depth', scaled(LogisticRegression())), 'SVM, log CP10k': ('genes',
+        scaled(SVC())), 'random forest, log CP10k': ('genes',
+                                                     RandomForestClassifier(random_state=seed)),
+            'gradient boosting, log CP10k': ('genes',
+                                             HistGradientBoostingClassifier(random_state=seed))}
 
 def predict_proba(
     fit, # a fitted scikit-learn classifier
@@ -81,7 +82,8 @@ def cell_baselines(
     need_obs(adata.obs, label, *([donor] if donor else []))
     known = learners(C, seed)
     which = list(known) if which == 'all' else list(which)
-    if odd := [w for w in which if w not in known]: raise GeneformerError(f"{odd[0]!r} is no baseline: choose from {', '.join(known)}.")
+    if odd := [w for w in which if w not in known]:
+        raise GeneformerError(f"{odd[0]!r} is no baseline: choose from {', '.join(known)}.")
     split, y = np.asarray(split), adata.obs[label].astype(str).to_numpy()
     audit_split(adata.obs, split, donor, label)
     tr, te, pred = split == 'train', split == 'test', {}
@@ -89,7 +91,8 @@ def cell_baselines(
     for name in which:
         sees, model = known[name]
         p = predict_proba(fit := model.fit(features[sees][tr], y[tr]), features[sees][te])
-        pred[name] = pd.DataFrame(p, adata.obs_names[te], fit.classes_).assign(predicted=fit.classes_[p.argmax(1)])
+        pred[name] = pd.DataFrame(p, adata.obs_names[te],
+                                  fit.classes_).assign(predicted=fit.classes_[p.argmax(1)])
     d = adata.obs[donor].astype(str).to_numpy()[te] if donor else None
     return pd.DataFrame({k: scores(y[te], p['predicted'], d) for k, p in pred.items()}).T, pred
 
@@ -107,19 +110,24 @@ def de_ranking(
     need_obs(adata.obs, donor, label)
     X, names = log_cp10k(adata, **kwargs), counts_of(adata, **kwargs).var.index
     lab, don = adata.obs[label].astype(str).to_numpy(), adata.obs[donor].astype(str).to_numpy()
-    def means(state): return np.array([np.asarray(X[(lab == state) & (don == d)].mean(0)).ravel() for d in np.unique(don[lab == state])])
+    def means(state):
+        return np.array([np.asarray(X[(lab == state) & (don == d)].mean(0)).ravel()
+                         for d in np.unique(don[lab == state])])
     a, b = means(start), means(goal)
-    if min(len(a), len(b)) < 2: raise GeneformerError(f"A test between donors needs two in each state; {start!r} has {len(a)} and "
-                                                      f"{goal!r} has {len(b)}.")
+    if min(len(a), len(b)) < 2:
+        raise GeneformerError(f"A test between donors needs two in each state; {start!r} has "
+                              f"{len(a)} and {goal!r} has {len(b)}.")
     with np.errstate(all='ignore'): t, p = ttest_ind(b, a, equal_var=False)
-    out = pd.DataFrame(dict(gene=names, log_fold_change=b.mean(0) - a.mean(0), t=np.nan_to_num(t), p=np.nan_to_num(p, nan=1.)))
+    out = pd.DataFrame(dict(gene=names, log_fold_change=b.mean(0) - a.mean(0), t=np.nan_to_num(t),
+                            p=np.nan_to_num(p, nan=1.)))
     return out.sort_values('t', key=lambda s: -s.abs(), kind='stable', ignore_index=True)
 
 # %% ../../nbs/10a_baselines.ipynb #d2f12be9
 def _words(cells):
     "The vocabulary that cells carry"
     if need_cells(cells).vocabulary is None:
-        raise GeneformerError("These cells carry no vocabulary: load them with one (Cells.load(folder, vocabulary)).")
+        raise GeneformerError("These cells carry no vocabulary: load them with one "
+                              "(Cells.load(folder, vocabulary)).")
     return cells.vocabulary
 
 def gene_matrix(
@@ -129,12 +137,16 @@ def gene_matrix(
     "A row of numbers for each gene; raises `GeneformerError` where there are no counts"
     from scipy.sparse import csr_matrix
     v, cell = _words(cells), np.repeat(np.arange(len(cells)), cells.lengths)
-    if what == 'ranks': values = v.max_len - (np.arange(len(cells.tokens)) - cells.offsets[cell] - cells.special)
+    if what == 'ranks':
+        values = v.max_len - (np.arange(len(cells.tokens)) - cells.offsets[cell] - cells.special)
     elif what != 'counts': raise GeneformerError(f"what is 'ranks' or 'counts', not {what!r}.")
-    elif 'counts' not in cells.lists: raise GeneformerError("These cells were tokenized without counts: tokenize(…, counts=True).")
+    elif 'counts' not in cells.lists:
+        raise GeneformerError("These cells were tokenized without counts: tokenize(…, "
+                              "counts=True).")
     else: values = cells.lists['counts'][0]
     keep = cells.tokens >= len(v.specials)
-    return csr_matrix((np.asarray(values, np.float32)[keep], (cells.tokens[keep], cell[keep])), (v.n_tokens, len(cells)))
+    return csr_matrix((np.asarray(values, np.float32)[keep], (cells.tokens[keep], cell[keep])),
+                      (v.n_tokens, len(cells)))
 
 # %% ../../nbs/10a_baselines.ipynb #95c81c9a
 def gene_learners(
@@ -149,12 +161,15 @@ def gene_learners(
     even = dict(class_weight='balanced')
     def scaled(model): return make_pipeline(StandardScaler(), model)
     out = {'detection rate and mean rank': ('two numbers', scaled(LogisticRegression(**even))),
-           'logistic regression, company': ('company', scaled(LogisticRegression(C=.1, max_iter=1000, **even))),
-           'gradient boosting, company': ('company', HistGradientBoostingClassifier(min_samples_leaf=5, random_state=seed, **even))}
+           'logistic regression, company': ('company',
+                                            scaled(LogisticRegression(C=.1, max_iter=1000,
+        **even))), 'gradient boosting, company': ('company',
+                                                  HistGradientBoostingClassifier(min_samples_leaf=5,
+        random_state=seed, **even))}
     for what in ('ranks', 'counts'):
-        out |= {f'SVM, {what}': (what, SVC(**even)),
-                f'random forest, {what}': (what, RandomForestClassifier(max_depth=2, random_state=seed, **even)),
-                f'logistic regression, {what}': (what, LogisticRegression(max_iter=1000, **even))}
+        out |= {f'SVM, {what}': (what, SVC(**even)), f'random forest, {what}': (what,
+            RandomForestClassifier(max_depth=2, random_state=seed, **even)), 'logistic '
+                f'regression, {what}': (what, LogisticRegression(max_iter=1000, **even))}
     return out
 
 def _described(cells, sees, n_axes=32, seed=0):
@@ -162,10 +177,14 @@ def _described(cells, sees, n_axes=32, seed=0):
     if sees in ('ranks', 'counts'): return gene_matrix(cells, sees)
     M = gene_matrix(cells)
     seen = M.getnnz(1)
-    if sees == 'two numbers': return np.stack([seen / max(len(cells), 1), np.where(seen > 0, np.asarray(M.sum(1)).ravel() / np.maximum(seen, 1), 0)], 1)
+    if sees == 'two numbers':
+        return np.stack([seen / max(len(cells), 1),
+                         np.where(seen > 0, np.asarray(M.sum(1)).ravel() / np.maximum(seen, 1), 0)],
+                        1)
     from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
-    return normalize(TruncatedSVD(min(n_axes, *(n - 1 for n in M.shape)), random_state=seed).fit_transform(normalize(M)))
+    return normalize(TruncatedSVD(min(n_axes, *(n - 1 for n in M.shape)),
+                                  random_state=seed).fit_transform(normalize(M)))
 
 # %% ../../nbs/10a_baselines.ipynb #9fae4660
 def gene_baselines(
@@ -177,17 +196,24 @@ def gene_baselines(
 )->dict: # {baseline: probability of each class (columns in the order of `labels`), by gene id of the test genes}
     "What can be said of held-out genes without a network; raises `GeneformerError`"
     known, v = gene_learners(seed), _words(cells)
-    if which is None: which = [k for k, (sees, _) in known.items() if sees != 'counts' or 'counts' in cells.lists]
+    if which is None:
+        which = [k for k, (sees, _) in known.items() if sees != 'counts' or 'counts' in cells.lists]
     which = [which] if isinstance(which, str) else which
-    if odd := [w for w in which if w not in known]: raise GeneformerError(f"{odd[0]!r} is no baseline of genes: choose from {', '.join(known)}.")
+    if odd := [w for w in which if w not in known]:
+        raise GeneformerError(f"{odd[0]!r} is no baseline of genes: choose from "
+                              f"{', '.join(known)}.")
     side, out, made = split.reindex(labels.index), {}, {}
     learned, asked = (labels.index[side == s] for s in ('train', 'test'))
     here = np.isin(v.token(list(learned)), cells.tokens)
-    if labels[learned[here]].nunique() < 2: raise GeneformerError("Fewer than two classes have a training gene in these cells: nothing to fit.")
+    if labels[learned[here]].nunique() < 2:
+        raise GeneformerError("Fewer than two classes have a training gene in these cells: nothing "
+                              "to fit.")
     for name in which:
         sees, model = known[name]
         if sees not in made: made[sees] = _described(cells, sees, seed=seed)
         X = made[sees]
         fit = model.fit(X[v.token(list(learned[here]))], labels[learned[here]])
-        out[name] = pd.DataFrame(predict_proba(fit, X[v.token(list(asked))]), asked, fit.classes_).reindex(columns=list(dict.fromkeys(labels)), fill_value=0.)
+        out[name] = pd.DataFrame(predict_proba(fit, X[v.token(list(asked))]), asked,
+                                 fit.classes_).reindex(columns=list(dict.fromkeys(labels)),
+                                                       fill_value=0.)
     return out

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from fastcore.basics import patch
 from ..data.cells import Cells
-from ..data.arrow import obs_array, obs_columns, cells_from_table, obs_kinds, arrow_tables
+from ..data.arrow import (obs_array, obs_columns, cells_from_table, obs_kinds,
+                                      arrow_tables)
 from ..core import GeneformerError, StorageError, as_folder, atomic, digest
 from .embed import _match, _occurrences, _wanted, encode_layers
 from .bert import Geneformer, weights_digest
@@ -25,12 +26,15 @@ class _Ranked:
     "Cells that are tokenized: in memory, or an Arrow folder that is mapped piece by piece"
     def __init__(self, data, model, obs):
         self.data, self.v, self.path, self.names = data, model.vocabulary, None, ['cells']
-        if not isinstance(data, Cells): self.data, self.path = None, as_folder(data.folder if isinstance(data, Corpus) else data)
+        if not isinstance(data, Cells):
+            self.data, self.path = None, as_folder(data.folder if isinstance(data, Corpus)
+                                                   else data)
         self.sizes = [len(data)] if self.path is None else [b.num_rows for b in self._pieces()[0]]
         self.starts, first = np.cumsum([0, *self.sizes]), self.block(0, 0, min(1, self.sizes[0]))
         obs = list(first.obs) if obs is None else [obs] if isinstance(obs, str) else list(obs)
-        if lost := [c for c in obs if c not in first.obs]: raise GeneformerError(
-            f"obs has no column {lost[0]!r} (it has {', '.join(map(str, first.obs.columns)) or 'none'}).")
+        if lost := [c for c in obs if c not in first.obs]:
+            raise GeneformerError(f"obs has no column {lost[0]!r} (it has "
+                                  f"{', '.join(map(str, first.obs.columns)) or 'none'}).")
         self.kinds = obs_kinds(first.obs[obs])
     def __getstate__(self): return {k: x for k, x in self.__dict__.items() if k != '_held'}
     def _pieces(self):
@@ -42,68 +46,85 @@ class _Ranked:
         if self.path is None: cells = self.data[a:b]
         else:
             pieces, about = self._pieces()
-            cells = cells_from_table(pa.Table.from_batches([pieces[k].slice(a, b - a)]), about, self.v)
+            cells = cells_from_table(pa.Table.from_batches([pieces[k].slice(a, b - a)]), about,
+                                     self.v)
         cells.check_vocabulary(self.v)
         return cells
     def place(self, k, a): return self.names[0], int(self.starts[k]) + a
     def facts(self):
-        if self.path is None: return dict(cells=digest(self.data.tokens, self.data.offsets, self.data.obs))
-        return dict(cells=digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(self.path.glob('*.arrow'))]))
+        if self.path is None:
+            return dict(cells=digest(self.data.tokens, self.data.offsets, self.data.obs))
+        return dict(cells=digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns]
+                                  for f in sorted(self.path.glob('*.arrow'))]))
 
 # %% ../../nbs/09b_atlas.ipynb #03eaa687
 class _Counted:
     "Counts of one file or many, ranked block by block"
     def __init__(self, data, model, obs, where, layer, logged, fractional, min_match, options):
         self.inputs, self.min_match = sources(data, layer, logged, fractional), min_match
-        if lost := set(options) - {'genes', 'orthologs', 'max_len', 'collapse'}: raise GeneformerError(f"embed_to knows no option {sorted(lost)[0]!r}.")
+        if lost := set(options) - {'genes', 'orthologs', 'max_len', 'collapse'}:
+            raise GeneformerError(f"embed_to knows no option {sorted(lost)[0]!r}.")
         want = carried(self.inputs, obs)
         self.encoder = Encoder(model.vocabulary, want, keep=None, keep_empty=True, **options)
         self.kinds = corpus_kinds(self.inputs, self.encoder)
-        self.encoder.carry = want | {c: c for c in (where or {}) if c not in want.values() and all(c in s.columns for s in self.inputs)}
+        self.encoder.carry = want | {c: c for c in (where or {}) if c not in want.values()
+                                     and all(c in s.columns for s in self.inputs)}
         self.sizes, self.names = [s.n_obs for s in self.inputs], [s.name for s in self.inputs]
         for s in self.inputs:
-            if not (self.encoder.match(s._var).index >= 0).any(): gate_file(self.encoder.match(s._var), model.vocabulary, 1, s.name)
+            if not (self.encoder.match(s._var).index >= 0).any():
+                gate_file(self.encoder.match(s._var), model.vocabulary, 1, s.name)
     @property
     def path(self): return None if any(s.path is None for s in self.inputs) else True
     def block(self, k, a, b):
         s = self.inputs[k]
         cells, books = self.encoder(s.block(a, b, self.encoder.columns))
-        gate_file(self.encoder.match(s._var), self.encoder.vocabulary, self.min_match, f'{s.name}, cells {a:,} to {b:,}', books)
+        gate_file(self.encoder.match(s._var), self.encoder.vocabulary, self.min_match, f'{s.name}, '
+                  f'cells {a:,} to {b:,}', books)
         return cells
     def place(self, k, a): return self.names[k], a
     def facts(self):
         e, o = self.encoder, self.encoder.orthologs
-        return dict(gene_ids=e.gene_ids, max_len=e.max_len, collapse=e.collapse, orthologs=None if o is None else digest(Path(o) if isinstance(o, str) else o)
-            ) | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(self.inputs)}
+        return (dict(gene_ids=e.gene_ids, max_len=e.max_len, collapse=e.collapse, orthologs=None
+                     if o is None else digest(Path(o) if isinstance(o, str) else o))
+                | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(self.inputs)})
 
 # %% ../../nbs/09b_atlas.ipynb #9518b450
 def _opened(data, model, obs, where, layer, logged, fractional, min_match, options):
     "The input of `embed_to`, whatever it is"
     folder = isinstance(data, (str, Path)) and (Path(data).expanduser()/'state.json').exists()
-    if not folder and not isinstance(data, (Cells, Corpus)): return _Counted(data, model, obs, where, layer, logged, fractional, min_match, options)
-    if options: raise GeneformerError(f"These cells are tokenized already: the option {sorted(options)[0]!r} has no meaning for them.")
+    if not folder and not isinstance(data, (Cells, Corpus)):
+        return _Counted(data, model, obs, where, layer, logged, fractional, min_match, options)
+    if options:
+        raise GeneformerError("These cells are tokenized already: the option "
+                              f"{sorted(options)[0]!r} has no meaning for them.")
     return _Ranked(data, model, obs)
 
 # %% ../../nbs/09b_atlas.ipynb #e9a356df
 class _Shard:
     "Embed one shard; an object, so that processes can receive it"
     def __init__(self, source, plan, model, layers, pool, tokens, where, block, threads, kw):
-        self.source, self.plan, self.model, self.layers, self.pool = source, plan, model, layers, pool
-        self.tokens, self.where, self.block, self.threads, self.kw = tokens, where, block, threads, kw
-    def names(self): return ['vector'] if len(self.layers) == 1 else [f'vector_{l}' for l in self.layers]
+        self.source, self.plan, self.model, self.layers, self.pool = (source, plan, model, layers,
+            pool)
+        self.tokens, self.where, self.block, self.threads, self.kw = (tokens, where, block, threads,
+            kw)
+    def names(self):
+        return ['vector'] if len(self.layers) == 1 else [f'vector_{l}' for l in self.layers]
     def schema(self):
         genes = {} if self.tokens is None else dict(gene=pa.string(), rank=pa.int32())
         vector = pa.list_(pa.float32(), self.model.config.hidden_size)
         obs = {c: pa.type_for_alias(k) for c, k in self.source.kinds.items()}
-        return pa.schema(dict(barcode=pa.string(), file=pa.string(), row=pa.int64()) | genes | obs | {n: vector for n in self.names()})
+        return pa.schema(dict(barcode=pa.string(), file=pa.string(), row=pa.int64()) | genes | obs
+                         | {n: vector for n in self.names()})
     def __call__(self, i, path):
         from multiprocessing import parent_process
         if parent_process() is not None: torch.set_num_threads(self.threads)
-        self.model = Geneformer(self.model.hf, self.model.vocabulary)  # in another process its attention is not registered yet
+        # in another process its attention is not registered yet
+        self.model = Geneformer(self.model.hf, self.model.vocabulary)
         k, a, b = self.plan[i]
         plain = [c for c in self.schema().names if not c.startswith('vector')]
         with pq.ParquetWriter(path, self.schema(), use_dictionary=plain, compression='zstd') as out:
-            for start in range(a, b, self.block): out.write_batch(self.batch(k, start, min(start + self.block, b)))
+            for start in range(a, b, self.block):
+                out.write_batch(self.batch(k, start, min(start + self.block, b)))
 
 # %% ../../nbs/09b_atlas.ipynb #30d86254
 @patch
@@ -119,12 +140,17 @@ def batch(self:_Shard,
         at, own = np.arange(len(cells)), {}
         vectors = encode_layers(cells, m, self.layers, self.pool, show=False, **self.kw).values()
     else:
-        at, token, rank, x = _occurrences(cells, m, self.tokens, self.layers[0], show=False, **self.kw)
-        own, vectors = dict(gene=pa.array(m.vocabulary.gene(token), pa.string()), rank=pa.array(rank.astype(np.int32))), [x]
+        at, token, rank, x = _occurrences(cells, m, self.tokens, self.layers[0], show=False,
+                                          **self.kw)
+        own, vectors = dict(gene=pa.array(m.vocabulary.gene(token), pa.string()),
+                            rank=pa.array(rank.astype(np.int32))), [x]
     obs = cells.obs.iloc[at]
-    cols = dict(barcode=pa.array(list(map(str, obs.index)), pa.string()), file=pa.array([file] * len(at), pa.string()), row=pa.array(first + keep[at])) | own
-    cols |= {str(n): obs_array(c, self.source.kinds[str(n)], n) for n, c in obs_columns(obs) if str(n) in self.source.kinds}
-    cols |= {n: pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1]) for n, x in zip(self.names(), vectors)}
+    cols = dict(barcode=pa.array(list(map(str, obs.index)), pa.string()),
+                file=pa.array([file] * len(at), pa.string()), row=pa.array(first + keep[at])) | own
+    cols |= {str(n): obs_array(c, self.source.kinds[str(n)], n) for n, c in obs_columns(obs)
+             if str(n) in self.source.kinds}
+    cols |= {n: pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
+             for n, x in zip(self.names(), vectors)}
     return pa.record_batch([cols[n] for n in self.schema().names], schema=self.schema())
 
 # %% ../../nbs/09b_atlas.ipynb #31b3d6cd
@@ -135,18 +161,24 @@ class Embedded:
     ):
         self.folder = as_folder(folder)
         try: self.facts = json.loads((self.folder/'manifest.json').read_text())['facts']
-        except (OSError, ValueError, KeyError) as e: raise StorageError(f"'{self.folder.name}' is no folder of embeddings (there is no manifest.json "
-                                                                        "in it that can be read): run embed_to.") from e
+        except (OSError, ValueError, KeyError) as e:
+            raise StorageError(f"'{self.folder.name}' is no folder of embeddings (there is no "
+                               "manifest.json in it that can be read): run embed_to.") from e
         self.paths = [self.folder/f'shard-{i:05d}.parquet' for i in range(self.facts['shards'])]
-        if lost := [p.name for p in self.paths if not p.exists()]: raise StorageError(f"'{self.folder.name}' is not finished ({lost[0]} and {len(lost) - 1} more "
-                                                                                      "are missing): run embed_to again.")
+        if lost := [p.name for p in self.paths if not p.exists()]:
+            raise StorageError(f"'{self.folder.name}' is not finished ({lost[0]} and "
+                               f"{len(lost) - 1} more are missing): run embed_to again.")
         self.schema = pq.read_schema(self.paths[0])
     @property
-    def vectors(self): return [n for n in self.schema.names if pa.types.is_fixed_size_list(self.schema.field(n).type)]
+    def vectors(self):
+        return [n for n in self.schema.names
+                if pa.types.is_fixed_size_list(self.schema.field(n).type)]
     @property
     def d(self): return self.schema.field(self.vectors[0]).type.list_size
     def __len__(self): return sum(pq.read_metadata(p).num_rows for p in self.paths)
-    def __repr__(self): return f"{len(self):,} rows × {self.d} ({', '.join(self.vectors)}) in {len(self.paths)} shard(s) of '{self.folder.name}'"
+    def __repr__(self):
+        return (f"{len(self):,} rows × {self.d} ({', '.join(self.vectors)}) in {len(self.paths)} "
+                f"shard(s) of '{self.folder.name}'")
 
 # %% ../../nbs/09b_atlas.ipynb #00ea28b1
 @patch
@@ -157,15 +189,20 @@ def batches(self:Embedded,
     "Go through the rows in constant memory; raises `StorageError`"
     for p in self.paths:
         try: yield from pq.ParquetFile(p).iter_batches(size, columns=columns)
-        except (OSError, pa.ArrowInvalid) as e: raise StorageError(f"{p.name} of '{self.folder.name}' is damaged: delete it and run embed_to again.") from e
+        except (OSError, pa.ArrowInvalid) as e:
+            raise StorageError(f"{p.name} of '{self.folder.name}' is damaged: delete it and run "
+                               "embed_to again.") from e
 
 @patch(as_prop=True)
 def obs(self:Embedded):
     "Labels of every row, in memory, by barcode"
     names = [n for n in self.schema.names if n not in self.vectors]
-    return pa.Table.from_batches(self.batches(names), pa.schema([self.schema.field(n) for n in names])).to_pandas().set_index('barcode')
+    return pa.Table.from_batches(self.batches(names),
+                                 pa.schema([self.schema.field(n)
+                                            for n in names])).to_pandas().set_index('barcode')
 
-def _matrix(batch, name, d): return batch.column(name).flatten().to_numpy(zero_copy_only=False).reshape(-1, d)
+def _matrix(batch, name, d):
+    return batch.column(name).flatten().to_numpy(zero_copy_only=False).reshape(-1, d)
 
 @patch
 def matrix(self:Embedded,
@@ -173,8 +210,10 @@ def matrix(self:Embedded,
 )->np.ndarray: # (rows, d) float32, in memory
     "All vectors; raises `GeneformerError` for a name that is not there"
     name = name or self.vectors[0]
-    if name not in self.vectors: raise GeneformerError(f"There are no vectors {name!r}, only {', '.join(self.vectors)}.")
-    return np.concatenate([_matrix(b, name, self.d) for b in self.batches([name])] or [np.zeros((0, self.d), np.float32)])
+    if name not in self.vectors:
+        raise GeneformerError(f"There are no vectors {name!r}, only {', '.join(self.vectors)}.")
+    return np.concatenate([_matrix(b, name, self.d) for b in self.batches([name])]
+                          or [np.zeros((0, self.d), np.float32)])
 
 # %% ../../nbs/09b_atlas.ipynb #7f742aa2
 @patch
@@ -185,11 +224,14 @@ def to_parquet(self:Embedded,
     "One file, one column a dimension (\"0\", \"1\" …) behind the labels, as the official csv"
     name = name or self.vectors[0]
     labels = [n for n in self.schema.names if n not in self.vectors]
-    schema = pa.schema([self.schema.field(n) for n in labels] + [(str(i), pa.float32()) for i in range(self.d)])
-    with atomic(Path(path).expanduser()) as tmp, pq.ParquetWriter(tmp, schema, use_dictionary=labels, compression='zstd') as out:
+    schema = pa.schema([self.schema.field(n) for n in labels] + [(str(i), pa.float32())
+        for i in range(self.d)])
+    with atomic(Path(path).expanduser()) as tmp, pq.ParquetWriter(tmp, schema,
+            use_dictionary=labels, compression='zstd') as out:
         for b in self.batches([*labels, name]):
             x = np.ascontiguousarray(_matrix(b, name, self.d).T)
-            out.write_batch(pa.record_batch([*(b.column(n) for n in labels), *map(pa.array, x)], schema=schema))
+            out.write_batch(pa.record_batch([*(b.column(n) for n in labels), *map(pa.array, x)],
+                                            schema=schema))
     return Path(path).expanduser()
 
 # %% ../../nbs/09b_atlas.ipynb #937a4965
@@ -201,10 +243,13 @@ def _skeleton(e):
     return ad.AnnData(obs=obs.rename_axis(None))
 
 def _cells_only(e):
-    if 'gene' in e.schema.names and 'rank' in e.schema.names: raise GeneformerError(
-        "These rows are occurrences of genes, and obsm has one row a cell: read the Parquet shards, or use to_parquet.")
+    if 'gene' in e.schema.names and 'rank' in e.schema.names:
+        raise GeneformerError("These rows are occurrences of genes, and obsm has one row a cell: "
+                              "read the Parquet shards, or use to_parquet.")
 
-def _said(e, name): return dict(vectors=name, **{k: str(e.facts[k]) for k in ('layer', 'pool', 'vocabulary', 'weights')})
+def _said(e, name):
+    return dict(vectors=name, **{k: str(e.facts[k]) for k in ('layer', 'pool', 'vocabulary',
+        'weights')})
 
 # %% ../../nbs/09b_atlas.ipynb #b1eaf160
 @patch
@@ -221,13 +266,17 @@ def to_zarr(self:Embedded,
     with atomic(path) as tmp:
         _skeleton(self).write_zarr(tmp)
         root, start = zarr.open_group(tmp, mode='a', use_consolidated=False), 0
-        x = root['obsm'].create_array(key_added, shape=(len(self), self.d), chunks=(max(1, min(chunk, len(self))), self.d), dtype='float32', fill_value=np.nan)
+        x = root['obsm'].create_array(key_added, shape=(len(self), self.d),
+                                      chunks=(max(1, min(chunk, len(self))), self.d),
+                                      dtype='float32', fill_value=np.nan)
         x.attrs.update({'encoding-type': 'array', 'encoding-version': '0.2.0'})
         for b in self.batches([name], chunk):
-            x[start:start + len(b)] = _matrix(b, name, self.d); start += len(b)
+            x[start:start + len(b)] = _matrix(b, name, self.d)
+            start += len(b)
         ad.io.write_elem(root['uns'], key_added, _said(self, name))
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # zarr 3 says that consolidated metadata are not in its standard yet
+            # zarr 3 says that consolidated metadata are not in its standard yet
+            warnings.simplefilter('ignore')
             zarr.consolidate_metadata(root.store)
     return path
 
@@ -245,14 +294,18 @@ def to_h5ad(self:Embedded,
     name, path = name or self.vectors[0], Path(path).expanduser()
     rows, n = (None, len(self)) if counts is None else _rows(self, as_folder(counts))
     with atomic(path) as tmp:
-        _skeleton(self).write_h5ad(tmp) if counts is None else shutil.copyfile(as_folder(counts), tmp)
+        _skeleton(self).write_h5ad(tmp) if counts is None else shutil.copyfile(as_folder(counts),
+            tmp)
         with h5py.File(tmp, 'r+') as f:
             f.require_group('obsm'), f.require_group('uns')
             if key_added in f['obsm']: del f['obsm'][key_added]
-            x, start = f['obsm'].create_dataset(key_added, (n, self.d), 'f4', chunks=(max(1, min(1024, n)), self.d), fillvalue=np.nan), 0
+            x, start = f['obsm'].create_dataset(key_added, (n, self.d), 'f4',
+                                                chunks=(max(1, min(1024, n)), self.d),
+                                                fillvalue=np.nan), 0
             x.attrs.update({'encoding-type': 'array', 'encoding-version': '0.2.0'})
             for b in self.batches(['barcode', 'file', 'row', name]):
-                at, v = np.arange(start, start + len(b)) if rows is None else rows(b), _matrix(b, name, self.d)
+                at, v = (np.arange(start, start + len(b)) if rows is None else rows(b),
+                         _matrix(b, name, self.d))
                 order = np.argsort(at, kind='stable')[(at < 0).sum():]
                 if len(order): x[_span(at[order])] = v[order]
                 start += len(b)
@@ -264,14 +317,23 @@ def _rows(e, counts):
     "Function from a batch to rows of the file of counts (-1: of another file), and the number of its cells; raises `GeneformerError`"
     source = Source(counts, *e.facts.get('how', (None, False, False)))
     mark, n = source.fingerprint(), source.n_obs
-    if mine := [k.split(' ', 2)[2] for k, v in e.facts.items() if k.startswith('input ') and v == mark]:
-        return (lambda b: np.where(np.asarray(b.column('file').to_pandas() == mine[0]), b.column('row').to_numpy(), -1)), n
-    if 'cells' not in e.facts: raise GeneformerError(f"'{Path(counts).name}' is none of the files that were embedded, or was changed since: name one of them.")
+    if mine := [k.split(' ', 2)[2] for k, v in e.facts.items() if k.startswith('input ')
+                and v == mark]:
+        return (lambda b: np.where(np.asarray(b.column('file').to_pandas() == mine[0]),
+                                   b.column('row').to_numpy(), -1)), n
+    if 'cells' not in e.facts:
+        raise GeneformerError(f"'{Path(counts).name}' is none of the files that were embedded, or "
+                              "was changed since: name one of them.")
     names = source.obs.index.astype(str)
-    if not names.is_unique: raise GeneformerError(f"'{Path(counts).name}' has a barcode twice, so cells cannot be found in it by barcode: make them unique.")
+    if not names.is_unique:
+        raise GeneformerError(f"'{Path(counts).name}' has a barcode twice, so cells cannot be "
+                              "found in it by barcode: make them unique.")
     def find(b):
         at = names.get_indexer(b.column('barcode').to_pandas())
-        if (at < 0).any(): raise GeneformerError(f"Barcode {b.column('barcode')[int(np.argmin(at))].as_py()!r} is not in '{Path(counts).name}': name the file the cells are from.")
+        if (at < 0).any():
+            raise GeneformerError(f"Barcode {b.column('barcode')[int(np.argmin(at))].as_py()!r} is "
+                                  f"not in '{Path(counts).name}': name the file the cells are "
+                                  "from.")
         return at
     return find, n
 
@@ -299,41 +361,57 @@ def embed_to(
     "Embed any number of cells into Parquet shards; raises `GeneformerError`, `CountsError`, `StorageError`"
     whole(rows=rows, block=block, workers=workers, budget=budget)
     model, folder = _loaded(model), as_folder(folder)
-    if folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir()) and not (folder/'manifest.json').exists(): raise StorageError(
-        f"'{folder.name}' holds other things, which would be mixed with the vectors: choose a new folder.")
+    if (folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir())
+            and not (folder/'manifest.json').exists()):
+        raise StorageError(f"'{folder.name}' holds other things, which would be mixed with the "
+                           "vectors: choose a new folder.")
     source = _opened(data, model, obs, where, counts_layer, logged, fractional, min_match, options)
-    shard = _plan(source, model, layer, pool, occurrences, where, rows, block, executor, workers, dict(budget=budget, dtype=dtype))
+    shard = _plan(source, model, layer, pool, occurrences, where, rows, block, executor, workers,
+                  dict(budget=budget, dtype=dtype))
     facts = _facts(shard, rows) | source.facts() | dict(how=[counts_layer, logged, fractional])
-    need = sum(source.sizes) * (200 + 4 * model.config.hidden_size * len(shard.layers)) if occurrences is None else 0
-    done = run_shards(shard, len(shard.plan), folder, facts, '.parquet', executor, workers, part, 'embedding', need)
+    need = (sum(source.sizes) * (200 + 4 * model.config.hidden_size * len(shard.layers))
+            if occurrences is None else 0)
+    done = run_shards(shard, len(shard.plan), folder, facts, '.parquet', executor, workers, part,
+                      'embedding', need)
     if len(done) < len(shard.plan): return None
     out = Embedded(folder)
-    if not len(out): raise GeneformerError(f"No cell matches {where}." if occurrences is None else "None of the cells holds one of these genes.")
+    if not len(out):
+        raise GeneformerError(f"No cell matches {where}." if occurrences is None else "None of the "
+                              "cells holds one of these genes.")
     return out
 
 # %% ../../nbs/09b_atlas.ipynb #16e438e7
 def _loaded(model):
     if isinstance(model, (str, Path)): return Geneformer.from_pretrained(model)
-    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer or the folder of a checkpoint, not {type(model).__name__}.")
+    if not isinstance(model, Geneformer):
+        raise GeneformerError("model is a Geneformer or the folder of a checkpoint, not "
+                              f"{type(model).__name__}.")
     return model
 
 def _plan(source, model, layer, pool, occurrences, where, rows, block, executor, workers, kw):
     "The shards; what would fail in one of them fails here"
     layers = list(dict.fromkeys(layer if isinstance(layer, (list, tuple)) else [layer]))
     for l in layers: model.n_run(l)
-    if occurrences is not None and len(layers) > 1: raise GeneformerError("Occurrences are written for one layer at a time: run once a layer.")
+    if occurrences is not None and len(layers) > 1:
+        raise GeneformerError("Occurrences are written for one layer at a time: run once a layer.")
     tokens = None if occurrences is None else _wanted(model, None, occurrences)[0]
-    if executor != 'serial' and source.path is None: raise GeneformerError(
-        f"executor={executor!r} sends every worker to a file, and these cells are in memory: write them first, or use executor='serial'.")
-    if executor != 'serial' and model.device.type != 'cpu': raise GeneformerError(
-        f"executor={executor!r} copies the model to every process, and this one is on {model.device}: use executor='serial', and part=(i, k) with one task a GPU.")
+    if executor != 'serial' and source.path is None:
+        raise GeneformerError(f"executor={executor!r} sends every worker to a file, and these "
+                              "cells are in memory: write them first, or use executor='serial'.")
+    if executor != 'serial' and model.device.type != 'cpu':
+        raise GeneformerError(f"executor={executor!r} copies the model to every process, and this "
+                              f"one is on {model.device}: use executor='serial', and part=(i, k) "
+                              "with one task a GPU.")
     if where: _match(source.block(0, 0, min(1, source.sizes[0])).obs, where, strict=False)
     plan = [(k, a, min(a + rows, n)) for k, n in enumerate(source.sizes) for a in range(0, n, rows)]
     threads = max(1, torch.get_num_threads() // (workers or cores()))
-    return _Shard(source, plan, model, layers, model.pooling(pool), tokens, where, block, threads, kw)
+    return _Shard(source, plan, model, layers, model.pooling(pool), tokens, where, block, threads,
+                  kw)
 
 def _facts(shard, rows):
     "What the vectors depend on"
-    return dict(weights=weights_digest(shard.model), vocabulary=shard.model.vocabulary.hash, layer=list(map(str, shard.layers)), pool=shard.pool,
-        occurrences=None if shard.tokens is None else shard.tokens.tolist(), obs=shard.source.kinds, where=shard.where, rows=rows,
-        block=shard.block, **{k: str(v) for k, v in shard.kw.items()})
+    return dict(weights=weights_digest(shard.model), vocabulary=shard.model.vocabulary.hash,
+                layer=list(map(str, shard.layers)), pool=shard.pool, occurrences=None
+                if shard.tokens is None else shard.tokens.tolist(), obs=shard.source.kinds,
+                where=shard.where, rows=rows, block=shard.block,
+                **{k: str(v) for k, v in shard.kw.items()})

@@ -13,16 +13,19 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from ..data.cells import Cells, need_cells, ragged
 from .checkpoints import no_bars, read_checkpoint
-from ..core import GeneformerError, VocabularyError, check_folder, digest, pick_device, pick_dtype, progress
+from ..core import (GeneformerError, VocabularyError, check_folder, digest, pick_device,
+                                pick_dtype, progress)
 from ..data.vocabulary import Vocabulary
 from .cpu_kernels import attend, fast_matmul, tiles_pay
 
 # %% ../../nbs/07_bert.ipynb #5886dfe5
-presets = {
-    'nano':    dict(num_hidden_layers=3, hidden_size=128, num_attention_heads=4, intermediate_size=256, dropout=.02),
-    'V1-10M':  dict(num_hidden_layers=6, hidden_size=256, num_attention_heads=4, intermediate_size=512, dropout=.02),
-    'V2-104M': dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=3072, dropout=.1),
-    'V2-316M': dict(num_hidden_layers=18, hidden_size=1152, num_attention_heads=18, intermediate_size=4608, dropout=.1)}
+presets = {'nano':    dict(num_hidden_layers=3, hidden_size=128, num_attention_heads=4,
+                           intermediate_size=256, dropout=.02), 'V1-10M':  dict(num_hidden_layers=6,
+    hidden_size=256, num_attention_heads=4, intermediate_size=512, dropout=.02),
+           'V2-104M': dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12,
+                           intermediate_size=3072, dropout=.1),
+           'V2-316M': dict(num_hidden_layers=18, hidden_size=1152, num_attention_heads=18,
+                           intermediate_size=4608, dropout=.1)}
 
 def bert_config(
     preset:str, # "nano", "V1-10M", "V2-104M" or "V2-316M"
@@ -31,16 +34,19 @@ def bert_config(
 ): # transformers.BertConfig
     "The configuration of an official size over a vocabulary; raises `GeneformerError` for an unknown preset or field"
     from transformers import BertConfig
-    if preset not in presets: raise GeneformerError(f"preset {preset!r} is not one of {', '.join(presets)}.")
+    if preset not in presets:
+        raise GeneformerError(f"preset {preset!r} is not one of {', '.join(presets)}.")
     plain = BertConfig()
     if odd := [k for k in changes if k != 'dropout' and not hasattr(plain, k)]:
-        near = difflib.get_close_matches(odd[0], [k for k in vars(plain) if k[0] != '_'] + ['dropout'], 1, .5)
+        near = difflib.get_close_matches(odd[0], [k for k in vars(plain) if k[0] != '_']
+                                         + ['dropout'], 1, .5)
         hint = f": did you mean {near[0]!r}?" if near else '.'
         raise GeneformerError(f"{odd[0]!r} is no field of BertConfig{hint}")
     kw = presets[preset] | changes
     p = kw.pop('dropout')
-    ours = dict(vocab_size=vocabulary.n_tokens, max_position_embeddings=vocabulary.max_len, hidden_act='relu',
-                pad_token_id=0, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+    ours = dict(vocab_size=vocabulary.n_tokens, max_position_embeddings=vocabulary.max_len,
+                hidden_act='relu', pad_token_id=0, hidden_dropout_prob=p,
+                attention_probs_dropout_prob=p)
     return BertConfig(**(ours | kw))
 
 # %% ../../nbs/07_bert.ipynb #19012947
@@ -50,14 +56,16 @@ def runs(
     "Stretches of consecutive cells of equal length"
     n = np.diff(np.asarray(offsets))
     cut = np.flatnonzero(np.diff(n)) + 1
-    return [(int(offsets[a]), int(b - a), int(n[a])) for a, b in zip([0, *cut], [*cut, len(n)]) if b > a and n[a] > 0]
+    return [(int(offsets[a]), int(b - a), int(n[a])) for a, b in zip([0, *cut], [*cut, len(n)])
+            if b > a and n[a] > 0]
 
 # %% ../../nbs/07_bert.ipynb #9e03ba29
 def _sound(kernel, device, dtype, e):
     "Does a kernel for cells of any length answer, and rightly, for a cell of one token and one of two?"
     x = torch.linspace(-1, 1, 3 * e, device=device).view(3, 1, e).to(dtype)  # t h e
     ends = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
-    plain = [F.scaled_dot_product_attention(*[c.transpose(0, 1)] * 3).transpose(0, 1) for c in (x[:1], x[1:])]
+    plain = [F.scaled_dot_product_attention(*[c.transpose(0, 1)] * 3).transpose(0, 1)
+             for c in (x[:1], x[1:])]
     try: return torch.allclose(kernel(x, x, x, ends, ends, 2, 2), torch.cat(plain), atol=.02)
     except (RuntimeError, TypeError, ValueError): return False
 
@@ -72,31 +80,38 @@ def _varlen(device, dtype, e):
 # %% ../../nbs/07_bert.ipynb #4f31b5a9
 def _biased(q, k, v, bias, dropout, scaling):
     "Attention with a bias a key, told as one more dimension (of eight): fused kernels have no derivative of a bias"
-    if bias is None: return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
     q = torch.cat([q, torch.full_like(q[..., :1], 1/scaling), torch.zeros_like(q[..., :7])], -1)
     k = torch.cat([k, bias.expand(*k.shape[:-1], 1), torch.zeros_like(k[..., :7])], -1)
-    return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), dropout_p=dropout, scale=scaling)[..., :-8]
+    return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), dropout_p=dropout,
+                                          scale=scaling)[..., :-8]
 
 def _within_cells(module, query, key, value, attention_mask, scaling=None, dropout=0., runs=None, ends=None, gate=None,
                   observe=None, **kw):
     "Attention where token i sees only the tokens of its own cell; without `runs`, plain scaled dot product"
     if runs is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
+                                      scaling=scaling, **kw)
     plain = not dropout and gate is None and observe is None
     if plain and (kernel := _varlen(query.device, query.dtype, query.shape[-1])):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # t h e
         return kernel(q, k, v, ends[0], ends[0], ends[1], ends[1])[None], None
     sizes, parts = [b * n for _, b, n in runs], []
-    pieces = [x[0].split(sizes, dim=1) for x in (query, key, value)]  # one split: its derivative is one concatenation
+    # one split: its derivative is one concatenation
+    pieces = [x[0].split(sizes, dim=1) for x in (query, key, value)]
     if gate is not None: gates = gate.split(sizes)
     for i, (s, b, n) in enumerate(runs):
         q, k, v = (x[i].unflatten(1, (b, n)).transpose(0, 1) for x in pieces)  # b h n e
-        bias = None if gate is None else gates[i].clamp_min(1e-30).log().view(b, 1, n, 1).to(q.dtype)
+        bias = None if gate is None else gates[i].clamp_min(1e-30).log().view(b, 1, n,
+            1).to(q.dtype)
         if plain and tiles_pay(q): o = attend(q, k, v, scaling)
         elif observe is None: o = _biased(q, k, v, bias, dropout, scaling)
         else:
-            w = (q @ k.transpose(-1, -2) * scaling + (0 if bias is None else bias.transpose(-1, -2))).softmax(-1)  # b h n n
+            # b h n n
+            w = (q @ k.transpose(-1, -2) * scaling + (0 if bias is None else bias.transpose(-1,
+                -2))).softmax(-1)
             observe(module.layer_idx, s, w)
             o = w @ v
         parts.append(o.transpose(1, 2).flatten(0, 1))  # t h e
@@ -117,14 +132,19 @@ class Geneformer:
     ):
         c = hf.config
         if c.vocab_size != vocabulary.n_tokens:
-            raise VocabularyError(f"The model has {c.vocab_size:,} tokens and the vocabulary {vocabulary.name!r} has "
-                                  f"{vocabulary.n_tokens:,}: they do not belong together.")
+            raise VocabularyError(f"The model has {c.vocab_size:,} tokens and the vocabulary "
+                                  f"{vocabulary.name!r} has {vocabulary.n_tokens:,}: they do not "
+                                  "belong together.")
         if c.max_position_embeddings < vocabulary.max_len:
-            raise VocabularyError(f"The model has {c.max_position_embeddings:,} positions, fewer than the vocabulary's "
-                                  f"longest cell ({vocabulary.max_len:,} tokens): use a vocabulary with that max_len.")
-        _register(); hf.set_attn_implementation('within_cells')
+            raise VocabularyError(f"The model has {c.max_position_embeddings:,} positions, fewer "
+                                  f"than the vocabulary's longest cell ({vocabulary.max_len:,} "
+                                  "tokens): use a vocabulary with that max_len.")
+        _register()
+        hf.set_attn_implementation('within_cells')
         self.hf, self.vocabulary = hf.eval(), vocabulary
-    def __setstate__(self, state): _register(); self.__dict__ |= state  # in a worker process
+    def __setstate__(self, state):
+        _register()
+        self.__dict__ |= state  # in a worker process
 
     @property
     def config(self): return self.hf.config
@@ -134,11 +154,13 @@ class Geneformer:
     def n_parameters(self): return sum(p.numel() for p in self.hf.parameters())
     def to(self, device):
         "Move to a device; returns the model"
-        self.hf.to(pick_device(device)); return self
+        self.hf.to(pick_device(device))
+        return self
     def __repr__(self):
         c = self.config
-        return (f"Geneformer {type(self.hf).__name__}, {c.num_hidden_layers} layers × {c.hidden_size} wide × "
-                f"{c.num_attention_heads} heads, {self.n_parameters:,} parameters on {self.device}; {self.vocabulary}")
+        return (f"Geneformer {type(self.hf).__name__}, {c.num_hidden_layers} layers × "
+                f"{c.hidden_size} wide × {c.num_attention_heads} heads, {self.n_parameters:,} "
+                f"parameters on {self.device}; {self.vocabulary}")
 
 # %% ../../nbs/07_bert.ipynb #1231b3a6
 @patch(cls_method=True)
@@ -161,10 +183,12 @@ def n_run(self:Geneformer,
 )->int: # how many layers to run
     "Number of encoder layers below a layer's output; raises `GeneformerError`"
     n = self.config.num_hidden_layers
-    back = {'last': 0, 'second_to_last': -1}.get(layer, layer) if isinstance(layer, (str, int, np.integer)) else layer
+    back = {'last': 0, 'second_to_last': -1}.get(layer, layer) if isinstance(layer,
+        (str, int, np.integer)) else layer
     if not isinstance(back, (int, np.integer)) or not -n <= back <= 0:
-        raise GeneformerError(f"layer {layer!r} is not 'last', 'second_to_last', or a number from 0 (last) down to "
-                              f"{-n} (the embeddings); -1 is the second to last, as in the official code.")
+        raise GeneformerError(f"layer {layer!r} is not 'last', 'second_to_last', or a number from "
+                              f"0 (last) down to {-n} (the embeddings); -1 is the second to last, "
+                              "as in the official code.")
     return n + int(back)
 
 # %% ../../nbs/07_bert.ipynb #8917c22f
@@ -172,14 +196,16 @@ def _check_flat(tokens, offsets, positions, gate, longest):
     "Do offsets cut these tokens into cells that the model can take? Raises `GeneformerError`"
     n = np.diff(offsets)
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(tokens) or (n < 0).any():
-        raise GeneformerError("offsets must begin with 0, never fall, and end with the number of tokens "
-                              f"({len(tokens):,}).")
+        raise GeneformerError("offsets must begin with 0, never fall, and end with the number of "
+                              f"tokens ({len(tokens):,}).")
     if positions is None and len(n) and n.max() > longest:
-        raise GeneformerError(f"Cell {int(n.argmax())} has {n.max():,} tokens and the model takes {longest:,}: "
-                              "tokenize again with model.vocabulary, which cuts to that length.")
+        raise GeneformerError(f"Cell {int(n.argmax())} has {n.max():,} tokens and the model takes "
+                              f"{longest:,}: tokenize again with model.vocabulary, which cuts to "
+                              "that length.")
     for name, x in dict(positions=positions, gate=gate).items():
         if x is not None and len(x) != len(tokens):
-            raise GeneformerError(f"{name} has {len(x):,} entries and there are {len(tokens):,} tokens: one a token.")
+            raise GeneformerError(f"{name} has {len(x):,} entries and there are {len(tokens):,} "
+                                  "tokens: one a token.")
 
 # %% ../../nbs/07_bert.ipynb #d4bff09e
 @patch
@@ -198,15 +224,18 @@ def hidden(self:Geneformer,
     _check_flat(tokens, offsets, positions, gate, self.config.max_position_embeddings)
     if not len(tokens): return torch.zeros(0, self.config.hidden_size, device=dev)
     if not torch.is_tensor(tokens): tokens = torch.from_numpy(np.array(tokens, dtype=np.int64))
-    if positions is None: positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+    if positions is None:
+        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
     ids, ranks = (torch.as_tensor(x, device=dev).long()[None] for x in (tokens, positions))  # 1 t
     if gate is not None: gate = torch.as_tensor(gate, device=dev)
     bert, done = self.hf.base_model, below[0] if below else 0
     x = below[1][None] if below else bert.embeddings(input_ids=ids, position_ids=ranks)  # 1 t d
     cuts = np.unique(offsets)  # without empty cells
-    cells = dict(runs=runs(offsets), ends=(torch.from_numpy(cuts.astype(np.int32)).to(dev), int(np.diff(cuts).max())))
+    cells = dict(runs=runs(offsets), ends=(torch.from_numpy(cuts.astype(np.int32)).to(dev),
+                                           int(np.diff(cuts).max())))
     with fast_matmul(dev):
-        for block in bert.encoder.layer[done:depth]: x = block(x, None, gate=gate, observe=observe, **cells)
+        for block in bert.encoder.layer[done:depth]:
+            x = block(x, None, gate=gate, observe=observe, **cells)
     return x[0]
 
 # %% ../../nbs/07_bert.ipynb #6b65dc1c
@@ -225,19 +254,22 @@ def pool_cells(
     if special:
         inner = torch.ones(len(x), dtype=torch.bool, device=x.device)
         full = n > 0
-        inner[off[:-1][full]] = False; inner[off[1:][full] - 1] = False
+        inner[off[:-1][full]] = False
+        inner[off[1:][full] - 1] = False
         x, n = x[inner], n - 2 * full
     if len(n) and (n == n[0]).all() and n[0] > 0: return x.view(len(n), int(n[0]), -1).mean(1)
     seg = torch.repeat_interleave(torch.arange(len(n), device=x.device), n)
-    return torch.zeros(len(n), x.shape[1], device=x.device, dtype=x.dtype).index_add(0, seg, x) / n[:, None]
+    return torch.zeros(len(n), x.shape[1], device=x.device, dtype=x.dtype).index_add(0, seg,
+        x) / n[:, None]
 
 @patch
 def pooling(self:Geneformer, how=None):
     "The pooling to use: the one asked for, or what the checkpoint was made for; raises `GeneformerError`"
     if how is None: return 'cls' if self.vocabulary.cls else 'mean'
     if how not in ('cls', 'mean') or (how == 'cls' and not self.vocabulary.cls):
-        hint = " or 'cls'." if self.vocabulary.cls else ("; this vocabulary has no <cls> token, and the first token is "
-                                                         "simply the top gene.")
+        hint = " or 'cls'." if self.vocabulary.cls else ("; this vocabulary has no <cls> token, "
+                                                         "and the first token is simply the top "
+                                                         "gene.")
         raise GeneformerError(f"pool={how!r} is not possible here: use 'mean'{hint}")
     return how
 
@@ -254,10 +286,12 @@ def stream(self:Geneformer,
     "Run the encoder over cells, without gradients; raises `VocabularyError` for cells of another vocabulary"
     need_cells(cells).check_vocabulary(self.vocabulary)
     dtype = pick_dtype(dtype)
-    with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.inference_mode(), torch.autocast(self.device.type, dtype,
+                                                enabled=dtype != torch.float32):
         for rows in progress(cells.batches(budget), 'encoding', unit='batches', show=show):
             part = cells[rows]
-            yield rows, part.tokens, part.offsets, self.hidden(part.tokens, part.offsets, layer=layer)
+            yield rows, part.tokens, part.offsets, self.hidden(part.tokens, part.offsets,
+                layer=layer)
 
 # %% ../../nbs/07_bert.ipynb #39dccc83
 @patch
@@ -269,7 +303,8 @@ def encode(self:Geneformer,
     **kwargs, # budget, dtype, show as in `stream`
 )->np.ndarray: # (cells, d) float32, in the order of the cells; nan for an empty cell
     "One vector a cell (official `EmbExtractor`, modes cell and cls)"
-    how, out = self.pooling(pool), np.full((len(cells), self.config.hidden_size), np.nan, np.float32)
+    how, out = self.pooling(pool), np.full((len(cells), self.config.hidden_size), np.nan,
+                                           np.float32)
     for rows, _, off, x in self.stream(cells, layer=layer, **kwargs):
         out[rows] = pool_cells(x, off, how, cells.special).float().cpu().numpy()
     return out

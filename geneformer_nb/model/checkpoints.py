@@ -32,12 +32,14 @@ def _tensors(path):
         if path.suffix == '.safetensors': return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        code = isinstance(e, pickle.UnpicklingError) and re.search(r'(?:GLOBAL|class|function) ([\w.]+\.\w+)', str(e))
+        code = isinstance(e, pickle.UnpicklingError) and re.search(r'(?:GLOBAL|class|function) '
+            r'([\w.]+\.\w+)', str(e))
         if not code:
-            raise MissingDataError(f"{where} cannot be read ({type(e).__name__}): it is damaged or incomplete; fetch "
-                                   "it again.") from e
-        raise GeneformerError(f"{where} asks for '{code[1]}', which is code and not weights: nothing of it was run. "
-                              "Get the file from a source you trust, best as model.safetensors.") from e
+            raise MissingDataError(f"{where} cannot be read ({type(e).__name__}): it is damaged or "
+                                   "incomplete; fetch it again.") from e
+        raise GeneformerError(f"{where} asks for '{code[1]}', which is code and not weights: "
+                              "nothing of it was run. Get the file from a source you trust, best "
+                              "as model.safetensors.") from e
 
 # %% ../../nbs/07a_checkpoints.ipynb #a4bf54ea
 def read_tensors(
@@ -48,11 +50,13 @@ def read_tensors(
     path = Path(path)
     where = f"{path.name} of '{path.parent.name}'"
     if p := pointer(path):
-        raise MissingDataError(f"{where} is a git-lfs pointer of {path.stat().st_size} bytes and not the weights "
-                               f"({p[1]:,} bytes): run `git lfs pull` in the clone, or fetch the file from the hub.")
+        raise MissingDataError(f"{where} is a git-lfs pointer of {path.stat().st_size} bytes and "
+                               f"not the weights ({p[1]:,} bytes): run `git lfs pull` in the "
+                               "clone, or fetch the file from the hub.")
     out = _tensors(path)
     if not isinstance(out, dict) or not out or not all(torch.is_tensor(v) for v in out.values()):
-        raise MissingDataError(f"{where} is no file of weights: a table of names and tensors is expected.")
+        raise MissingDataError(f"{where} is no file of weights: a table of names and tensors is "
+                               "expected.")
     return out
 
 # %% ../../nbs/07a_checkpoints.ipynb #c972f613
@@ -66,15 +70,18 @@ def weight_files(
         if not (index := folder/f'{name}.index.json').exists(): continue
         try: parts = sorted(set(json.loads(index.read_text())['weight_map'].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise MissingDataError(f"{index.name} of '{folder.name}' is damaged: fetch it again.") from e
+            raise MissingDataError(f"{index.name} of '{folder.name}' is damaged: fetch it "
+                                   "again.") from e
         if odd := [p for p in parts if Path(p).name != p]:
-            raise GeneformerError(f"{index.name} of '{folder.name}' points out of its folder ({odd[0]!r}) and was not "
-                                  "followed: get the folder from a source you trust.")
-        if lost := [p for p in parts if not (folder/p).exists()]: raise MissingDataError(
-            f"{len(lost)} of {len(parts)} weight files are not in '{folder.name}', {lost[0]} first: fetch them, too.")
+            raise GeneformerError(f"{index.name} of '{folder.name}' points out of its folder "
+                                  f"({odd[0]!r}) and was not followed: get the folder from a "
+                                  "source you trust.")
+        if lost := [p for p in parts if not (folder/p).exists()]:
+            raise MissingDataError(f"{len(lost)} of {len(parts)} weight files are not in "
+                                   f"'{folder.name}', {lost[0]} first: fetch them, too.")
         return [folder/p for p in parts]
-    raise MissingDataError(f"There are no weights in '{folder.name}': model.safetensors or pytorch_model.bin is "
-                           "expected beside config.json.")
+    raise MissingDataError(f"There are no weights in '{folder.name}': model.safetensors or "
+                           "pytorch_model.bin is expected beside config.json.")
 
 # %% ../../nbs/07a_checkpoints.ipynb #c8ddda33
 _heart = 'fine_tuned_models/Geneformer-V1-10M_CellClassifier_cardiomyopathies_220224'
@@ -101,16 +108,22 @@ official_files = { # {folder of the repository: {file: (bytes, sha256)}}
 official_files[''] = official_files['Geneformer-V2-316M']
 
 # %% ../../nbs/07a_checkpoints.ipynb #f65783b1
-official_files['geneformer'] = {
-    'ensembl_mapping_dict_gc104M.pkl': (3957652, '0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c'),
-    'gene_median_dictionary_gc104M.pkl': (1512661, 'a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5'),
-    'gene_name_id_dict_gc104M.pkl': (1660882, 'fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1'),
-    'token_dictionary_gc104M.pkl': (425590, '67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f')}
-official_files['geneformer/gene_dictionaries_30m'] = {
-    'ensembl_mapping_dict_gc30M.pkl': (584125, 'eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869'),
-    'gene_median_dictionary_gc30M.pkl': (940965, 'b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39'),
-    'gene_name_id_dict_gc30M.pkl': (1117117, '55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c'),
-    'token_dictionary_gc30M.pkl': (788424, 'ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1')}
+official_files['geneformer'] = {'ensembl_mapping_dict_gc104M.pkl': (3957652,
+    '0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c'),
+                                'gene_median_dictionary_gc104M.pkl': (1512661,
+    'a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5'),
+                                'gene_name_id_dict_gc104M.pkl': (1660882,
+    'fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1'),
+                                'token_dictionary_gc104M.pkl': (425590,
+    '67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f')}
+official_files['geneformer/gene_dictionaries_30m'] = {'ensembl_mapping_dict_gc30M.pkl': (584125,
+    'eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869'),
+                                                      'gene_median_dictionary_gc30M.pkl': (940965,
+    'b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39'),
+                                                      'gene_name_id_dict_gc30M.pkl': (1117117,
+    '55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c'),
+                                                      'token_dictionary_gc30M.pkl': (788424,
+    'ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1')}
 
 # %% ../../nbs/07a_checkpoints.ipynb #20898522
 def _known(folder, name=None):
@@ -132,14 +145,16 @@ def verify(
     folder = as_folder(folder)
     def state(f, size, sha):
         if not f.exists(): return 'not there'
-        if (p := pointer(f)): return f"a git-lfs pointer to {'this file' if p[0] == sha else 'another file'}"
+        if (p := pointer(f)):
+            return f"a git-lfs pointer to {'this file' if p[0] == sha else 'another file'}"
         if (n := f.stat().st_size) != size: return f'{n:,} bytes, not {size:,}'
         with open(f, 'rb') as b: return hashlib.file_digest(b, 'sha256').hexdigest()
     rows = [(f, sha, state(folder/f, size, sha)) for f, (size, sha) in _known(folder, name).items()]
     rows = [r for r in rows if missing or r[2] != 'not there']
     if not rows:
-        raise MissingDataError(f"'{folder.name}' holds no file that the official repository has: give a folder such as "
-            "Geneformer-V1-10M or a clone of the repository, or say which one it is (name='Geneformer-V1-10M').")
+        raise MissingDataError(f"'{folder.name}' holds no file that the official repository has: "
+                               "give a folder such as Geneformer-V1-10M or a clone of the "
+                               "repository, or say which one it is (name='Geneformer-V1-10M').")
     out = pd.DataFrame(rows, columns=['file', 'expected', 'found'])
     return out.assign(ok=out['expected'] == out['found'])
 
@@ -148,15 +163,17 @@ def _from_hub(repo, subfolder, revision):
     "A local folder laid out as the repository, with the files of one checkpoint"
     from huggingface_hub import snapshot_download
     sub = f'{subfolder}/' if subfolder else ''
-    def weights(stem, end): return [f'{sub}{stem}{end}', f'{sub}{stem}{end}.index.json', f'{sub}{stem}-*-of-*{end}']
+    def weights(stem, end):
+        return [f'{sub}{stem}{end}', f'{sub}{stem}{end}.index.json', f'{sub}{stem}-*-of-*{end}']
     def fetch(names): return Path(snapshot_download(repo, revision=revision, allow_patterns=names))
     try:
         facts = [f'{sub}config.json', f'{sub}vocabulary.json', 'geneformer/*.pkl']
         root = fetch(facts + weights('model', '.safetensors'))
         if not list((root/sub).glob('model*.safetensors')): fetch(weights('pytorch_model', '.bin'))
     except Exception as e:
-        raise MissingDataError(f"There is no folder '{repo}' here, and nothing of that name came from the hub "
-            f"({type(e).__name__}): mend the path, or the connection, or give the folder of a copy.") from e
+        raise MissingDataError(f"There is no folder '{repo}' here, and nothing of that name came "
+                               f"from the hub ({type(e).__name__}): mend the path, or the "
+                               "connection, or give the folder of a copy.") from e
     return root
 
 def _local(path, subfolder=None, revision=None):
@@ -166,10 +183,11 @@ def _local(path, subfolder=None, revision=None):
     if hub_id and not root.exists(): root = _from_hub(str(path), subfolder, revision)
     folder = root/(subfolder or '')
     if (folder/'config.json').exists(): return folder
-    near = [p.parent.relative_to(root).as_posix() for g in ('*', '*/*') for p in root.glob(f'{g}/config.json')]
-    hint = f"its sub-folders {', '.join(sorted(near))} are checkpoints: name one with subfolder=…" if near else (
-        "give a folder with config.json and model.safetensors, or a hub id such as 'ctheodoris/Geneformer' with "
-        "subfolder='Geneformer-V1-10M'")
+    near = [p.parent.relative_to(root).as_posix() for g in ('*', '*/*')
+            for p in root.glob(f'{g}/config.json')]
+    hint = (f"its sub-folders {', '.join(sorted(near))} are checkpoints: name one with subfolder=…"
+            if near else ("give a folder with config.json and model.safetensors, or a hub id such "
+                          "as 'ctheodoris/Geneformer' with subfolder='Geneformer-V1-10M'"))
     raise MissingDataError(f"There is no checkpoint in '{folder.name}' (no config.json): {hint}.")
 
 # %% ../../nbs/07a_checkpoints.ipynb #b4acaca3
@@ -179,21 +197,24 @@ def _find_vocabulary(folder, size):
     "The vocabulary that belongs to a checkpoint folder"
     if (folder/'vocabulary.json').exists(): return Vocabulary.load(folder)
     if size not in _by_size:
-        raise VocabularyError(f"'{folder.name}' has {size:,} tokens, no official generation, and no vocabulary.json: "
-                              "pass vocabulary=…")
-    roots, data = [folder, *list(folder.absolute().parents)[:2]], os.environ.get('GENEFORMER_NB_DATA')
+        raise VocabularyError(f"'{folder.name}' has {size:,} tokens, no official generation, and "
+                              "no vocabulary.json: pass vocabulary=…")
+    roots, data = ([folder, *list(folder.absolute().parents)[:2]],
+                   os.environ.get('GENEFORMER_NB_DATA'))
     for root in roots + ([Path(data)/'data/official'] if data else []):
         if (root/'geneformer').is_dir(): return Vocabulary.official(_by_size[size], root)
-    raise MissingDataError(f"'{folder.name}' is an official {_by_size[size]} checkpoint without its dictionaries: copy "
-        "the folder geneformer/ of huggingface.co/ctheodoris/Geneformer beside it, or pass vocabulary=….")
+    raise MissingDataError(f"'{folder.name}' is an official {_by_size[size]} checkpoint without "
+                           "its dictionaries: copy the folder geneformer/ of "
+                           "huggingface.co/ctheodoris/Geneformer beside it, or pass vocabulary=….")
 
 def _vocabulary(folder, size, given):
     "The vocabulary given, or the one that is found; raises `VocabularyError` when the folder was made with another"
     if given is None: return _find_vocabulary(folder, size)
     own = Vocabulary.load(folder) if (folder/'vocabulary.json').exists() else given
     if own.n_tokens == given.n_tokens and own.hash != given.hash:
-        raise VocabularyError(f"'{folder.name}' was made with the vocabulary {own.name!r} ({own.hash}), and the one "
-                              f"given is {given.name!r} ({given.hash}): leave vocabulary=… out.")
+        raise VocabularyError(f"'{folder.name}' was made with the vocabulary {own.name!r} "
+                              f"({own.hash}), and the one given is {given.name!r} ({given.hash}): "
+                              "leave vocabulary=… out.")
     return given
 
 # %% ../../nbs/07a_checkpoints.ipynb #deb6bef7
@@ -214,11 +235,12 @@ def _config(folder):
         conf = json.loads((folder/'config.json').read_text())
         conf['vocab_size'] + 0
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise MissingDataError(f"config.json of '{folder.name}' is damaged or no model's: fetch it again.") from e
+        raise MissingDataError(f"config.json of '{folder.name}' is damaged or no model's: fetch it "
+                               "again.") from e
     name = (conf.get('architectures') or ['BertForMaskedLM'])[0]
     if not name.startswith('Bert') or not hasattr(transformers, name):
-        raise GeneformerError(f"'{folder.name}' holds a {name}, which is no BERT: Geneformer checkpoints are "
-                              "BertForMaskedLM or a BERT classifier.")
+        raise GeneformerError(f"'{folder.name}' holds a {name}, which is no BERT: Geneformer "
+                              "checkpoints are BertForMaskedLM or a BERT classifier.")
     return getattr(transformers, name), transformers.BertConfig.from_dict(conf)
 
 def _check_size(folder, files):
@@ -227,8 +249,9 @@ def _check_size(folder, files):
     for f in files:
         n = f.stat().st_size
         if f.name in known and n != known[f.name][0]:
-            warnings.warn(f"{f.name} of '{folder.name}' has {n:,} bytes and the official file {known[f.name][0]:,}: it "
-                          "is another model under that name, or was saved anew (see `verify`).", stacklevel=4)
+            warnings.warn(f"{f.name} of '{folder.name}' has {n:,} bytes and the official file "
+                          f"{known[f.name][0]:,}: it is another model under that name, or was "
+                          "saved anew (see `verify`).", stacklevel=4)
 
 # %% ../../nbs/07a_checkpoints.ipynb #a437d5f9
 def read_checkpoint(
@@ -248,9 +271,11 @@ def read_checkpoint(
     try:
         with no_bars(): hf, info = kind.from_pretrained(None, **how)
     except Exception as e:
-        raise MissingDataError(f"The weights of '{folder.name}' do not fit its config.json ({type(e).__name__}: "
-            f"{str(e).splitlines()[0][:120]}): one of the two belongs to another model.") from e
+        raise MissingDataError(f"The weights of '{folder.name}' do not fit its config.json "
+                               f"({type(e).__name__}: {str(e).splitlines()[0][:120]}): one of the "
+                               "two belongs to another model.") from e
     if lost := [k for k in info['missing_keys'] if 'position_ids' not in k]:
-        raise GeneformerError(f"The weights of '{folder.name}' lack {len(lost)} tensors, {sorted(lost)[0]} first: the "
-                              "download is broken, or the configuration is another model's.")
+        raise GeneformerError(f"The weights of '{folder.name}' lack {len(lost)} tensors, "
+                              f"{sorted(lost)[0]} first: the download is broken, or the "
+                              "configuration is another model's.")
     return hf, vocabulary

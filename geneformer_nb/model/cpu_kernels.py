@@ -24,7 +24,9 @@ def _linear(x, w, b=None): return torch.ops.mkldnn._linear_pointwise(x, w, b, 'n
 def _sound(linear, dtype):
     "Does a linear map answer, and rightly?"
     x, w = (torch.linspace(-1, 1, n, dtype=torch.float64).view(-1, 4) for n in (12, 20))
-    try: return torch.allclose(linear(x.to(dtype), w.to(dtype), None).double(), x @ w.T, atol=.02 if dtype == torch.bfloat16 else 1e-5)
+    try:
+        return torch.allclose(linear(x.to(dtype), w.to(dtype), None).double(), x @ w.T, atol=.02
+                              if dtype == torch.bfloat16 else 1e-5)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError): return False
 
 @lru_cache
@@ -32,9 +34,14 @@ def onednn(
     dtype=torch.float32, # torch.float32 or torch.bfloat16
 )->bool:
     "Is it oneDNN that should multiply matrices of this type, on this processor, rather than what torch takes by itself?"
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != 'AVX512': return False
-    if dtype == torch.float32: return torch.backends.mkl.is_available() and _named('AuthenticAMD') and _sound(_linear, dtype)
-    return dtype == torch.bfloat16 and bool(getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()) and _sound(_linear, dtype)
+    if (not torch.backends.mkldnn.is_available()
+            or torch.backends.cpu.get_cpu_capability() != 'AVX512'):
+        return False
+    if dtype == torch.float32:
+        return torch.backends.mkl.is_available() and _named('AuthenticAMD') and _sound(_linear,
+            dtype)
+    return dtype == torch.bfloat16 and bool(getattr(torch.cpu, '_is_avx512_bf16_supported',
+                                                    bool)()) and _sound(_linear, dtype)
 
 # %% ../../nbs/07b_cpu_kernels.ipynb #bc2b3dad
 class _Linear(torch.autograd.Function):
@@ -49,19 +56,22 @@ class _Linear(torch.autograd.Function):
         (x, w), (of_x, of_w, of_b) = ctx.saved_tensors, ctx.needs_input_grad
         g = g.contiguous()
         flat = g.flatten(0, -2)
-        return (_linear(g, w.T.contiguous()) if of_x else None, _linear(flat.T.contiguous(), x.flatten(0, -2).T.contiguous()) if of_w else None,
-                flat.sum(0) if of_b else None)
+        return (_linear(g, w.T.contiguous()) if of_x else None, _linear(flat.T.contiguous(),
+            x.flatten(0, -2).T.contiguous()) if of_w else None, flat.sum(0) if of_b else None)
 
 class _Products(TorchFunctionMode):
     "Gives linear maps in float32 to oneDNN; whatever else is asked for goes its way"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and not kwargs and self.ours(*args): return _Linear.apply(*args, *[None]*(3 - len(args)))
+        if func is F.linear and not kwargs and self.ours(*args):
+            return _Linear.apply(*args, *[None]*(3 - len(args)))
         return func(*args, **(kwargs or {}))
     @staticmethod
     def ours(x, w, b=None):
         plain = type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
-        return plain and x.dtype == w.dtype == torch.float32 and x.device.type == w.device.type == 'cpu' and x.dim() > 1 and x.numel() >= 32*x.shape[-1] \
-            and w.dim() == 2 and x.is_contiguous() and w.is_contiguous() and not torch.is_autocast_enabled('cpu')
+        return (plain and x.dtype == w.dtype == torch.float32
+                and x.device.type == w.device.type == 'cpu' and x.dim() > 1
+                and x.numel() >= 32*x.shape[-1] and w.dim() == 2 and x.is_contiguous()
+                and w.is_contiguous() and not torch.is_autocast_enabled('cpu'))
 
 def fast_matmul(
     device, # torch.device of the model
@@ -75,17 +85,25 @@ def _by_onednn(a, b): return _linear(a, b.mT)
 def _parts(q, *more):
     "How to go through attention: tensors of one head (or of all heads of a short cell in bfloat16), the product of two, rows at a time"
     b, h, n, e = q.shape
-    if q.dtype == torch.bfloat16 and n < 1024: parts, times, rows = zip(q, *more), torch.bmm, 2**20 // (h*n)
-    else: parts, times, rows = (x for cell in zip(q, *more) for x in zip(*cell)), _by_onednn, 2**18 // n
-    return parts, times, torch.get_num_threads()*max(64, min(512, rows))  # a megabyte of scores for each thread
+    if q.dtype == torch.bfloat16 and n < 1024:
+        parts, times, rows = zip(q, *more), torch.bmm, 2**20 // (h*n)
+    else:
+        parts, times, rows = (x for cell in zip(q, *more)
+                              for x in zip(*cell)), _by_onednn, 2**18 // n
+    # a megabyte of scores for each thread
+    return parts, times, torch.get_num_threads()*max(64, min(512, rows))
 
-def _like(q): return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)  # genes before heads, as a model wants them
+# genes before heads, as a model wants them
+def _like(q):
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1,
+        2)
 
 class _Attend(torch.autograd.Function):
     "Attention in tiles; its derivatives make the scores again, tile by tile"
     @staticmethod
     def forward(ctx, q, k, v, scale):
-        ctx.save_for_backward(q, k, v); ctx.scale = scale
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
         out = _like(q)
         parts, times, rows = _parts(q, k, v, out)
         for q, k, v, o in parts:
@@ -107,9 +125,11 @@ class _Attend(torch.autograd.Function):
             for i in range(0, q.shape[-2], rows):
                 at = (..., slice(i, i + rows), slice(None))
                 w = torch.softmax(times(q[at], k.mT), -1)
-                s = torch._softmax_backward_data(times(g[at], v.mT), w, -1, w.dtype)  # of the scores
+                # of the scores
+                s = torch._softmax_backward_data(times(g[at], v.mT), w, -1, w.dtype)
                 to_q[at] = times(s, k)
-                sums[0] += times(s.mT, q[at]*scale); sums[1] += times(w.mT, g[at])
+                sums[0] += times(s.mT, q[at]*scale)
+                sums[1] += times(w.mT, g[at])
             to_k[:], to_v[:] = sums
         return *to, None
 

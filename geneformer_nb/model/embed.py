@@ -18,10 +18,14 @@ from ..data.tokenizer import tokenize
 # %% ../../nbs/09_embed.ipynb #84ebd852
 def _match(obs, where, strict=True):
     "Which cells have the values of `where`"
-    if not isinstance(where or {}, dict): raise GeneformerError(f"where is {{obs column: value or values}}, not {type(where).__name__}.")
+    if not isinstance(where or {}, dict):
+        raise GeneformerError(f"where is {{obs column: value or values}}, not "
+                              f"{type(where).__name__}.")
     keep = np.ones(len(obs), bool)
     for c, values in (where or {}).items():
-        if c not in obs: raise GeneformerError(f"obs has no column {c!r} (it has {', '.join(map(str, obs.columns)) or 'none'}).")
+        if c not in obs:
+            raise GeneformerError(f"obs has no column {c!r} (it has "
+                                  f"{', '.join(map(str, obs.columns)) or 'none'}).")
         values = [values] if isinstance(values, str) or np.isscalar(values) else list(values)
         there = list(obs[c].dropna().unique())
         if strict and (lost := [v for v in values if v not in there]): raise GeneformerError(
@@ -36,24 +40,30 @@ def pick_cells(
     seed:int=0, # which are drawn
 )->np.ndarray: # numbers of the cells, ascending
     "Choose cells; raises `GeneformerError` for a column or a value that is not there, and where none is left"
-    if max_cells is not None and max_cells < 1: raise GeneformerError(f"max_cells={max_cells} should be 1 or more, or None for all.")
+    if max_cells is not None and max_cells < 1:
+        raise GeneformerError(f"max_cells={max_cells} should be 1 or more, or None for all.")
     rows = np.flatnonzero(_match(obs, where))
-    if not len(rows): raise GeneformerError(f"No cell matches {where}." if where else "There are no cells.")
+    if not len(rows):
+        raise GeneformerError(f"No cell matches {where}." if where else "There are no cells.")
     if max_cells is None or len(rows) <= max_cells: return rows
     return np.sort(np.random.default_rng(seed).choice(rows, max_cells, replace=False))
 
 def _some(cells, where, max_cells, seed):
     "Cells chosen by `pick_cells`; all of them, and no copy, where nothing is asked"
     need_cells(cells)
-    return cells if where is None and max_cells is None else cells[pick_cells(cells.obs, where, max_cells, seed)]
+    return cells if where is None and max_cells is None else cells[pick_cells(cells.obs, where,
+        max_cells, seed)]
 
 # %% ../../nbs/09_embed.ipynb #dd627273
 @contextmanager
 def _listen(model, layers):
     "(the deepest of some layers, {layer: vectors} filled whenever that one is computed)"
     depth, bert, held = {l: model.n_run(l) for l in layers}, model.hf.base_model, {}
-    def keep(l): return lambda module, args, out: held.__setitem__(l, (out[0] if isinstance(out, tuple) else out)[0])
-    taps = [(bert.encoder.layer[n - 1] if n else bert.embeddings).register_forward_hook(keep(l)) for l, n in depth.items()]
+    def keep(l):
+        return lambda module, args, out: held.__setitem__(l, (out[0] if isinstance(out, tuple)
+            else out)[0])
+    taps = [(bert.encoder.layer[n - 1] if n else bert.embeddings).register_forward_hook(keep(l))
+            for l, n in depth.items()]
     try: yield max(layers, key=depth.get), held
     finally:
         for t in taps: t.remove()
@@ -67,13 +77,16 @@ def encode_layers(
 )->dict: # {layer: (cells, d) float32, in the order of the cells; nan for an empty cell}
     "`Geneformer.encode` at several layers, for the price of the deepest; raises `GeneformerError`"
     if not len(layers): raise GeneformerError("There is no layer to read: layers is empty.")
-    if len(layers) == 1: return {layers[0]: model.encode(cells, layer=layers[0], pool=pool, **kwargs)}
+    if len(layers) == 1:
+        return {layers[0]: model.encode(cells, layer=layers[0], pool=pool, **kwargs)}
     how = model.pooling(pool)
     out = {l: np.full((len(cells), model.config.hidden_size), np.nan, np.float32) for l in layers}
     with _listen(model, list(layers)) as (deepest, held):
         for rows, tokens, off, _ in model.stream(cells, layer=deepest, **kwargs):
             if len(tokens):  # cells without genes stay nan
-                for l in out: out[l][rows] = pool_cells(held[l], off, how, cells.special).float().cpu().numpy()
+                for l in out:
+                    out[l][rows] = pool_cells(held[l], off, how,
+                                              cells.special).float().cpu().numpy()
     return out
 
 # %% ../../nbs/09_embed.ipynb #6d8d300a
@@ -92,26 +105,34 @@ def embed(
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
 ): # None, or the copy: adds obsm[key_added] (cells × d, float32; nan for a cell without known genes), uns[key_added]
     "Embed every cell of an AnnData; raises `VocabularyError`, `CountsError`, `GeneMatchError`"
-    if not hasattr(adata, 'obsm'): raise GeneformerError(f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance "
-                                                         "with sources.read_any.")
-    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}: Geneformer.from_pretrained(…).")
+    if not hasattr(adata, 'obsm'):
+        raise GeneformerError(f"adata is an AnnData, not {type(adata).__name__}: read a file "
+                              "first, for instance with sources.read_any.")
+    if not isinstance(model, Geneformer):
+        raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}: "
+                              "Geneformer.from_pretrained(…).")
     if vocabulary is not None and vocabulary.hash != model.vocabulary.hash:
-        raise VocabularyError(f"The vocabulary given ({vocabulary.name!r}) is not the model's ({model.vocabulary.name!r}): leave it out.")
-    cells = tokenize(adata, model.vocabulary, counts_layer=counts_layer, logged=logged, gene_ids=genes, obs=[], keep=None, keep_empty=True)
+        raise VocabularyError(f"The vocabulary given ({vocabulary.name!r}) is not the model's "
+                              f"({model.vocabulary.name!r}): leave it out.")
+    cells = tokenize(adata, model.vocabulary, counts_layer=counts_layer, logged=logged,
+                     gene_ids=genes, obs=[], keep=None, keep_empty=True)
     out = adata.copy() if copy else adata
     store_embedding(out, cells, model, layer, pool, key_added, dict(genes=str(cells.match)), kwargs)
     return out if copy else None
 
 def store_embedding(adata, cells, model, layer, pool, key_added, more, kwargs):
     "Vectors of cells into obsm, and what they are into uns; a list of layers side by side"
-    if n := int((cells.lengths == 0).sum()): warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: their "
+    if n := int((cells.lengths == 0).sum()):
+        warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: their "
         "embedding is nan.", stacklevel=3)
     several = isinstance(layer, (list, tuple))
     for l, x in encode_layers(cells, model, layer if several else [layer], pool, **kwargs).items():
         key = f'{key_added}_{l}' if several else key_added
         adata.obsm[key] = x
-        adata.uns[key] = dict(layer=str(l), pool=model.pooling(pool), vocabulary=model.vocabulary.name, vocabulary_hash=model.vocabulary.hash,
-            versions={k: str(v) for k, v in versions().items()}) | more
+        adata.uns[key] = dict(layer=str(l), pool=model.pooling(pool),
+                              vocabulary=model.vocabulary.name,
+                              vocabulary_hash=model.vocabulary.hash,
+                              versions={k: str(v) for k, v in versions().items()}) | more
 
 # %% ../../nbs/09_embed.ipynb #9f2a5de4
 def cell_embeddings(
@@ -125,21 +146,24 @@ def cell_embeddings(
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
 )->pd.DataFrame: # by barcode: columns "0" … "d-1" float32, then the labels; {layer: table} for a list of layers
     "One row a cell, in the order of the cells (official `extract_embs`, modes cell and cls); raises `GeneformerError`"
-    cells, labels = _some(cells, where, max_cells, seed), [labels] if isinstance(labels, str) else list(labels)
-    if lost := [c for c in labels if c not in cells.obs]: raise GeneformerError(
-        f"obs has no column {lost[0]!r} (it has {', '.join(map(str, cells.obs.columns)) or 'none'}).")
+    cells, labels = (_some(cells, where, max_cells, seed), [labels] if isinstance(labels, str)
+                     else list(labels))
+    if lost := [c for c in labels if c not in cells.obs]:
+        raise GeneformerError(f"obs has no column {lost[0]!r} (it has "
+                              f"{', '.join(map(str, cells.obs.columns)) or 'none'}).")
     several = isinstance(layer, (list, tuple))
     found = encode_layers(cells, model, layer if several else [layer], pool, **kwargs)
     carried = cells.obs[labels].reset_index(drop=True)
-    out = {l: pd.concat([pd.DataFrame(x, columns=list(map(str, range(x.shape[1])))), carried], axis=1).set_axis(cells.obs.index)
-           for l, x in found.items()}
+    out = {l: pd.concat([pd.DataFrame(x, columns=list(map(str, range(x.shape[1])))), carried],
+                        axis=1).set_axis(cells.obs.index) for l, x in found.items()}
     return out if several else out[layer]
 
 # %% ../../nbs/09_embed.ipynb #54d6c341
 def _wanted(model, tokens, genes):
     "(tokens of the genes to look at, row of each token among them or -1)"
     v = model.vocabulary
-    t = np.unique(tokens) if genes is None else np.unique(v.token([genes] if isinstance(genes, str) else list(genes)))
+    t = np.unique(tokens) if genes is None else np.unique(v.token([genes] if isinstance(genes, str)
+        else list(genes)))
     t = t[t >= len(v.specials)]
     row = np.full(v.n_tokens, -1)
     row[t] = np.arange(len(t))
@@ -148,7 +172,9 @@ def _wanted(model, tokens, genes):
 def group_codes(obs, by):
     "(values of a column, sorted; which of them each cell has, or -1)"
     if by is None: return [None], np.zeros(len(obs), int)
-    if by not in obs: raise GeneformerError(f"obs has no column {by!r} (it has {', '.join(map(str, obs.columns)) or 'none'}).")
+    if by not in obs:
+        raise GeneformerError(f"obs has no column {by!r} (it has "
+                              f"{', '.join(map(str, obs.columns)) or 'none'}).")
     col = pd.Categorical(obs[by].astype(str).where(obs[by].notna() & (obs[by].astype(str) != '')))
     return list(col.categories), col.codes.astype(int)
 
@@ -156,9 +182,12 @@ def group_codes(obs, by):
 class _Sums:
     "Sums of vectors by row, and of their directions where the spread is wanted"
     def __init__(self, n, model, spread):
-        kind = torch.float32 if model.device.type == 'mps' else torch.float64  # thousands of cells: float32 would lose digits
-        def zeros(): return torch.zeros(n, model.config.hidden_size, dtype=kind, device=model.device)
-        self.x, self.u, self.n = zeros(), zeros() if spread else None, torch.zeros(n, dtype=torch.int64, device=model.device)
+        # thousands of cells: float32 would lose digits
+        kind = torch.float32 if model.device.type == 'mps' else torch.float64
+        def zeros():
+            return torch.zeros(n, model.config.hidden_size, dtype=kind, device=model.device)
+        self.x, self.u, self.n = (zeros(), zeros() if spread else None,
+                                  torch.zeros(n, dtype=torch.int64, device=model.device))
     def add(self, rows, x):
         rows, x = torch.as_tensor(rows, device=x.device), x.to(self.x.dtype)
         self.x.index_add_(0, rows, x)
@@ -166,7 +195,8 @@ class _Sums:
         if self.u is not None: self.u.index_add_(0, rows, torch.nn.functional.normalize(x, dim=1))
     def result(self, seen):
         n = self.n[seen]
-        spread = None if self.u is None else (1 - self.u[seen].norm(dim=1) / n).clamp_min(0).cpu().numpy()
+        spread = (None if self.u is None
+                  else (1 - self.u[seen].norm(dim=1) / n).clamp_min(0).cpu().numpy())
         return (self.x[seen] / n[:, None]).float().cpu().numpy(), n.cpu().numpy(), spread
 
 # %% ../../nbs/09_embed.ipynb #1309ea92
@@ -194,7 +224,9 @@ def gene_embeddings(
     x, n, spread = sums.result(seen)
     seen, ids = seen.cpu().numpy(), np.asarray(model.vocabulary.gene(tokens))
     index = pd.Index(ids[seen % len(tokens)]) if len(seen) else pd.Index([])
-    if by is not None: index = pd.MultiIndex.from_arrays([np.asarray(values, object)[seen // len(tokens)], index], names=[by, 'gene'])
+    if by is not None:
+        index = pd.MultiIndex.from_arrays([np.asarray(values, object)[seen // len(tokens)], index],
+                                          names=[by, 'gene'])
     out = pd.DataFrame(x, index=index)
     return (out, pd.DataFrame(dict(n=n, spread=spread), index=index)) if stats else out
 
@@ -206,8 +238,11 @@ def _occurrences(cells, model, tokens, layer, **kwargs):
     for rows, t, off, x in model.stream(cells, layer=layer, **kwargs):
         at = np.flatnonzero(row[t])
         cell = np.repeat(np.arange(len(rows)), np.diff(off))[at]
-        found.append((rows[cell], t[at], at - off[cell] - cells.special, x[torch.as_tensor(at, device=x.device)].float().cpu().numpy()))
-    if not found: return *(np.zeros(0, int) for _ in range(3)), np.zeros((0, model.config.hidden_size), np.float32)
+        found.append((rows[cell], t[at], at - off[cell] - cells.special,
+                      x[torch.as_tensor(at, device=x.device)].float().cpu().numpy()))
+    if not found:
+        return *(np.zeros(0, int) for _ in range(3)), np.zeros((0, model.config.hidden_size),
+            np.float32)
     cell, token, rank, x = (np.concatenate(p) for p in zip(*found))
     order = np.lexsort((rank, cell))
     return cell[order], token[order], rank[order], x[order]
@@ -223,14 +258,18 @@ def gene_occurrences(
 )->pd.DataFrame: # index cell (barcode), gene (id), rank (0 is the top gene); columns 0 … d-1, float32; by cell and rank
     "The vector of some genes in each cell that holds them (official `gene_emb_style='all'`); raises `VocabularyError`"
     cells = _some(cells, where, max_cells, seed)
-    cell, token, rank, x = _occurrences(cells, model, _wanted(model, None, genes)[0], layer, **kwargs)
+    cell, token, rank, x = _occurrences(cells, model, _wanted(model, None, genes)[0], layer,
+                                        **kwargs)
     ids = np.asarray(model.vocabulary.gene(token)) if len(token) else []
-    return pd.DataFrame(x, index=pd.MultiIndex.from_arrays([cells.obs.index[cell], ids, rank], names=['cell', 'gene', 'rank']))
+    return pd.DataFrame(x, index=pd.MultiIndex.from_arrays([cells.obs.index[cell], ids, rank],
+        names=['cell', 'gene', 'rank']))
 
 # %% ../../nbs/09_embed.ipynb #44772efb
 class States(dict):
     "{state: vector}, and `.n`, {state: how many cells stand behind it}"
-    def __init__(self, vectors=(), n=None): super().__init__(vectors); self.n = n or {}
+    def __init__(self, vectors=(), n=None):
+        super().__init__(vectors)
+        self.n = n or {}
 
 # %% ../../nbs/09_embed.ipynb #92fb017f
 def state_embeddings(
@@ -246,20 +285,27 @@ def state_embeddings(
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
 )->dict: # `States`: {state: float32 vector (d,)}, and .n
     "Exact mean or median of the cell vectors of each state (official `get_state_embs`); raises `GeneformerError`"
-    if how not in ('mean', 'median'): raise GeneformerError(f"how={how!r} is not 'mean' or 'median'.")
+    if how not in ('mean', 'median'):
+        raise GeneformerError(f"how={how!r} is not 'mean' or 'median'.")
     cells = _some(cells, where, None, seed)
     if column not in cells.obs:
-        raise GeneformerError(f"obs has no column {column!r} (it has {', '.join(map(str, cells.obs.columns)) or 'none'}).")
+        raise GeneformerError(f"obs has no column {column!r} (it has "
+                              f"{', '.join(map(str, cells.obs.columns)) or 'none'}).")
     col = cells.obs[column].astype(str).where(cells.obs[column].notna(), '').to_numpy()
-    states = sorted(set(col) - {''}) if states is None else [str(s) for s in ([states] if isinstance(states, str) else states)]
+    states = (sorted(set(col) - {''}) if states is None
+              else [str(s) for s in ([states] if isinstance(states, str) else states)])
     if lost := [s for s in states if s not in col]:
-        raise GeneformerError(f"No cell has {column} = {lost[0]!r}; the column holds {', '.join(sorted(set(col))[:8])}.")
+        raise GeneformerError(f"No cell has {column} = {lost[0]!r}; the column holds "
+                              f"{', '.join(sorted(set(col))[:8])}.")
     held = np.flatnonzero(np.isin(col, states))
     if max_cells is not None:
         each = [np.flatnonzero(col == s) for s in states]
-        held = np.sort(np.concatenate([r[pick_cells(cells.obs.iloc[r], None, max_cells, seed)] for r in each]))
+        held = np.sort(np.concatenate([r[pick_cells(cells.obs.iloc[r], None, max_cells, seed)]
+                                       for r in each]))
     vecs, col = model.encode(cells[held], layer=layer, pool=pool, **kwargs), col[held]
     n = {s: int(np.isfinite(vecs[col == s]).all(1).sum()) for s in states}
     if lost := [s for s in states if not n[s]]:
-        raise GeneformerError(f"No cell of {column} = {lost[0]!r} holds a known gene: its embedding cannot be made.")
-    return States({s: dict(mean=np.nanmean, median=np.nanmedian)[how](vecs[col == s], axis=0) for s in states}, n)
+        raise GeneformerError(f"No cell of {column} = {lost[0]!r} holds a known gene: its "
+                              "embedding cannot be made.")
+    return States({s: dict(mean=np.nanmean, median=np.nanmedian)[how](vecs[col == s], axis=0)
+                   for s in states}, n)

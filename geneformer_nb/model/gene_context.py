@@ -26,7 +26,9 @@ def umap(
     "Two coordinates a cell (official `plot_embs`, 'umap'); raises `GeneformerError`"
     import anndata as ad, scanpy as sc, torch
     X, whole = vectors_of(adata, key)
-    if whole.sum() < 4: raise GeneformerError(f"Only {whole.sum()} cells have vectors in obsm[{key!r}]: a map needs 4 or more.")
+    if whole.sum() < 4:
+        raise GeneformerError(f"Only {whole.sum()} cells have vectors in obsm[{key!r}]: a map "
+                              "needs 4 or more.")
     a, threads = ad.AnnData(X[whole]), torch.get_num_threads()
     sc.pp.pca(a, n_comps=min(pcs, *(n - 1 for n in a.shape)), random_state=seed)
     sc.pp.neighbors(a, n_neighbors=min(neighbors, len(a) - 1), use_rep='X_pca', random_state=seed)
@@ -50,15 +52,21 @@ def heat_map(
     from geneformer_nb.plots.style import palette
     (X, whole), y = vectors_of(adata, key), text_column(adata, label, 'the classes')
     rows = np.flatnonzero(whole)
-    if len(rows) < 2: raise GeneformerError(f"Only {len(rows)} cells have vectors in obsm[{key!r}]: there is nothing to cluster.")
-    if len(rows) > max_cells: rows = np.sort(np.random.default_rng(seed).choice(rows, max_cells, replace=False))
+    if len(rows) < 2:
+        raise GeneformerError(f"Only {len(rows)} cells have vectors in obsm[{key!r}]: there is "
+                              "nothing to cluster.")
+    if len(rows) > max_cells:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, max_cells, replace=False))
     Z = X[rows] - X[rows].mean(0)
     Z = (Z / np.where(Z.std(0) > 0, Z.std(0), 1)).clip(-3, 3)
     names = sorted(set(y[rows]))
-    colors = dict(zip(names, palette if len(names) <= len(palette) else sns.husl_palette(len(names))))
-    g = sns.clustermap(Z, cmap='magma', row_colors=[colors[v] for v in y[rows]], xticklabels=False, yticklabels=False,
-                       figsize=(6, 5), cbar_kws=dict(label='standard deviations'))
-    g.ax_col_dendrogram.clear(); g.ax_col_dendrogram.set_axis_off()  # its place is needed for the names
+    colors = dict(zip(names, palette if len(names) <= len(palette)
+                      else sns.husl_palette(len(names))))
+    g = sns.clustermap(Z, cmap='magma', row_colors=[colors[v] for v in y[rows]], xticklabels=False,
+                       yticklabels=False, figsize=(6, 5), cbar_kws=dict(label='standard '
+        'deviations'))
+    g.ax_col_dendrogram.clear()
+    g.ax_col_dendrogram.set_axis_off()  # its place is needed for the names
     for n in names: g.ax_col_dendrogram.bar(0, 0, color=colors[n], label=n)
     g.ax_col_dendrogram.legend(title=label, loc='center', ncol=min(3, len(names)), frameon=False)
     return g
@@ -73,14 +81,19 @@ def _apart(S, n):
 
 def _jackknife(u, code, k, unit):
     "Standard error of (shift, ratio), and its degrees of freedom, from leaving out each cell of its state, or each unit"
-    S, n = np.stack([u[code == s].sum(0) for s in range(k)]), np.bincount(code, minlength=k).astype(float)
-    def both(S, n): b, w = _apart(S, n); return b - w, b / max(w, 1e-12)
+    S, n = (np.stack([u[code == s].sum(0) for s in range(k)]),
+            np.bincount(code, minlength=k).astype(float))
+    def both(S, n):
+        b, w = _apart(S, n)
+        return b - w, b / max(w, 1e-12)
     if unit is None:
         var = 0
         for s in range(k):
             rest, out = S.copy(), []
             m = n - np.eye(k)[s]
-            for v in u[code == s]: rest[s] = S[s] - v; out.append(both(rest, m))
+            for v in u[code == s]:
+                rest[s] = S[s] - v
+                out.append(both(rest, m))
             var = var + (n[s] - 1) / n[s] * ((out - np.mean(out, 0))**2).sum(0)
         return np.sqrt(var), len(u) - k
     out = []
@@ -108,8 +121,9 @@ def _moved(u, state, rank, unit, min_cells):
     (se, se_ratio), df = _jackknife(u, code, len(names), unit)
     q, mid = t.ppf(.975, df), [np.median(rank[code == s]) for s in range(len(names))]
     shift, ratio = between - within, between / max(within, 1e-12)
-    return out | dict(between=between, within=within, shift=shift, low=shift - q * se, high=shift + q * se, ratio=ratio, ratio_low=ratio - q * se_ratio,
-                      ratio_high=ratio + q * se_ratio, rank=np.median(rank), rank_range=max(mid) - min(mid))
+    return out | dict(between=between, within=within, shift=shift, low=shift - q * se, high=shift
+                      + q * se, ratio=ratio, ratio_low=ratio - q * se_ratio, ratio_high=ratio
+                      + q * se_ratio, rank=np.median(rank), rank_range=max(mid) - min(mid))
 
 # %% ../../nbs/09a_gene_context.ipynb #28bcbfab
 def context(
@@ -127,7 +141,9 @@ def context(
     "How far a gene's vector moves over states, beyond what it moves within them (paper: NOTCH and GAPDH); raises `GeneformerError`"
     cells = _some(cells, where, max_cells, seed)
     for c in [column, *([unit] if unit else [])]:
-        if c not in cells.obs: raise GeneformerError(f"obs has no column {c!r} (it has {', '.join(map(str, cells.obs.columns)) or 'none'}).")
+        if c not in cells.obs:
+            raise GeneformerError(f"obs has no column {c!r} (it has "
+                                  f"{', '.join(map(str, cells.obs.columns)) or 'none'}).")
     tokens = _wanted(model, None, genes)[0]
     cell, token, rank, x = _occurrences(cells, model, tokens, layer, **kwargs)
     u = x.astype(np.float64)
@@ -140,5 +156,7 @@ def context(
         return _moved(u[r], state[r], rank[r], None if unit is None else units[r], min_cells)
     v = model.vocabulary
     rows = [dict(symbol=v.symbol(int(t)), gene_id=v.gene(int(t)), **one(t)) for t in tokens]
-    names = ['symbol', 'gene_id', 'cells', 'states', 'between', 'within', 'shift', 'low', 'high', 'ratio', 'ratio_low', 'ratio_high', 'rank', 'rank_range']
-    return pd.DataFrame(rows, columns=names).set_index('symbol').sort_values('shift', ascending=False, kind='stable')
+    names = ['symbol', 'gene_id', 'cells', 'states', 'between', 'within', 'shift', 'low', 'high',
+             'ratio', 'ratio_low', 'ratio_high', 'rank', 'rank_range']
+    return pd.DataFrame(rows, columns=names).set_index('symbol').sort_values('shift',
+        ascending=False, kind='stable')

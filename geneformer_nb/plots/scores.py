@@ -16,14 +16,18 @@ def _positive(table, positive, what):
     need_columns(table, ['model', 'truth'], what)
     there = [c[2:-1] for c in table if c.startswith('p(') and c.endswith(')')]
     if positive is None and len(there) == 2: positive = there[1]
-    if positive not in there: raise GeneformerError(f"{what} shows one class against the rest: pass positive=, one of {', '.join(there) or 'none, for the table has no column p(…)'}.")
+    if positive not in there:
+        raise GeneformerError(f"{what} shows one class against the rest: pass positive=, one of "
+                              f"{', '.join(there) or 'none, for the table has no column p(…)'}.")
     return positive
 
 def _models(table, models):
     "The models to draw; raises `GeneformerError` for one that is not there"
     there = list(table['model'].unique())
     models = there if models is None else [models] if isinstance(models, str) else list(models)
-    if odd := [m for m in models if m not in there]: raise GeneformerError(f"No model is called {odd[0]!r}: choose from {', '.join(map(str, there))}.")
+    if odd := [m for m in models if m not in there]:
+        raise GeneformerError(f"No model is called {odd[0]!r}: choose from "
+                              f"{', '.join(map(str, there))}.")
     return models
 
 @styled
@@ -38,21 +42,28 @@ def roc(
     "True against false positives, folds thin, their mean thick; the legend says the mean area and its spread"
     from sklearn.metrics import roc_auc_score, roc_curve
     if weights is not None: need_columns(table, [weights], 'A weighted ROC plot')
-    positive, ax, grid = _positive(table, positive, 'A ROC plot'), axes_of(ax, (4.6, 4.2)), np.linspace(0, 1, 201)
+    positive, ax, grid = (_positive(table, positive, 'A ROC plot'), axes_of(ax, (4.6, 4.2)),
+                          np.linspace(0, 1, 201))
     for i, m in enumerate(_models(table, models)):
         rows, curves, areas = table[table['model'] == m], [], []
         for _, t in rows.groupby('fold' if 'fold' in rows else np.zeros(len(rows))):
             y, w = t['truth'].astype(str) == positive, None if weights is None else t[weights]
             if y.nunique() < 2: continue
             x, hit, _ = roc_curve(y, t[f'p({positive})'], sample_weight=w)
-            curves.append(np.interp(grid, x, hit)); areas.append(roc_auc_score(y, t[f'p({positive})'], sample_weight=w))
+            curves.append(np.interp(grid, x, hit))
+            areas.append(roc_auc_score(y, t[f'p({positive})'], sample_weight=w))
             curves[-1][0] = 0
-        if not curves: raise GeneformerError(f"{m!r} has no fold with {positive!r} and another class: no curve can be drawn.")
-        color, spread = palette[i % len(palette)], f' ± {np.std(areas):.2f}' if len(areas) > 1 else ''
+        if not curves:
+            raise GeneformerError(f"{m!r} has no fold with {positive!r} and another class: no "
+                                  "curve can be drawn.")
+        color, spread = (palette[i % len(palette)], f' ± {np.std(areas):.2f}' if len(areas) > 1
+                         else '')
         for c in curves if len(curves) > 1 else []: ax.plot(grid, c, lw=.6, alpha=.35, color=color)
-        ax.plot(grid, np.mean(curves, 0), lw=2, color=color, label=f'{m}, {np.mean(areas):.2f}{spread}')
+        ax.plot(grid, np.mean(curves, 0), lw=2, color=color, label=f'{m}, '
+                f'{np.mean(areas):.2f}{spread}')
     ax.plot([0, 1], [0, 1], lw=1, ls='--', color=gray)
-    ax.set(xlabel='false positives', ylabel=f'true positives ({positive})', xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect='equal')
+    ax.set(xlabel='false positives', ylabel=f'true positives ({positive})', xlim=(-.01, 1.01),
+           ylim=(-.01, 1.01), aspect='equal')
     ax.legend(loc='lower right', title='area, mean of folds' if 'fold' in table else 'area')
     return ax
 
@@ -72,10 +83,13 @@ def calibration_plot(
     for i, m in enumerate(_models(table, models)):
         rows = table[table['model'] == m]
         t = calibration(rows['truth'], rows['predicted'], rows[p].max(axis=1), bins)
-        ax.plot(t['confidence'], t['accuracy'], lw=1.2, color=palette[i % len(palette)], label=f"{m}, {t.attrs['error']:.2f}")
-        ax.scatter(t['confidence'], t['accuracy'], s=10 + 150 * t['n'] / t['n'].sum(), color=palette[i % len(palette)], lw=0)
+        ax.plot(t['confidence'], t['accuracy'], lw=1.2, color=palette[i % len(palette)],
+                label=f"{m}, {t.attrs['error']:.2f}")
+        ax.scatter(t['confidence'], t['accuracy'], s=10 + 150 * t['n'] / t['n'].sum(),
+                   color=palette[i % len(palette)], lw=0)
     ax.plot([0, 1], [0, 1], lw=1, ls='--', color=gray)
-    ax.set(xlabel='how sure (probability of the predicted class)', ylabel='how often right', ylim=(-.02, 1.02), xlim=(1 / max(len(p), 2) - .03, 1.02))
+    ax.set(xlabel='how sure (probability of the predicted class)', ylabel='how often right',
+           ylim=(-.02, 1.02), xlim=(1 / max(len(p), 2) - .03, 1.02))
     ax.legend(title='expected error', loc='best')
     return ax
 
@@ -93,15 +107,21 @@ def prediction_map(
     if 'model' in table:
         there = list(table['model'].unique())
         if model is None and len(there) == 1: model = there[0]
-        if model not in there: raise GeneformerError(f"A map of predictions shows one model: pass model=, one of {', '.join(there)}.")
+        if model not in there:
+            raise GeneformerError("A map of predictions shows one model: pass model=, one of "
+                                  f"{', '.join(there)}.")
         table = table[table['model'] == model]
     classes = [c[2:-1] for c in table if c.startswith('p(')] if classes is None else list(classes)
-    own = [table[table['truth'].astype(str) == c].sort_values(f'p({c})', ascending=False, kind='stable') for c in classes]
+    own = [table[table['truth'].astype(str) == c].sort_values(f'p({c})', ascending=False,
+        kind='stable') for c in classes]
     ends, ax = np.cumsum([len(t) for t in own]), axes_of(ax, (6.4, .9 + .45 * len(classes)))
-    image = ax.imshow(pd.concat(own)[[f'p({c})' for c in classes]].T, aspect='auto', cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
+    image = ax.imshow(pd.concat(own)[[f'p({c})' for c in classes]].T, aspect='auto', cmap='Blues',
+                      vmin=0, vmax=1, interpolation='nearest')
     for e in ends[:-1]: ax.axvline(e - .5, color='black', lw=1)
-    ax.set_xticks((np.r_[0, ends[:-1]] + ends) / 2 - .5, [f'{c}\n{len(t):,}' for c, t in zip(classes, own)])
-    ax.set_yticks(range(len(classes)), classes); ax.tick_params(length=0)
+    ax.set_xticks((np.r_[0, ends[:-1]] + ends) / 2 - .5,
+                  [f'{c}\n{len(t):,}' for c, t in zip(classes, own)])
+    ax.set_yticks(range(len(classes)), classes)
+    ax.tick_params(length=0)
     ax.set(xlabel='true class, and how many', ylabel='probability of')
     ax.figure.colorbar(image, ax=ax, shrink=.9)
     return ax
@@ -118,17 +138,22 @@ def score_plot(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Scores with their intervals, best first"
-    t = need_columns(scores, [value, 'ci_low', 'ci_high'], 'A plot of scores').astype(float, errors='ignore').sort_values(value, na_position='first')
-    if (own := next((c for c in ('auc_genes', 'donor_accuracy') if c in t), value)) != value: raise GeneformerError(
-        f"The intervals of this table are those of {own!r} and not of {value!r}: draw that, or drop the column {own!r} if the intervals are yours.")
+    t = need_columns(scores, [value, 'ci_low', 'ci_high'], 'A plot of scores').astype(float,
+        errors='ignore').sort_values(value, na_position='first')
+    if (own := next((c for c in ('auc_genes', 'donor_accuracy') if c in t), value)) != value:
+        raise GeneformerError(f"The intervals of this table are those of {own!r} and not of "
+                              f"{value!r}: draw that, or drop the column {own!r} if the intervals "
+                              "are yours.")
     mark = [mark] if isinstance(mark, str) else list(mark)
     ax = axes_of(ax, (5.6, .8 + .3 * len(t)))
     for i, (name, r) in enumerate(t.iterrows()):
         color = palette[mark.index(name) % len(palette)] if name in mark else gray
-        ax.plot([r['ci_low'], r['ci_high']], [i, i], color=color, lw=1.6); ax.plot(r[value], i, 'o', color=color, ms=6)
+        ax.plot([r['ci_low'], r['ci_high']], [i, i], color=color, lw=1.6)
+        ax.plot(r[value], i, 'o', color=color, ms=6)
     if paper is not None: ax.axvline(paper, color=palette[3], lw=1.2, label=f'paper, {paper:.2f}')
     if chance is not None: ax.axvline(chance, color=gray, lw=1, ls='--', label='chance')
     ax.set_yticks(range(len(t)), t.index)
     ax.set(xlabel=value.replace('_', ' ') + ', 95 % interval', ylim=(-.6, len(t) - .4))
-    if paper is not None or chance is not None: ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=2)
+    if paper is not None or chance is not None:
+        ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=2)
     return ax

@@ -12,7 +12,8 @@ import numpy as np, pandas as pd
 from ..core import GeneformerError
 
 # %% ../../nbs/12_plots.ipynb #6616c43e
-palette = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442', '#000000') # Okabe and Ito
+# Okabe and Ito
+palette = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442', '#000000')
 gray = '#8C8C8C'
 
 @contextmanager
@@ -20,9 +21,10 @@ def figure_style():
     "The look of the book's figures, inside a `with`; yours is back afterwards"
     import matplotlib as mpl
     from cycler import cycler
-    rc = {'axes.prop_cycle': cycler(color=palette), 'axes.spines.top': False, 'axes.spines.right': False,
-          'font.size': 10, 'axes.titlesize': 11, 'axes.labelsize': 10, 'legend.frameon': False, 'legend.fontsize': 9,
-          'figure.dpi': 90, 'savefig.dpi': 200, 'figure.constrained_layout.use': True, 'axes.axisbelow': True, 'pdf.fonttype': 42}
+    rc = {'axes.prop_cycle': cycler(color=palette), 'axes.spines.top': False,
+          'axes.spines.right': False, 'font.size': 10, 'axes.titlesize': 11, 'axes.labelsize': 10,
+          'legend.frameon': False, 'legend.fontsize': 9, 'figure.dpi': 90, 'savefig.dpi': 200,
+          'figure.constrained_layout.use': True, 'axes.axisbelow': True, 'pdf.fonttype': 42}
     with mpl.rc_context(rc): yield
 
 def styled(f):
@@ -60,10 +62,12 @@ def embedding(
     if obs is not None:
         basis = basis if basis in adata.obsm or basis.startswith('X_') else f'X_{basis}'
         if basis not in adata.obsm:
-            raise GeneformerError(f"obsm has no '{basis}'; it has {', '.join(adata.obsm) or 'nothing'}.")
+            raise GeneformerError(f"obsm has no '{basis}'; it has "
+                                  f"{', '.join(adata.obsm) or 'nothing'}.")
         xy = adata.obsm[basis]
     if isinstance(color, str):
-        if obs is None or color not in obs: raise GeneformerError(f"There is no column '{color}' in obs to color by.")
+        if obs is None or color not in obs:
+            raise GeneformerError(f"There is no column '{color}' in obs to color by.")
         name, color = color, obs[color]
     xy = np.asarray(xy)[:, :2]
     ax, s = axes_of(ax, (5, 3.8)), size or float(np.clip(12_000/len(xy), 2, 40))
@@ -87,5 +91,6 @@ def _by_label(ax, xy, label, order, s, name):
         colors = np.array([to_rgb(c) for c in palette])
     rgb = np.where(label.codes[:, None] < 0, .8, colors[label.codes])
     ax.scatter(*xy[order].T, s=s, lw=0, c=rgb[order])
-    for i, k in enumerate(label.categories): ax.scatter([], [], s=35, lw=0, color=colors[i], label=k)
+    for i, k in enumerate(label.categories):
+        ax.scatter([], [], s=35, lw=0, color=colors[i], label=k)
     ax.legend(title=name, loc='center left', bbox_to_anchor=(1, .5), handletextpad=.2)
