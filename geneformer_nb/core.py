@@ -16,11 +16,11 @@ from pathlib import Path
 # %% ../nbs/00_core.ipynb #552d6c5c
 class GeneformerError(ValueError): "Base of every error the library raises about its input"
 class CountsError(GeneformerError): "The expression matrix is not what rank value encoding needs"
-class GeneMatchError(GeneformerError): "Genes of the data and genes of the vocabulary do not meet"
-class VocabularyError(GeneformerError): "A dictionary, or a model and cells of different dictionaries"
+class GeneMatchError(GeneformerError): "Too few genes of the data are in the vocabulary"
+class VocabularyError(GeneformerError): "A vocabulary that is wrong, or not the one of the model"
 class LeakError(GeneformerError): "The same donor, cell or gene stands on both sides of a split"
 class MissingDataError(GeneformerError): "A data set that is not on this machine"
-class StorageError(GeneformerError): "A folder that cannot hold the results, or holds those of another run"
+class StorageError(GeneformerError): "A folder that cannot be written, or holds another run"
 
 # %% ../nbs/00_core.ipynb #00375130
 class later:
@@ -55,7 +55,7 @@ def _module(name):
 
 # %% ../nbs/00_core.ipynb #bdf728bd
 def pick_device(
-    device=None, # "cpu", "cuda", "cuda:1", "mps" or a torch.device; None picks cuda, then mps, then cpu
+    device=None, # "cpu", "cuda", "cuda:1", "mps", a torch.device; None: cuda, then mps, then cpu
 ): # torch.device
     "The device to compute on; raises `GeneformerError` when the one asked for is not there"
     import torch
@@ -78,7 +78,7 @@ def pick_device(
 def pick_dtype(
     dtype=None, # "float32", "bfloat16", "float16" or a torch.dtype; None means float32
 ): # torch.dtype
-    "The precision of the encoder's arithmetic; raises `GeneformerError` for a name that is no floating type"
+    "The precision of the encoder; raises `GeneformerError` for a name that is no floating type"
     import torch
     if dtype is None: return torch.float32
     got = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -168,7 +168,7 @@ def versions(
 def atomic(
     path, # where the file or folder shall be
 ):
-    "Give a temporary path beside `path`; when the block ends well it becomes `path`, otherwise it is removed"
+    "Give a temporary path, renamed to `path` when the block succeeds and removed when it fails"
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}-{os.urandom(3).hex()}.part')
     def drop(p): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
@@ -233,15 +233,15 @@ class Manifest:
                                  json.loads(json.dumps(facts, default=str)))
 
     def open(self)->bool: # True when an earlier run of the same facts is there to go on with
-        "Write the manifest, or compare it with the one there; raises `StorageError` when they differ"
+        "Write the manifest, or compare it with the one there; raises `StorageError` if they differ"
         if not self.path.exists():
             write_json(self.path, dict(facts=self.facts, versions=versions(),
                                        started=time.strftime('%Y-%m-%d %H:%M')))
             return False
         try: old = json.loads(self.path.read_text())['facts']
         except (ValueError, KeyError, TypeError) as e:
-            raise StorageError(f"manifest.json in '{self.path.parent.name}' cannot be read: "
-            "choose another folder, or delete this one to start again.") from e
+            raise StorageError(f"manifest.json in '{self.path.parent.name}' cannot be read: choose "
+                               "another folder, or delete this one to start again.") from e
         diff = [f'{k} was {old.get(k)!r} and is now {self.facts.get(k)!r}'
                 for k in sorted(old.keys() | self.facts.keys()) if old.get(k) != self.facts.get(k)]
         if diff:

@@ -47,6 +47,7 @@ def _processes(fn, items, workers):
             pool.shutdown(wait=False, cancel_futures=True)
             raise  # one shard failed: the others need not begin
 
+# %% ../nbs/00a_jobs.ipynb #b8dc0ea6
 def _dask(fn, items, workers):
     try: from distributed import Client, as_completed, get_client
     except ImportError as e:
@@ -72,8 +73,7 @@ def whole(**numbers): # by name; `workers` may be None
     for k, n in numbers.items():
         if not (n is None and k == 'workers' or isinstance(n, (int, np.integer))
                 and not isinstance(n, bool) and n >= 1):
-            raise GeneformerError(
-            f"{k}={n!r} should be a whole number from 1 up.")
+            raise GeneformerError(f"{k}={n!r} should be a whole number from 1 up.")
 
 def as_part(
     part, # (i, k)
@@ -83,8 +83,8 @@ def as_part(
     except (TypeError, ValueError): i = k = None
     if isinstance(part, str) or not (isinstance(i, (int, np.integer)) and isinstance(k,
             (int, np.integer)) and 0 <= i < k):
-        raise GeneformerError(
-        f"part={part!r} should be (i, k), with i from 0 to k - 1: the i-th of k tasks.")
+        raise GeneformerError(f"part={part!r} should be (i, k), with i from 0 to k - 1: the i-th "
+                              "of k tasks.")
     return int(i), int(k)
 
 def cores()->int:
@@ -93,7 +93,7 @@ def cores()->int:
 
 # %% ../nbs/00a_jobs.ipynb #7c5b8744
 class _Job:
-    "Make one shard at a temporary name, then rename it; an object, so that processes can receive it"
+    "Write one shard under a temporary name and rename it; an object that can be pickled"
     def __init__(self, fn, folder, ext): self.fn, self.folder, self.ext = fn, Path(folder), ext
     def path(self, i): return self.folder/f'shard-{i:05d}{self.ext}'
     def __call__(self, i):
@@ -103,7 +103,7 @@ class _Job:
         return i
 
 def run_shards(
-    fn, # function of (shard number, path) that writes the shard there; importable when `executor` is not "serial"; its `expect`, if any, is told the numbers to come
+    fn, # function of (shard number, path) that writes a shard; importable unless "serial"
     n:int, # number of shards
     folder, # folder for the shards and `manifest.json`
     facts:dict, # what the results depend on; another run's folder is refused

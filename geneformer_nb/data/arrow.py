@@ -19,10 +19,11 @@ pd = later('pandas')
 
 # %% ../../nbs/03a_arrow.ipynb #202e8ebf
 _arrow = {'i': 'int64', 'u': 'int64', 'f': 'float64', 'b': 'bool'}
+
 _ours = ('input_ids', 'length', 'barcode', 'counts', 'input_ids_uncropped', 'length_uncropped')
 
 def obs_kinds(obs):
-    "{column: type name that `datasets` knows} of a table of cells; raises `GeneformerError` for two columns of one name"
+    "{column: type name of `datasets`} of obs; raises `GeneformerError` for a repeated name"
     names = [str(c) for c in obs.columns]
     if twice := sorted({c for c in names if names.count(c) > 1}):
         raise GeneformerError(f"obs has two columns of one name ({', '.join(twice)}): rename one.")
@@ -38,7 +39,7 @@ def obs_kinds(obs):
     return {str(n): kind(c) for n, c in obs_columns(obs) if n not in taken}
 
 def obs_columns(obs):
-    "(name, column) of a table of cells: plain values as numpy has them, categories as `Coded`, the rest as pandas has it"
+    "Name and values of each obs column: numpy arrays, categories as `Coded`, the rest as pandas"
     if isinstance(obs, Table):
         yield from obs.items()
         return
@@ -48,6 +49,7 @@ def obs_columns(obs):
         elif isinstance(c.dtype, np.dtype) and c.dtype.kind in 'biufO': c = c.to_numpy()
         yield n, c
 
+# %% ../../nbs/03a_arrow.ipynb #be560107
 def obs_array(col, kind, name):
     "A column of obs as an Arrow array; raises `GeneformerError` where that would change a value"
     if kind != 'string':
@@ -69,7 +71,9 @@ def obs_array(col, kind, name):
 def _bits(mask): return pa.py_buffer(np.packbits(mask, bitorder='little'))
 
 def _numbers(x, there=None):
-    "An array as Arrow has it, in the same memory (`pa.array` loads pandas first, to see whether it is a Series); `there` is False where a value is missing"
+    """A numpy array as an Arrow array that shares its memory; `there` is False for missing values.
+
+    `pa.array` would import pandas first, only to ask whether the array is a Series."""
     x = np.ascontiguousarray(x)
     missing = 0 if there is None else int((~there).sum())
     return pa.Array.from_buffers(pa.type_for_alias(x.dtype.name), len(x), [_bits(there) if missing
@@ -87,6 +91,7 @@ def _words(words):
     return pa.Array.from_buffers(pa.string(), len(data), [_bits(there) if missing else None,
         pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b''.join(data))], missing)
 
+# %% ../../nbs/03a_arrow.ipynb #50265371
 class _Layout:
     "The columns of an Arrow folder of cells, and the files that make it one"
     def __init__(self, kinds, lists=()):
@@ -187,6 +192,7 @@ def arrow_tables(folder):
         raise StorageError(f"'{folder.name}' holds no tokens: input_ids has {odd}.")
     return tables, about
 
+# %% ../../nbs/03a_arrow.ipynb #9e6f2466
 def _no_tokens(column):
     "What a column of tokens should not be, in words, or None"
     kind = column.type
@@ -220,9 +226,9 @@ def cells_from_table(table, about, vocabulary):
 # %% ../../nbs/03a_arrow.ipynb #afc9c788
 def load_cells(
     folder, # an Arrow folder, ours or the official code's
-    vocabulary:Vocabulary=None, # what it was tokenized with; needed only where the folder does not say
-)->Cells: # mapped from disk where the folder is one piece, copied into memory where it is many
-    "Cells from disk; raises `StorageError` for a folder that holds none, `VocabularyError` for another's vocabulary"
+    vocabulary:Vocabulary=None, # the one it was tokenized with; None: the folder names its hash
+)->Cells: # mapped from disk if the folder is one piece, else copied into memory
+    "Read cells; raises `StorageError` for a bad folder, `VocabularyError` for a wrong vocabulary"
     tables, about = arrow_tables(folder)
     try: table = pa.concat_tables(tables)
     except pa.ArrowInvalid as e:
@@ -234,7 +240,7 @@ def cell_parts(
     folder, # as in `load_cells`
     vocabulary:Vocabulary=None, # as in `load_cells`
 ): # `Cells`, one piece of the folder after the other
-    "Go through a folder larger than memory: every piece is mapped, none is copied; raises as `load_cells` does"
+    "Read a folder piece by piece, mapped and not copied; raises as `load_cells` does"
     tables, about = arrow_tables(folder)
     for t in tables:
         for b in t.to_batches():

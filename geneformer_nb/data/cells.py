@@ -39,8 +39,8 @@ class Cells:
     vocabulary_hash: str = None # fingerprint of the vocabulary
     special: bool = False   # does each cell begin with <cls> and end with <eos>?
     vocabulary: Vocabulary = field(default=None, repr=False) # for reading, where it is at hand
-    match: GeneMatch = field(default=None, repr=False) # how the genes of the data met the vocabulary; {file: match} for several
-    lists: dict = field(default_factory=dict, repr=False) # further numbers of uneven length: {name: (values, offsets)}
+    match: GeneMatch = field(default=None, repr=False) # how genes of the data matched; {file: match} for several
+    lists: dict = field(default_factory=dict, repr=False) # more lists a cell: {name: (values, offsets)}
 
     def __post_init__(self):
         tokens = np.asarray(self.tokens)
@@ -67,7 +67,7 @@ class Cells:
 
 # %% ../../nbs/03_cells.ipynb #21d17f2f
 def need_cells(x):
-    "The cells a function was given; raises `GeneformerError`, saying how to make them, for anything else"
+    "`x` if it is `Cells`; raises `GeneformerError` that says how to make them otherwise"
     if isinstance(x, Cells): return x
     raise GeneformerError("cells are what tokenize(adata, model.vocabulary) returns, not "
                           f"{type(x).__name__}.")
@@ -142,6 +142,7 @@ def check_vocabulary(self:Cells,
                               f"{vocabulary.max_len:,}: tokenize again with this vocabulary, which "
                               "cuts to that length.")
 
+# %% ../../nbs/03_cells.ipynb #5aa32b50
 @patch(cls_method=True)
 def concat(cls:Cells,
     parts, # `Cells` of one vocabulary
@@ -190,9 +191,9 @@ def save(self:Cells,
 @patch(cls_method=True)
 def load(cls:Cells,
     folder, # an Arrow folder, ours or the official code's
-    vocabulary:Vocabulary=None, # what it was tokenized with; needed only where the folder does not say
-)->Cells: # mapped from disk where the folder is one piece, copied into memory where it is many
-    "Cells from disk; raises `StorageError` for a folder that holds none, `VocabularyError` for another vocabulary"
+    vocabulary:Vocabulary=None, # the one it was tokenized with; None: the folder names its hash
+)->Cells: # mapped from disk if the folder is one piece, else copied into memory
+    "Read cells; raises `StorageError` for a bad folder, `VocabularyError` for a wrong vocabulary"
     from geneformer_nb.data.arrow import load_cells
     return load_cells(folder, vocabulary)
 
@@ -201,6 +202,6 @@ def parts(cls:Cells,
     folder, # as in `load`
     vocabulary:Vocabulary=None, # as in `load`
 ): # `Cells`, one piece of the folder after the other
-    "Go through a folder larger than memory: every piece is mapped, none is copied; raises as `load` does"
+    "Read a folder piece by piece, mapped and not copied; raises as `load` does"
     from geneformer_nb.data.arrow import cell_parts
     return cell_parts(folder, vocabulary)

@@ -33,7 +33,7 @@ class _Shard:
         parts = ((self.inputs[k], a, b) for k, a, b in (self.plan[i] for i in todo))
         return encoded(parts, self.encoder, self.layout, self.block, self.threads)
     def expect(self, todo):
-        "The shards that will be asked for, in order: the next is begun while the last blocks of one are written"
+        "Take the numbers of the shards to come, so that the next is read while one is written"
         self.flow = self.blocks(todo)
     def __call__(self, i, path):
         k, a, b = self.plan[i]
@@ -47,7 +47,7 @@ def encoded(
     encoder:Encoder, layout, # from counts to cells, from cells to columns
     block:int, threads:int, # cells at a time, blocks at once
 ): # (cells, columns, books) of each block, in order
-    "Blocks of cells to be written, encoded a little prefetch; each is overwritten after the next was asked for"
+    "Yield encoded blocks of cells ahead of the writer; each is overwritten by the next but one"
     # a thread reads into the same memory again, and tokens that were written make room for others
     own, spare = local(), []
     def one(piece):
@@ -60,6 +60,7 @@ def encoded(
         yield cells, *more
         if cells.tokens.base is not None: spare.append(cells.tokens.base)
 
+# %% ../../nbs/04a_corpus.ipynb #8cac986b
 def write_shard(
     i:int, path, # number of the shard, and the file it becomes
     source:Source, a:int, b:int, # an input, and which of its cells
@@ -99,7 +100,7 @@ def _lines(folder):
 def _done(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
 
 def _finish(folder, n, layout, encoder):
-    "Make a folder of n shards a data set, and settle the accounts, unless that was done; returns its `Corpus`"
+    "Write the summary of n shards unless it is there; returns the `Corpus`"
     if _done(folder): return Corpus(folder)
     files = [f'shard-{i:05d}.arrow' for i in range(n)]
     lines = _lines(folder)
@@ -146,13 +147,13 @@ class Corpus:
         "What became of the cells of each file, and how its genes matched"
         s = self.shards.groupby('file', sort=False)[['cells', 'failed', 'n_empty', 'kept', 'tokens',
                                                      'off', 'known', 'total']].sum()
-        out = s[['cells', 'failed', 'n_empty', 'kept', 'tokens']].rename(columns=dict(failed='not '
-            'kept', n_empty='without genes'))
+        out = s[['cells', 'failed', 'n_empty', 'kept',
+                 'tokens']].rename(columns=dict(failed='not kept', n_empty='without genes'))
         first = self.shards.groupby('file', sort=False)['match'].first()
         return out.assign(**{'genes matched': [f"{m['matched']:,} of {m['genes']:,}"
-                                               for m in first], '% of counts '
-                             'matched': (100 * s['known'] / s['total']).round(1), 'n_counts '
-                             'differ': s['off'], 'counts in': self.shards.groupby('file',
+                                               for m in first],
+                             '% of counts matched': (100 * s['known'] / s['total']).round(1),
+                             'n_counts differ': s['off'], 'counts in': self.shards.groupby('file',
             sort=False)['source'].first()})
     def cells(self)->Cells:
         "All cells, in memory"
@@ -163,7 +164,7 @@ class Corpus:
 
 # %% ../../nbs/04a_corpus.ipynb #0e10e4a7
 def tokenize_to(
-    data, # as `tokenize` takes it: file, folder, pattern, list of these; AnnData; iterator of AnnData
+    data, # file, folder, pattern, a list of these, AnnData or an iterator of AnnData
     vocabulary:Vocabulary, # that of the model the cells are for
     folder, # becomes the data set; the same call again goes on where it stopped
     *,
@@ -173,9 +174,9 @@ def tokenize_to(
     part:tuple=None, # (i, k): do only shards i, i+k, i+2k …, as one task of a job array
     counts_layer:str=None, # as in `tokenize`, and so the next ones
     logged:bool=False, fractional:bool=False, obs=None, min_match:float=.2, block:int=2048,
-    **options, # gene_ids, orthologs, keep, special, max_len, counts, uncropped, collapse as in `tokenize`
+    **options, # gene_ids, orthologs, keep, special, max_len, counts, … as in `tokenize`
 ): # `Corpus`; None while shards of other tasks are missing
-    "Tokenize a corpus to an Arrow folder, shard by shard; raises `CountsError`, `GeneMatchError`, `StorageError`"
+    "Tokenize to an Arrow folder, shard by shard; raises `CountsError`, `GeneMatchError`, `StorageError`"
     check_options(min_match, rows=rows, block=block, workers=workers)
     folder = as_folder(folder)
     if (folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir())
@@ -207,8 +208,7 @@ def _encoder(vocabulary, inputs, obs, options):
     "The encoder of all inputs; what would fail in a shard fails here"
     if lost := set(options) - {'gene_ids', 'orthologs', 'keep', 'special', 'max_len', 'counts',
                                'uncropped', 'collapse'}:
-        raise GeneformerError(
-        f"tokenize_to knows no option {sorted(lost)[0]!r}.")
+        raise GeneformerError(f"tokenize_to knows no option {sorted(lost)[0]!r}.")
     encoder = Encoder(vocabulary, carried(inputs, obs, options.get('keep')), file=len(inputs) > 1,
                       **options)
     for s in inputs:
@@ -229,7 +229,7 @@ def _lists(encoder):
 
 # %% ../../nbs/04a_corpus.ipynb #6045f561
 def corpus_kinds(inputs, encoder):
-    "One type a column over all files: whole and broken numbers make broken ones, other mixtures make words"
+    "{obs column: one type for all files}: int and float give float, other mixtures give string"
     kinds = {}
     for s in inputs:
         head = s._got.rows(slice(0, 1),
@@ -247,8 +247,9 @@ def _bytes(inputs):
                and isinstance(X.indptr, np.ndarray))
 
 # %% ../../nbs/04a_corpus.ipynb #e67c68ae
-def _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged, fractional, obs, min_match, block, workers, options):
-    "One shard for each AnnData that an iterator gives; a shard that is there is passed over when its cells are the same"
+def _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged, fractional, obs,
+                 min_match, block, workers, options):
+    "Write one shard for each AnnData of an iterator; a shard of the same cells is kept"
     if executor != 'serial' or part:
         raise GeneformerError("An iterator is gone through once, by one process: use "
                               "executor='serial' and no part, or write files first.")
@@ -258,8 +259,8 @@ def _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged,
         if encoder is None:
             encoder = _encoder(vocabulary, [source], obs, options)
             layout = _Layout(corpus_kinds([source], encoder), _lists(encoder))
-            Manifest(folder, _facts(encoder, counts_layer, logged, fractional, inputs='an '
-                                    'iterator')).open()
+            Manifest(folder, _facts(encoder, counts_layer, logged, fractional,
+                                    inputs='an iterator')).open()
             there = _lines(folder)
         path, mark = folder/f'shard-{n - 1:05d}.arrow', source.fingerprint()
         if path.exists() and n - 1 in there:

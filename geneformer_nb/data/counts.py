@@ -30,7 +30,7 @@ def check_counts(
     X, # cells × genes, CSR
     obs_names, # names of the cells
     var_names, # names of the genes
-    fractional:bool=False, # True accepts estimated counts (alevin, SoupX), which are not whole numbers
+    fractional:bool=False, # True accepts estimated counts (alevin, SoupX) that are not whole
 ):
     "Raise `CountsError` unless `X` holds finite, non-negative, whole numbers"
     d = X.data
@@ -79,15 +79,16 @@ class Rows:
 
 @dataclass
 class Coded:
-    "A column of few words, as files hold it: a `Categorical`, before pandas is loaded for more than these"
+    "A categorical column as codes and categories, so that pandas need not be imported"
     codes: np.ndarray     # number of the word of each row, -1 where there is none
     words: np.ndarray     # each once
     ordered: bool = False # do the words have an order?
     def __len__(self): return len(self.codes)
     def __getitem__(self, rows): return replace(self, codes=self.codes[rows])
 
+# %% ../../nbs/01_counts.ipynb #3c44ec0e
 class Table:
-    "Rows of a table in a file, for who needs few of them: a `DataFrame`, before pandas is loaded for more than these"
+    "Rows of a table in a file, read column by column, so that pandas need not be imported"
     def __init__(self,
         index, # names of the rows
         data:dict, # {name: column}, each an array or `Coded`
@@ -124,7 +125,7 @@ def _frame(table):
 
 @dataclass
 class Counts:
-    "Counts of some cells, with where they came from; `X`, `obs` and `var` are made when they are asked for"
+    "Counts of some cells and where they came from; `X`, `obs` and `var` are made on first use"
     rows: Rows       # cells × genes
     _obs: object     # `Table` or `DataFrame`, one row a cell, names kept
     _var: object     # `Table` or `DataFrame`, one row a gene, names kept
@@ -137,6 +138,7 @@ class Counts:
     @property
     def var(self): return _frame(self._var)
 
+# %% ../../nbs/01_counts.ipynb #d33bd970
 def _sane(indices, indptr, n, n_values):
     "Refuse a sparse matrix that points outside of itself, before compiled code follows it there"
     ends = (len(indptr) and indptr[0] == 0 and indptr[-1] <= n_values
@@ -175,6 +177,7 @@ def _rows(X):
         X.sum_duplicates()
     return Rows(X.data, X.indices, X.indptr, X.shape)
 
+# %% ../../nbs/01_counts.ipynb #4a7c53bd
 def _whole(X):
     "Do the first stored values of a matrix look like counts?"
     d = X[:200]
@@ -199,7 +202,6 @@ def _choose(adata, counts_layer, logged):
     if adata.raw is not None and _whole(adata.raw.X): return adata.raw.X, adata.raw.var, 'raw.X'
     return adata.X, adata.var, 'X'
 
-
 # %% ../../nbs/01_counts.ipynb #73ebd23f
 def _checked(X, obs, var, source, logged, fractional, name=None):
     "Counts of a matrix, or the sentence that says why it holds none"
@@ -211,13 +213,13 @@ def _checked(X, obs, var, source, logged, fractional, name=None):
                "that large" if X.data.max() > 25 else f"all values of {source} are whole numbers, "
                "and logarithms are not")
         raise CountsError(f"logged=True, but {why}: pass logged=False if these are counts.")
-    return Counts(replace(X, data=np.expm1(X.data.astype(np.float64))), obs, var, source + ' '
-                  '(expm1)', name)
+    return Counts(replace(X, data=np.expm1(X.data.astype(np.float64))), obs, var, source
+                  + ' (expm1)', name)
 
 def counts_of(
     adata, # AnnData: in memory, backed or lazy
     counts_layer:str=None, # layer with the counts; None follows the rule above
-    logged:bool=False, # True says the values are log1p of normalized counts: they are turned back with expm1
+    logged:bool=False, # True: values are log1p of normalized counts, turned back by expm1
     fractional:bool=False, # True accepts estimated counts that are not whole numbers
 )->Counts: # checked counts
     "Find and check the counts of an AnnData, which is not changed; raises `CountsError`"

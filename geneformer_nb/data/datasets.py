@@ -67,7 +67,7 @@ def _cache_folder()->Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'geneformer_nb'
 
 def data_folder()->Path: # `data/` of the folder GENEFORMER_NB_DATA names, else the user's cache
-    "Where new data belong; raises `MissingDataError` when GENEFORMER_NB_DATA names a folder that is not there"
+    "The folder of data sets; raises `MissingDataError` if GENEFORMER_NB_DATA names no folder"
     if not (named := os.environ.get('GENEFORMER_NB_DATA')):
         return _cache_folder()/'data'
     if not Path(named).is_dir():
@@ -89,7 +89,7 @@ def _known(name):
 
 def path(
     name:str, # a data set of `registry`
-    file:str=None, # one of its files; None gives the only file, or the folder when there are several
+    file:str=None, # one of its files; None: the only file, or the folder of several
 )->Path: # where it lies
     "Find a data set; raises `MissingDataError`, naming the public source and where to put it"
     d = _known(name)
@@ -123,11 +123,11 @@ def check(
 
 # %% ../../nbs/06_datasets.ipynb #db9a7a2b
 def gene_class(
-    name:str, # "dosage_sensitivity_TFs", "n1_network" …: a label file of the set gene_classes, or the path of one
+    name:str, # a label file of gene_classes, such as "dosage_sensitivity_TFs", or a path
     *,
     distinct:bool=True, # keep one of ids that are listed twice
 )->dict: # {class: list of Ensembl ids}, in the order of the file
-    "Read the gene classes of one of the paper's tasks; raises `MissingDataError` or `GeneformerError`"
+    "Read the gene classes of a task of the paper; raises `MissingDataError`, `GeneformerError`"
     import ast, csv
     name = str(name)
     own = name.endswith('.csv') and Path(name).exists()
@@ -155,8 +155,8 @@ _readers = dict(gene_lists_cardiomyopathy=lambda f: pd.read_csv(f, sep='\t', hea
 
 def load(
     name:str, # a data set of `registry`
-): # AnnData for counts; a table, list or dict for genes; the folder (holding geneformer/) for official
-    "Load a data set, telling when it is not the file the book was made with; raises `MissingDataError`"
+): # AnnData for counts; table, list or dict for genes; a folder (with geneformer/) for official
+    "Load a data set, and warn if it is not the book's file; raises `MissingDataError`"
     _known(name)
     if name == 'pbmc68k_reduced':
         import scanpy as sc
@@ -171,7 +171,7 @@ def load(
     return _readers.get(name, lambda f: f)(f)
 
 # %% ../../nbs/06_datasets.ipynb #bb25fbf5
-def available()->pd.DataFrame: # by name: here ("GENEFORMER_NB_DATA", "cache", "scanpy" or ""), mb, license, what
+def available()->pd.DataFrame: # by name: where it is ("" if nowhere), mb, license, what
     "Which data sets are on this machine"
     def row(name, d):
         if not d.files: return 'scanpy', None

@@ -21,7 +21,7 @@ pd = later('pandas')
 def nonzero_medians(
     X, # cells × genes, CSR, counts
     totals=None, # all counts of each cell, when X holds a part of the genes
-)->tuple: # (median of counts per 10,000 over the cells where a gene is seen, number of those cells); nan where none
+)->tuple: # (median of counts per 10,000 over cells with the gene, number of these cells)
     "Exact non-zero medians (paper, Methods)"
     totals = np.asarray(X.sum(1, dtype=np.float64) if totals is None else totals,
                         dtype=np.float64).ravel()
@@ -38,7 +38,7 @@ _bits, _lowest, n_bins = 6, (127 - 10) << 6, 24 << 6
 
 def bin_of(
     values, # counts per 10,000, above 0
-)->np.ndarray: # int32, 0 to `n_bins` - 1; what is below 2**-10 or above 2**14 falls into the first or last bin
+)->np.ndarray: # int32, 0 to `n_bins` - 1; bin 0 begins at 2**-10, the last ends at 2**14
     "The bin of each value: the exponent of its float32 and the first six bits of the mantissa"
     b = (np.ascontiguousarray(values, np.float32).view(np.int32) >> (23 - _bits)) - _lowest
     return np.clip(b, 0, n_bins - 1, out=b)
@@ -112,7 +112,7 @@ _most = 2**32 - 1 # cells that a histogram of uint32 can count
 def add(self:Medians,
     X, # cells × genes, CSR, counts
     totals=None, # all counts of each cell; None sums the rows of X
-    columns=None, # column of each gene of X as `columns` gave it; None: the genes the object was made with, in order
+    columns=None, # position of each gene of X, from `columns`; None: genes as at the start
 )->Medians: # itself
     "Count the cells of one block; raises `CountsError` when the sizes do not fit"
     totals = np.asarray(X.sum(1, dtype=np.float64) if totals is None else totals,
@@ -138,7 +138,7 @@ def add(self:Medians,
 @patch
 def table(self:Medians,
     min_cells:int=1, # a gene seen in fewer cells is left out
-)->'pd.DataFrame': # by gene_id, sorted: median (counts per 10,000, within .79 % of the exact one) and n_cells
+)->'pd.DataFrame': # by gene_id: median (per 10,000, within .79 % of the exact one), n_cells
     "The median of each gene that was seen, and in how many cells"
     middle, med, n = bin_middle(), [np.zeros(0)], [np.zeros(0, np.int64)]
     for a in range(0, len(self.genes), 2048):
@@ -262,18 +262,18 @@ def corpus_medians(
     data, # AnnData, a path, or several of them: whatever `sources` takes
     *,
     gene_ids:str=None, # column of var that names genes; None as in `gene_names`
-    keep='filter_pass', # obs column: cells with 1 or True count, all of a file without it; a boolean a cell; None: all
+    keep='filter_pass', # obs column of cells to use (1 or True), or a mask; None: all cells
     counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
-    out=None, # folder for one Parquet a shard, a manifest, and `medians.parquet`; None works in memory
+    out=None, # folder for shards, manifest and `medians.parquet`; None works in memory
     rows:int=16_384, # cells in a shard
     executor:str='serial', # "serial", "processes" or "dask", with `out`
     workers:int=None, # number of processes; None lets the executor choose
     part:tuple=None, # (i, k): only every k-th shard from i on, as one task of a job array
-    aliases:dict=None, # {UPPER-CASE old id or symbol: id}, such as `vocabulary.aliases`; None changes no name
+    aliases:dict=None, # {UPPER-CASE old id or symbol: id}, as `vocabulary.aliases`; None: none
 )->Medians: # of all shards there are
-    "Non-zero medians of a corpus (official: obtain_nonzero_median_digests); the same call again resumes"
+    "Non-zero medians of a corpus (official obtain_nonzero_median_digests); a second call resumes"
     src = sources(data, counts_layer=counts_layer, logged=logged, fractional=fractional)
     job = _Shard(src, shards(src, rows), _split(keep, src), gene_ids, aliases)
     if out is None:

@@ -23,7 +23,7 @@ _mt = [f'ENSG00000{n}' for n in (198888, 198763, 198804, 198712, 228253, 198899,
 # %% ../../nbs/01b_quality.ipynb #18a30b1e
 def mito_genes(
     var:pd.DataFrame, # one row a gene
-    mito=None, # symbols or ids; or a column of var with marks, such as scanpy's "mt"; None follows the rule above
+    mito=None, # symbols or ids, or a boolean column of var such as "mt"; None: the rule above
 )->np.ndarray: # one boolean a gene
     "Which genes are mitochondrial; raises `GeneMatchError` when those asked for are not there"
     if isinstance(mito, str):
@@ -52,7 +52,7 @@ _marks = ('doublet', 'malignant', 'cell_line')
 rules = ('depth', 'mito', 'few_genes', *_marks)
 
 def _find(source, what, asked):
-    "The obs column for `what`: the one asked for, else one with a usual name; None without one, or for False"
+    "The obs column for `what`: the one given, else one of a usual name; None if there is none"
     if asked is False: return None
     if asked is None:
         low = {str(c).lower(): c for c in reversed(source.columns)}
@@ -76,8 +76,8 @@ class _Plan:
             raise GeneMatchError(f"None of the {len(names):,} genes of '{source.name}' is in "
                                  f"coding: it wants ids like {', '.join(sorted(coding)[:2])}, and "
                                  f"the data has {', '.join(names[:2])}.")
-        self.how = dict(depth='total counts', mito='no mitochondrial gene found', few_genes='all '
-                        'genes')
+        self.how = dict(depth='total counts', mito='no mitochondrial gene found',
+                        few_genes='all genes')
         if self.mito.any():
             self.how['mito'] = f"counts of {(m := int(self.mito.sum()))} gene{'s'*(m > 1)}"
         if coding is not None: self.how['few_genes'] = f'{int(self.genes.sum()):,} genes of coding'
@@ -125,9 +125,9 @@ def _limits(cells, n_sd):
 @dataclass
 class Quality:
     "What quality control says about each cell, and why"
-    cells: pd.DataFrame # by barcode, in order: dataset, n_counts, n_mito, mito_share, n_genes, `rules`, filter_pass
+    cells: pd.DataFrame # by barcode: dataset, n_counts, n_mito, mito_share, n_genes, filter_pass …
     limits: pd.DataFrame # by data set and rule: cells, mean, sd, low, high
-    tissues: pd.DataFrame # by tissue: cells that pass, their share, and `over` where that is above max_share
+    tissues: pd.DataFrame # by tissue: cells that pass, their share, `over` if above max_share
     table: pd.DataFrame = field(repr=False) # what `report` returns
     sources: dict = field(repr=False) # {name: number of cells} of each input, in order
 
@@ -183,7 +183,7 @@ def _tissues(cells, plans, max_share):
 
 # %% ../../nbs/01b_quality.ipynb #57dc2f5f
 def _scan(inputs, asked, mito, coding):
-    "The measured cells of every input, with the number of their source, and the plan of each source"
+    "Measures of the cells of every input with the number of their source, and each source's plan"
     coding = None if coding is None else {plain_id(g).upper() for g in coding}
     plans, got, last = [], [], None
     for s, a, b in inputs:
@@ -208,9 +208,9 @@ def _decide(cells, limits, min_genes):
 
 # %% ../../nbs/01b_quality.ipynb #6d8493d2
 def check_quality(
-    data, # AnnData, file, folder, several of them, or an iterator of AnnData: whatever `blocks` takes
+    data, # AnnData, file, folder, several of them, or an iterator of AnnData
     *,
-    dataset:str=None, # obs column that names the data set ("unknown" where empty); None: each file or AnnData is one
+    dataset:str=None, # obs column that names the data set; None: each file or AnnData is one
     mito=None, # mitochondrial genes, as in `mito_genes`
     coding=None, # ids that count as genes, such as `vocabulary.genes`; None counts every row of var
     min_genes:int=7, # fewest detected genes; 0 lets every cell through
@@ -224,7 +224,7 @@ def check_quality(
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
 )->Quality: # nothing is changed
-    "The paper's quality control (Methods), data set by data set; raises `CountsError` or `GeneMatchError`"
+    "Quality control of the paper, for each data set; raises `CountsError`, `GeneMatchError`"
     if not n_sd > 0:
         raise GeneformerError(f"n_sd={n_sd} lets no cell through: pass a number above 0.")
     asked = dict(dataset=dataset, doublet=doublet, malignant=malignant, cell_line=cell_line,
@@ -241,7 +241,7 @@ def check_quality(
 def apply(self:Quality,
     adata, # one that was looked at: the same cells in the same order
     source:str=None, # which input it is, when several have these barcodes; None finds it by them
-)->None: # adds obs["filter_pass"], obs["filter_reason"]; n_counts, n_genes, mito_share where there is no such column
+)->None: # adds to obs filter_pass, filter_reason, and n_counts, n_genes, mito_share if missing
     "Write the verdict into `adata.obs`; raises `GeneformerError` for other cells"
     ends = np.cumsum([0, *self.sources.values()])
     segments = {k: self.cells.iloc[a:b] for k, a, b in zip(self.sources, ends, ends[1:])

@@ -23,7 +23,9 @@ pd = later('pandas')
 
 # %% ../../nbs/01a_sources.ipynb #1af02953
 def _read(d, a, b, room=None):
-    "Entries a to b of an array on disk; HDF5 writes into our memory, which saves a copy, and into that of `room`, which saves getting it"
+    """Entries a to b of an array on disk, read by HDF5 straight into memory of ours.
+
+    The memory is that of the caller's `buffer` where it is large enough."""
     if not hasattr(d, 'read_direct') or a == b: return d[a:b]
     key, room = (d.name, d.dtype), {} if room is None else room
     if len(room.get(key, ())) < b - a: room[key] = np.empty(b - a, d.dtype)
@@ -50,7 +52,7 @@ class _Csr:
 
 # %% ../../nbs/01a_sources.ipynb #7938cabb
 class _Turned:
-    "A matrix on disk that lies by genes: dense ones are cut by columns, sparse ones (CSC) read whole when first asked for"
+    "A genes × cells matrix on disk: dense is read by columns, sparse (CSC) whole on first use"
     def __init__(self, group, shape): self.group, self.shape = group, shape
     @cached_property
     def csr(self):
@@ -179,6 +181,7 @@ def _10x_mtx(path):
     import scanpy as sc
     return _adata(sc.read_10x_mtx(path))
 
+# %% ../../nbs/01a_sources.ipynb #d002730f
 def _adata(a):
     "An AnnData, which stays as it is; what cannot be sliced by rows is turned"
     def turn(X):
@@ -198,7 +201,9 @@ def _kind(path):
             if path.suffix in _readers else None)
 
 def _unreadable(path, e):
-    "The sentence for a file that some reader failed on; raise it `from e.with_traceback(None)`, since frames of h5py hold its lock"
+    """The `CountsError` for a file that a reader failed on.
+
+    Raise it `from e.with_traceback(None)`: frames of h5py would hold the lock of the file."""
     said = (str(e).splitlines() or [''])[0][:120]
     return CountsError(f"'{Path(path).name}' cannot be read ({type(e).__name__}: {said}): it is "
                        "damaged, or not what its name says.")
@@ -223,7 +228,7 @@ def _open(path):
 def read_any(
     path, # .h5ad, .zarr, .loom, 10x .h5, or a folder with 10x matrix.mtx
 ): # AnnData, in memory
-    "Read counts from any common file; raises `CountsError` for an ending it does not know and for a damaged file"
+    "Read counts from any common file; raises `CountsError` for an unknown or damaged one"
     import anndata as ad
     o = _open(path)
     try:
@@ -247,6 +252,7 @@ def _let_go(source, most=16):
             old.__dict__.pop('_open', None)
             old.__dict__.pop('_pick', None)
 
+# %% ../../nbs/01a_sources.ipynb #4d7652c3
 class Source:
     "The counts of one file or AnnData, by blocks of cells"
     def __init__(self,
@@ -312,7 +318,7 @@ def block(self:Source,
     a:int, # first cell
     b:int, # last cell, not included
     columns=None, # obs columns wanted; None means all
-    room:dict=None, # {} of the caller, who is done with one block before asking for the next: its memory is used again
+    buffer:dict=None, # {} of a caller that drops each block before the next: memory is reused
 )->Counts:
     "Checked counts of some cells; raises `CountsError`"
     (X, var, where), (_, logged, fractional) = self._chosen, self.how
@@ -329,7 +335,7 @@ def block(self:Source,
 
 @patch
 def fingerprint(self:Source)->str: # 16 hexadecimal characters
-    "What tells this input from another: size and time of a file, the counts of an AnnData in memory"
+    "Fingerprint of an input: size and time of a file, the counts of an AnnData in memory"
     if self.path is None:
         X = _rows(self._chosen[0])
         return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), self.var,
@@ -379,7 +385,7 @@ def sources(
     return _named(out)
 
 def _named(inputs):
-    "Inputs with names that tell them apart: of the same name, files get that of their folder, and what is left a number"
+    "Give inputs distinct names: repeated ones get the name of their folder, then a number"
     for how in (lambda s, i: f'{s.path.absolute().parent.name}/{s.name}' if s.path else s.name,
                 lambda s, i: f'{s.name} {i}'):
         names = [s.name for s in inputs]
@@ -402,7 +408,7 @@ def pieces(
     counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
-): # (Source, first cell, last cell not included), one after the other, in order; nothing is read yet
+): # (Source, first cell, end), in order; nothing is read yet
     "Blocks of cells to be read, perhaps by several threads; raises `CountsError`"
     if size < 1: raise CountsError(f"A block holds one cell or more, not {size}.")
     stream = hasattr(data, '__next__')

@@ -21,7 +21,9 @@ pd = later('pandas')
 
 # %% ../../nbs/04_tokenizer.ipynb #ed1e4c4b
 def _packed(value, turned, low):
-    "One integer a gene, in the place of `value`, smallest for the highest value: bits of the value turned over, gene number in the bits of `low`"
+    """Turn values into sortable integers in place: the highest value gives the smallest key.
+
+    The bits of the value are inverted, and the lowest bits hold the gene number."""
     keys = value.view(np.int64)
     np.bitwise_or(keys, low, out=keys)
     # `turned` is ~number: ones above, so that the value turns over as well
@@ -29,7 +31,9 @@ def _packed(value, turned, low):
 
 # %% ../../nbs/04_tokenizer.ipynb #045502d7
 def _rank_rows(data, columns, cuts, turned, divisor, medians, low, room):
-    "Gene numbers of some cells by rank, cell i from cuts[i] on, genes not seen last, and how many were seen in each; all in the arrays of `room`"
+    """Gene numbers of some cells by rank, and how many genes each cell has.
+
+    Cell i begins at cuts[i], and its unseen genes come last. The arrays are those of `buffer`."""
     m, ends = len(data), np.asarray(cuts)
     value, gene, free, out = (r[:m] for r in room)
     np.copyto(free, columns)  # in the type that np.take would make of them each time
@@ -59,8 +63,9 @@ def _several(gene):
     several = (gene >= 0) & (np.bincount(gene + 1)[gene + 1] > 1)
     return several if several.any() else None
 
+# %% ../../nbs/04_tokenizer.ipynb #f3cb23fb
 def _summed(data, columns, cuts, gene, several):
-    "The counts of some cells; where a gene stands in several columns, its first one in a cell gets their sum and the others 0"
+    "Counts of some cells where columns of one gene are summed into the first and the others are 0"
     at = np.flatnonzero(several[columns])
     row = np.searchsorted(cuts, at, 'right') - 1
     _, first, code = np.unique(row * len(gene) + gene[columns[at]], return_index=True,
@@ -73,7 +78,7 @@ def _summed(data, columns, cuts, gene, several):
 
 # %% ../../nbs/04_tokenizer.ipynb #05f4b193
 def _ranked(X, gene, medians):
-    "Some fifty cells at a time: (numbers of their genes by rank, where each cell begins, how many it has); overwritten by the next"
+    "Yield (genes by rank, start of each cell, genes of each cell) of about fifty cells at a time"
     number, low, several = (np.asarray(gene, np.int64), (1 << len(medians).bit_length()) - 1,
                             _several(np.asarray(gene, np.int64)))
     turned, divisor = ~number, np.append(medians, np.inf)[number]
@@ -101,7 +106,7 @@ def rank_genes(
 
 # %% ../../nbs/04_tokenizer.ipynb #d07bf5af
 class Sequences:
-    "Token sequences in the making: ranked genes come in, some cells at a time, and are framed and cut"
+    "Collects ranked genes of cells, adds special tokens and truncates"
     def __init__(self,
         lengths:np.ndarray, # entries of each cell: it will not have more genes
         vocabulary:Vocabulary, # says the longest cell and whether <cls> and <eos> are there
@@ -152,8 +157,8 @@ class Encoder:
     def __post_init__(self):
         v = self.vocabulary
         if not isinstance(v, Vocabulary):
-            raise VocabularyError(f"A vocabulary is model.vocabulary, Vocabulary.official(…) or "
-            f"Vocabulary.from_counts(…), not {type(v).__name__}.")
+            raise VocabularyError("A vocabulary is model.vocabulary, Vocabulary.official(…) or "
+                                  f"Vocabulary.from_counts(…), not {type(v).__name__}.")
         if self.special is None: self.special = v.cls
         if self.max_len is None: self.max_len = v.max_len
         if self.special and not v.cls:
@@ -191,6 +196,7 @@ def _disagree(obs, totals, source):
         said = pd.to_numeric(_frame(obs)['n_counts'], errors='coerce')
     return int((~np.isclose(said, totals, rtol=1e-3)).sum())
 
+# %% ../../nbs/04_tokenizer.ipynb #4a03fa9a
 @patch
 def __call__(self:Encoder,
     b, # `Counts` of some cells
@@ -248,7 +254,7 @@ def carried(
     obs=None, # columns wanted: None, a name, names, or {name: new name}
     keep=None, # column that says which cells to keep
 )->dict: # {column: name among the cells}
-    "The obs columns that every input has; raises `GeneformerError` for one asked for that is missing"
+    "obs columns that every input has; raises `GeneformerError` for one that is missing"
     if not (obs is None or isinstance(obs, (str, dict, list, tuple, pd.Index))):
         raise GeneformerError(f"obs names columns: a name, a list of names, or {{name: new name}}, "
                               f"not {type(obs).__name__}.")
@@ -279,8 +285,8 @@ def carried(
                                   f"{', '.join(map(str, s.columns)) or 'none'})"
                                   + (f" in '{s.path.name}'." if s.path else '.'))
     if twice := [c for c in obs.values() if list(obs.values()).count(c) > 1 or c == 'n_counts']:
-        raise GeneformerError(
-        f"Two columns would be called {twice[0]!r} (n_counts is computed): give one another name.")
+        raise GeneformerError(f"Two columns would be called {twice[0]!r} (n_counts is computed): "
+                              "give one another name.")
     return obs
 
 # %% ../../nbs/04_tokenizer.ipynb #e003c6ce
@@ -292,8 +298,7 @@ def check_options(
     whole(**numbers)
     if (isinstance(min_match, (str, bool)) or not isinstance(min_match, (int, float))
             or not 0 <= min_match <= 1):
-        raise GeneformerError(
-        f"min_match={min_match!r} is a share of the counts, from 0 to 1.")
+        raise GeneformerError(f"min_match={min_match!r} is a share of the counts, from 0 to 1.")
 
 def gate_file(
     match, # `GeneMatch` of a file
@@ -348,27 +353,27 @@ def settle(
 
 # %% ../../nbs/04_tokenizer.ipynb #203ec7db
 def tokenize(
-    data, # AnnData with raw counts; a file (.h5ad, .zarr, .loom, 10x), folder or pattern; a list of these; an iterator of AnnData
+    data, # AnnData of raw counts; file, folder, pattern; a list or an iterator of these
     vocabulary:Vocabulary, # that of the model the cells are for
     *,
-    gene_ids:str=None, # column of var that names the genes; None tries ensembl_id, gene_ids, the index
-    orthologs=None, # for another species: table of its genes and the human ones, as in `match_genes`
-    counts_layer:str=None, # layer with the counts; None: layers["counts"], X or raw.X, whichever holds counts
+    gene_ids:str=None, # column of var with gene ids; None: ensembl_id, gene_ids or the index
+    orthologs=None, # for another species: table of orthologs, as in `match_genes`
+    counts_layer:str=None, # layer of counts; None: layers["counts"], X or raw.X
     logged:bool=False, # True: the values are log1p of normalized counts, and are turned back first
     fractional:bool=False, # True accepts estimated counts that are not whole numbers
-    obs=None, # obs columns to carry: a list, or {name: new name}; None carries all that every input has
-    keep:str='filter_pass', # obs column that is 1 for cells to keep, where there is such a column; None keeps all
+    obs=None, # obs columns to keep: a list, or {name: new name}; None: all that every input has
+    keep:str='filter_pass', # obs column that is 1 for cells to keep, if present; None: all cells
     keep_empty:bool=False, # True keeps a cell without a known gene as a cell of no tokens
     special:bool=None, # put <cls> and <eos> around each cell? None as the vocabulary says
     max_len:int=None, # longest cell in tokens, specials included; None as the vocabulary says
-    counts:bool=False, # True also keeps counts per 10,000 in the order of the tokens, as `lists["counts"]`
-    uncropped:bool=False, # True also keeps all tokens of each cell, uncut, as `lists["input_ids_uncropped"]`
+    counts:bool=False, # True: also counts per 10,000 of the tokens, in `lists["counts"]`
+    uncropped:bool=False, # True: also all tokens, in `lists["input_ids_uncropped"]`
     collapse:bool=True, # sum rows of one gene; False makes them an error
     min_match:float=.2, # smallest share of counts on known genes; below it is an error
     block:int=2048, # cells read at a time
     workers:int=None, # threads; None: one a core, at most 4
 )->Cells: # cells in the order of the data; `.match` tells how the genes met the vocabulary
-    "Rank value encoding (paper, Methods; official `TranscriptomeTokenizer`); raises `CountsError` and `GeneMatchError`"
+    "Rank value encoding (official `TranscriptomeTokenizer`); raises `CountsError`, `GeneMatchError`"
     check_options(min_match, block=block, workers=workers)
     inputs = None if hasattr(data, '__next__') else sources(data, counts_layer, logged, fractional)
     enc = Encoder(vocabulary, None, gene_ids, keep, special, max_len, counts, uncropped, collapse,

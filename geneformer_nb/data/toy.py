@@ -17,7 +17,7 @@ cell_types = dict(cardiomyocyte=.6, fibroblast=.25, endothelial=.15)
 _programs = ('STRUCT', 'METAB', 'SIGNAL', 'MATRIX')
 
 def _genes(n, rng):
-    "Gene table: symbol, role, level in the hierarchy, log level at rest, log offset in each cell type"
+    "Gene table: symbol, role, level in the hierarchy, log level, log offset in each cell type"
     n_tf, n_hk = max(12, n//10), n//6
     kind = ['TF']*n_tf + ['HK']*n_hk + [_programs[i % 4] for i in range(n - n_tf - n_hk)]
     role = np.array([dict(TF='tf', HK='housekeeping').get(k, 'target') for k in kind])
@@ -51,7 +51,7 @@ def _edges(genes, rng):
 _amplitude, _knocked_out, _activated = 1.4, -3., 1.5
 
 def _propagate(truth, outside, clamp=None):
-    "Log deviation of each gene in each cell: what comes from `outside` (cells x genes) and what the network adds"
+    "Log deviation of each gene in each cell: `outside` (cells × genes) plus the network's part"
     genes, edges, z = truth.genes, truth.edges, outside.copy()
     w, at = np.zeros((len(genes),)*2), genes.index.get_indexer
     w[at(edges.source), at(edges.target)] = edges.sign*edges.weight
@@ -83,11 +83,11 @@ class ToyTruth:
 
 # %% ../../nbs/05_toy.ipynb #1c85d9ab
 def toy_network(
-    n_genes:int=240, # genes in all: a tenth (12 at least) are transcription factors, a sixth housekeeping; 60 or more
+    n_genes:int=240, # 60 or more; a tenth are transcription factors, a sixth housekeeping
     seed:int=0, # which network
-    effect:float=1., # strength of the disease: 1 turns drivers to 0.25 and 3.5 times, 0 plants nothing
+    effect:float=1., # of the disease: 1 multiplies drivers by .25 and 3.5; 0: no effect
 )->ToyTruth: # tables of genes, edges and drivers
-    "Draw a gene network and choose its disease drivers; raises `GeneformerError` for fewer than 60 genes"
+    "Draw a gene network and its disease drivers; raises `GeneformerError` below 60 genes"
     if n_genes < 60: raise GeneformerError(f"A toy network needs at least 60 genes, not {n_genes}.")
     rng = np.random.default_rng(seed)
     genes = _genes(n_genes, rng)
@@ -108,7 +108,7 @@ def toy_network(
 _spill = .25 # share of the disease that reaches cells other than cardiomyocytes
 
 def _outside(truth, cell_type, disease, noise):
-    "What reaches each gene from outside the network: `noise` plus the drivers of each cell's disease"
+    "Input to each gene from outside the network: `noise` plus the drivers of the cell's disease"
     out = noise.copy()
     share = np.where(np.asarray(cell_type) == 'cardiomyocyte', 1, _spill)
     for d in truth.drivers.itertuples():
@@ -117,7 +117,7 @@ def _outside(truth, cell_type, disease, noise):
 
 # %% ../../nbs/05_toy.ipynb #a442877e
 def _donors(n, n_genes, donor_sd, rng):
-    "Disease, batch, composition, depth and gene offsets of each donor, and gene offsets of each batch"
+    "Disease, batch, composition, depth and gene offsets of donors, and gene offsets of batches"
     return dict(disease=np.array(states)[np.arange(n) % 3], batch=np.arange(n)//3 % 2,
                 share=rng.dirichlet(np.array(list(cell_types.values()))*30, n),
                 depth=rng.normal(0, .2, n), offset=rng.normal(0, donor_sd, (n, n_genes)),
@@ -149,8 +149,8 @@ def simulate(
     truth:ToyTruth=None, # a network from `toy_network`; None makes the standard one
     donor_sd:float=.25, # how much donors differ in a gene, natural log
     depth:float=1800., # expected counts of a middling cell
-): # AnnData: counts in X (CSR float32); obs cell_type, disease, donor, batch, depth, n_counts; uns["toy"]
-    "Simulate a cohort with known drivers; raises `GeneformerError` for fewer cells than donors or fewer than 3 donors"
+): # AnnData: counts in X; obs cell_type, disease, donor, batch, depth, n_counts; uns["toy"]
+    "Simulate a cohort with known drivers; raises `GeneformerError` for too few donors or cells"
     import anndata as ad
     from scipy.sparse import vstack
     if n_donors < 3: raise GeneformerError(f"Three states need 3 donors or more, not {n_donors}.")
@@ -218,7 +218,7 @@ def true_effect(
     n_cells:int=300, # simulated cells, the same with and without the change
     seed:int=0, # their noise
 )->float: # share of the way from start to goal; positive is towards the goal
-    "What a knock-out or activation really does, by simulating it; raises `GeneformerError` for unknown names"
+    "Simulate a knock-out or activation; raises `GeneformerError` for unknown names"
     return _project(truth, truth.find(gene), kind, *_way(truth, start, goal, cell_type, n_cells,
         seed))
 
@@ -231,7 +231,7 @@ def true_effects(
     kinds=('KO', 'OE'), # which changes
     n_cells:int=300, # simulated cells, the same for every gene
     seed:int=0, # their noise
-)->pd.DataFrame: # gene_id, symbol, role, kind, shift, driver (planted for `start` or `goal`); best first
+)->pd.DataFrame: # gene_id, symbol, role, kind, shift, driver (planted); best first
     "What knocking out and activating each gene really does"
     way = _way(truth, start, goal, cell_type, n_cells, seed)
     rows = [(g, s, r, k, _project(truth, i, k, *way)) for k in kinds

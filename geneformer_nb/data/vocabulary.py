@@ -31,7 +31,7 @@ class Vocabulary:
     cls: bool = False # are cells framed by <cls> and <eos>? V2 yes, V1 no
     max_len: int = 2048 # longest cell in tokens, specials included
     symbols: dict = field(default_factory=dict, repr=False) # gene id → symbol
-    aliases: dict = field(default_factory=dict, repr=False) # UPPER-CASE symbol, alias or retired id → gene id
+    aliases: dict = field(default_factory=dict, repr=False) # UPPER-CASE symbol or old id → gene id
     name: str = 'custom' # "V1", "V2" or your own word
 
     def __post_init__(self):
@@ -218,7 +218,8 @@ def safe_unpickle(
     with open(path, 'rb') as f:
         try: return _Unpickler(f).load()
         except VocabularyError: raise
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError, ValueError, OverflowError, MemoryError) as e:
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError, ValueError,
+                OverflowError, MemoryError) as e:
             raise VocabularyError(f"'{Path(path).name}' is not a pickle of plain values ({e}): a "
                                   "git-lfs pointer instead of the file is the usual "
                                   "reason.") from e
@@ -237,7 +238,7 @@ def from_dicts(cls:Vocabulary,
     max_len:int=2048, # longest cell, specials included
     name:str='custom', # word for messages
 )->Vocabulary:
-    "A vocabulary from dictionaries laid out as the official ones; raises `VocabularyError` when they do not fit together"
+    "A vocabulary from dictionaries of the official form; raises `VocabularyError` if they disagree"
     special = {k: int(t) for k, t in tokens.items() if str(k).startswith('<')}
     genes = sorted((k for k in tokens if k not in special), key=lambda g: int(tokens[g]))
     want = {s: i for i, s in enumerate(_specials[:len(special)])}
@@ -256,12 +257,13 @@ def from_dicts(cls:Vocabulary,
     return cls(genes, [float(medians[g]) for g in genes], len(special) == 4, max_len, symbols,
                known, name)
 
+# %% ../../nbs/02_vocabulary.ipynb #38bbc885
 @patch(cls_method=True)
 def official(cls:Vocabulary,
     version:str, # "V1" (30M cells, 2021) or "V2" (104M cells, 2024)
     folder, # folder that holds `geneformer/` as in the official repository
 )->Vocabulary:
-    "The dictionaries of an official generation, those of symbols where they are; raises `MissingDataError` for the others"
+    "The vocabulary of an official generation; raises `MissingDataError` if a dictionary is missing"
     if version not in _official:
         raise VocabularyError(f"version {version!r} is neither 'V1' nor 'V2'.")
     o, root = _official[version], Path(folder)
@@ -302,7 +304,7 @@ def from_counts(cls:Vocabulary,
     logged:bool=False, # as in `counts_of`
     name:str='from counts', # word for messages
 )->Vocabulary:
-    "A vocabulary of all genes seen in the data; rows of one id, in any case, are summed; raises `VocabularyError`"
+    "A vocabulary of all genes seen; rows of one id in any case are summed; raises `VocabularyError`"
     if hasattr(data, 'obs'):
         c = counts_of(data, counts_layer, logged)
         table, tables = _exact_table(c, gene_ids), [c.var]
@@ -331,8 +333,8 @@ class GeneMatch:
     "Where each gene of the data stands in a vocabulary"
     names: np.ndarray # names in the data
     index: np.ndarray # gene number in the vocabulary, int32; -1 where there is none
-    how: np.ndarray   # "id", "symbol or retired id", "version stripped", "ortholog", "no id", "not one-to-one" or "unknown"
-    counts_matched: float = None # share of all counts that fall on matched genes, once counts were seen
+    how: np.ndarray   # "id", "symbol or retired id", "version stripped", "ortholog", or why not
+    counts_matched: float = None # share of all counts on matched genes; None: no counts seen yet
 
     def __len__(self): return len(self.index)
     @cached_property
@@ -349,9 +351,9 @@ class GeneMatch:
     def report(self)->dict: # {what: number of genes}
         "The match in numbers"
         out = {'genes': len(self.index), 'matched': int((self.index >= 0).sum())}
-        out |= {h: int((self.how == h).sum()) for h in ('id', 'symbol or retired id', 'version '
-                                                        'stripped', 'ortholog', 'not one-to-one',
-                                                        'unknown', 'no id')}
+        out |= {h: int((self.how == h).sum()) for h in ('id', 'symbol or retired id',
+                                                        'version stripped', 'ortholog',
+                                                        'not one-to-one', 'unknown', 'no id')}
         out['summed into another row'] = self.summed
         if self.counts_matched is not None:
             out['% of counts matched'] = round(100 * self.counts_matched, 1)
@@ -363,9 +365,9 @@ class GeneMatch:
 def match_genes(
     names, # names of the genes of the data: ids, symbols, aliases, any case
     vocabulary:Vocabulary, # the words
-    orthologs=None, # for another species: table, csv file or dict of its gene and the human gene; only one-to-one pairs are used
+    orthologs=None, # for another species: table, csv file or dict of its gene and the human one
 )->GeneMatch:
-    "Find each gene of the data in the vocabulary; raises `GeneMatchError` for a table of orthologs that is none"
+    "Find each gene of the data in the vocabulary; raises `GeneMatchError` for bad orthologs"
     if not isinstance(vocabulary, Vocabulary):
         raise VocabularyError(f"vocabulary is a Vocabulary, not {type(vocabulary).__name__}.")
     if names is None or isinstance(names, str):
@@ -388,9 +390,9 @@ def match_genes(
 
 # %% ../../nbs/02_vocabulary.ipynb #590dc7a0
 def one_to_one(
-    table, # DataFrame whose first two columns are gene and human gene; path of such a .csv or .tsv; or {gene: human gene}
-)->tuple: # ({UPPER-CASE gene: human gene}, set of UPPER-CASE genes that have several partners or share one)
-    "The one-to-one pairs of a table of orthologs; raises `GeneMatchError` when it has no two columns or no pair"
+    table, # DataFrame of gene and human gene; path of such a .csv or .tsv; or a dict
+)->tuple: # ({UPPER-CASE gene: human gene}, set of genes that are not one-to-one)
+    "One-to-one pairs of a table of orthologs; raises `GeneMatchError` for a table without any"
     if isinstance(table, (str, Path)):
         table = Path(table).expanduser()
         if not table.is_file():
@@ -402,8 +404,8 @@ def one_to_one(
                                  "or tabs, the gene of the data and the human gene.") from e
     if isinstance(table, dict): table = pd.DataFrame(list(table.items()), columns=['gene', 'human'])
     if not hasattr(table, 'iloc') or getattr(table, 'ndim', 0) != 2 or table.shape[1] < 2:
-        raise GeneMatchError(
-        "A table of orthologs has two columns, the gene of the data and the human gene.")
+        raise GeneMatchError("A table of orthologs has two columns, the gene of the data and the "
+                             "human gene.")
     t = table.iloc[:, :2].dropna().astype(str).set_axis(['gene', 'human'], axis=1)
     t = t.map(lambda x: plain_id(x).upper())
     t = t[~t.isin(_no_id).any(axis=1)].drop_duplicates()

@@ -40,19 +40,19 @@ def learners(
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
     def scaled(model): return make_pipeline(StandardScaler(), model)
-    return {'majority class': ('nothing', DummyClassifier()), 'logistic regression, log '
-            'CP10k': ('genes', scaled(LogisticRegression(C=C, max_iter=1000))), 'counts and '
-            'detected genes': ('depth', scaled(LogisticRegression())), 'SVM, log CP10k': ('genes',
-        scaled(SVC())), 'random forest, log CP10k': ('genes',
-                                                     RandomForestClassifier(random_state=seed)),
-            'gradient boosting, log CP10k': ('genes',
-                                             HistGradientBoostingClassifier(random_state=seed))}
+    return {'majority class': ('nothing', DummyClassifier()),
+            'logistic regression, log CP10k': ('genes',
+                                               scaled(LogisticRegression(C=C, max_iter=1000))),
+            'counts and detected genes': ('depth', scaled(LogisticRegression())),
+            'SVM, log CP10k': ('genes', scaled(SVC())), 'random forest, log CP10k': ('genes',
+        RandomForestClassifier(random_state=seed)), 'gradient boosting, log CP10k': ('genes',
+        HistGradientBoostingClassifier(random_state=seed))}
 
 def predict_proba(
     fit, # a fitted scikit-learn classifier
     X, # rows × features
 )->np.ndarray: # rows × classes: probabilities, each row adds up to 1
-    "Probability of each class; of an SVM a softmax of its margins, which ranks but promises nothing"
+    "Class probabilities; for an SVM a softmax of its margins, which is not calibrated"
     if hasattr(fit, 'predict_proba'): return fit.predict_proba(X)
     from scipy.special import softmax
     d = fit.decision_function(X)
@@ -60,7 +60,7 @@ def predict_proba(
 
 # %% ../../nbs/10a_baselines.ipynb #1c9a8944
 def _features(counts, train, n_genes):
-    "What the baselines see of cells: the genes that vary most over the training cells, and the depth"
+    "Features of cells: the most variable genes of the training cells, and the depth"
     X, depth = _logged(counts), np.stack([np.asarray(counts.sum(1)).ravel(), counts.getnnz(1)], 1)
     mean = np.asarray(X[train].mean(0)).ravel()
     var = np.asarray(X[train].multiply(X[train]).mean(0)).ravel() - mean**2
@@ -77,8 +77,8 @@ def cell_baselines(
     which=('majority class', 'logistic regression, log CP10k'), # names of `learners`, or "all"
     seed:int=0, # as in `learners`
     **kwargs, # counts_layer, logged as in `counts_of`
-)->tuple: # (table of scores, {baseline: table of `predicted` and the probability of each class, by barcode of the test cells})
-    "What no model at all, and simple models of the counts, achieve on the same split; raises `LeakError`, `GeneformerError`"
+)->tuple: # (scores, {baseline: `predicted` and class probabilities, by barcode of test cells})
+    "Scores of simple models on the same split; raises `LeakError`, `GeneformerError`"
     need_obs(adata.obs, label, *([donor] if donor else []))
     known = learners(C, seed)
     which = list(known) if which == 'all' else list(which)
@@ -132,7 +132,7 @@ def _words(cells):
 
 def gene_matrix(
     cells:Cells, # tokenized cells, with their vocabulary
-    what:str='ranks', # "ranks": longest cell less the place; "counts": per 10,000, of cells tokenized with counts=True
+    what:str='ranks', # "ranks": max_len less the rank; "counts": per 10,000, if kept
 ): # tokens × cells, CSR float32; 0 where a gene is absent
     "A row of numbers for each gene; raises `GeneformerError` where there are no counts"
     from scipy.sparse import csr_matrix
@@ -151,8 +151,8 @@ def gene_matrix(
 # %% ../../nbs/10a_baselines.ipynb #95c81c9a
 def gene_learners(
     seed:int=0, # of random forest and gradient boosting
-)->dict: # {name: (what it sees: "two numbers", "company", "ranks" or "counts", a scikit-learn classifier)}
-    "The baselines of a question about genes, not yet fitted (paper, methods: SVM, random forest, logistic regression)"
+)->dict: # {name: (features, a scikit-learn classifier)}
+    "Unfitted baselines for genes (paper: SVM, random forest, logistic regression)"
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -168,8 +168,8 @@ def gene_learners(
         random_state=seed, **even))}
     for what in ('ranks', 'counts'):
         out |= {f'SVM, {what}': (what, SVC(**even)), f'random forest, {what}': (what,
-            RandomForestClassifier(max_depth=2, random_state=seed, **even)), 'logistic '
-                f'regression, {what}': (what, LogisticRegression(max_iter=1000, **even))}
+            RandomForestClassifier(max_depth=2, random_state=seed, **even)),
+                f'logistic regression, {what}': (what, LogisticRegression(max_iter=1000, **even))}
     return out
 
 def _described(cells, sees, n_axes=32, seed=0):
@@ -193,7 +193,7 @@ def gene_baselines(
     split:pd.Series, # "train" or "test" by gene id
     which=None, # names of `gene_learners`; None: all, those on counts where the cells have them
     seed:int=0, # as in `gene_learners`
-)->dict: # {baseline: probability of each class (columns in the order of `labels`), by gene id of the test genes}
+)->dict: # {baseline: class probabilities by gene id of the test genes}
     "What can be said of held-out genes without a network; raises `GeneformerError`"
     known, v = gene_learners(seed), _words(cells)
     if which is None:

@@ -40,8 +40,8 @@ def calibration(
     predicted, # predicted class of each cell
     confidence, # its probability, 0 to 1
     bins:int=10, # equal parts of the range of confidence
-)->pd.DataFrame: # one row a bin that holds cells: confidence and accuracy (means), n; `.attrs['error']` is the mean distance of both
-    "How often the classifier is right where it is so sure; raises `GeneformerError` for what is no probability"
+)->pd.DataFrame: # by bin: mean confidence, accuracy, n; `.attrs['error']`: their mean distance
+    "Accuracy by confidence; raises `GeneformerError` for values that are no probabilities"
     truth, predicted, sure = (np.asarray(truth).astype(str), np.asarray(predicted).astype(str),
                               np.asarray(confidence, float))
     if not len(truth) == len(predicted) == len(sure) or not len(sure):
@@ -62,7 +62,7 @@ def calibration(
 
 # %% ../../nbs/10b_metrics.ipynb #088b4d5f
 def _answers(truth, p):
-    "Classes by number and their probabilities, one row a gene; raises `GeneformerError` for what is neither"
+    "Arrays of class numbers and probabilities, checked; raises `GeneformerError`"
     truth, p = np.asarray(truth), np.asarray(p)
     if p.ndim != 2 or p.shape[1] < 2 or len(p) != len(truth):
         raise GeneformerError(f"p has shape {p.shape} for {len(truth)} genes: one row a gene, one "
@@ -82,7 +82,7 @@ def gene_auc(
     p, # (rows, classes) probabilities
     weights=None, # how often each row counts, such as the number of cells a gene is in; None: once
 )->float: # area under the ROC curve; over several classes the mean of one against the rest
-    "Chance that a gene of a class gets a higher probability of it than one of another class; ties count half"
+    "Chance that a gene of a class ranks above one of another class; ties count half"
     (truth, p), out = _answers(truth, p), []
     w = np.ones(len(truth)) if weights is None else np.asarray(weights, float)
     for c in range(p.shape[1])[1 if p.shape[1] == 2 else 0:]:
@@ -92,6 +92,7 @@ def gene_auc(
             out.append((own @ (other.cumsum() - other / 2)) / (own.sum() * other.sum()))
     return float(np.mean(out)) if out else np.nan
 
+# %% ../../nbs/10b_metrics.ipynb #6e3cb266
 def auc_draws(
     truth, # number of the class of each gene
     p, # (genes, classes) probabilities
@@ -99,7 +100,7 @@ def auc_draws(
     seed:int=0, # of the draws, which depend on `truth` and `fold` only: the same for every model
     fold=None, # of each gene; None: one
 )->np.ndarray: # (n,) areas, each the mean over the folds
-    "Areas under the curve of the genes there might have been: drawn again, with replacement, within class and fold"
+    "Bootstrap of the area: genes are drawn with replacement within class and fold"
     (truth, p), rng = _answers(truth, p), np.random.default_rng(seed)
     fold = np.zeros(len(truth), int) if fold is None else np.asarray(fold)
     times, folds = np.zeros((n, len(truth))), []  # how often each gene is drawn

@@ -62,7 +62,7 @@ def fold_donors(
     folds:int=3, # number of folds; 0 or "loo" leaves out one donor at a time
     seed:int=0, # which donors go together
 )->np.ndarray: # number of the fold in which each cell is held out; raises `LeakError`
-    "Every donor is held out once, classes spread over the folds (scikit-learn's StratifiedGroupKFold)"
+    "Hold out every donor once, classes spread over folds (StratifiedGroupKFold of scikit-learn)"
     need_obs(obs, donor, label)
     names, y = obs[donor].astype(str).to_numpy(), obs[label].astype(str).to_numpy()
     if folds in (0, 'loo'): return pd.factorize(names, sort=True)[0]
@@ -93,17 +93,18 @@ def _unlike(values, held):
     p = chi2_contingency(table)[1] if len(table) > 1 else 1.
     return p, *(', '.join(f'{k} {n}' for k, n in table[h].items()) for h in (False, True))
 
+# %% ../../nbs/10_splits.ipynb #29e46569
 def split_balanced(
     obs:pd.DataFrame, # one row a cell
     donor:str, # column of donors
-    balance, # columns that the two sides should share: numbers (mean of a donor's cells) or names (its commonest)
+    balance, # columns to balance: numbers (mean over a donor's cells) or names (its commonest)
     label:str=None, # column of classes, each of which gets donors on both sides; None: no classes
     test:float=.33, # as in `split_donors`
     trials:int=100, # splits drawn, the best is kept
     least:float=.1, # warn when some column differs with a p-value below this
     seed:int=0, # of the first split
 )->tuple: # ("train" or "test" for each cell, table: column, p, train and test side)
-    "Hold out donors that are like the others (official `attr_to_split`, `attr_to_balance`); raises `LeakError`, `GeneformerError`"
+    "Hold out donors like the others (official `attr_to_balance`); raises `LeakError`, `GeneformerError`"
     balance = [balance] if isinstance(balance, str) else list(balance)
     if not balance or trials < 1:
         raise GeneformerError("Name the columns to balance, and draw one split or more.")

@@ -78,8 +78,8 @@ class _Counted:
     def block(self, k, a, b):
         s = self.inputs[k]
         cells, books = self.encoder(s.block(a, b, self.encoder.columns))
-        gate_file(self.encoder.match(s._var), self.encoder.vocabulary, self.min_match, f'{s.name}, '
-                  f'cells {a:,} to {b:,}', books)
+        gate_file(self.encoder.match(s._var), self.encoder.vocabulary, self.min_match,
+                  f'{s.name}, cells {a:,} to {b:,}', books)
         return cells
     def place(self, k, a): return self.names[k], a
     def facts(self):
@@ -155,7 +155,7 @@ def batch(self:_Shard,
 
 # %% ../../nbs/09b_atlas.ipynb #31b3d6cd
 class Embedded:
-    "A finished folder of embeddings: Parquet shards in the order of the cells, and what they were made from"
+    "A finished folder of embeddings: Parquet shards in cell order, and their manifest"
     def __init__(self,
         folder, # what `embed_to` wrote
     ):
@@ -284,11 +284,11 @@ def to_zarr(self:Embedded,
 @patch
 def to_h5ad(self:Embedded,
     path, # file to write; an older one is replaced
-    counts=None, # .h5ad that was embedded: copied, and the vectors put into it; None writes labels and vectors without counts
+    counts=None, # the .h5ad that was embedded, copied with its vectors; None: no counts
     key_added:str='X_geneformer', # name in obsm and uns
     name:str=None, # as in `matrix`
 )->Path: # the file
-    "Vectors in the obsm of an .h5ad, in its order; a cell that was filtered out gets nan. Raises `GeneformerError`"
+    "Vectors in obsm of an .h5ad, nan for filtered cells; raises `GeneformerError`"
     import anndata as ad, h5py
     _cells_only(self)
     name, path = name or self.vectors[0], Path(path).expanduser()
@@ -314,7 +314,9 @@ def to_h5ad(self:Embedded,
 
 # %% ../../nbs/09b_atlas.ipynb #a3c463ff
 def _rows(e, counts):
-    "Function from a batch to rows of the file of counts (-1: of another file), and the number of its cells; raises `GeneformerError`"
+    """Number of cells of the counts file, and a function from a batch to rows in it.
+
+    The row is -1 for a cell of another file. Raises `GeneformerError`."""
     source = Source(counts, *e.facts.get('how', (None, False, False)))
     mark, n = source.fingerprint(), source.n_obs
     if mine := [k.split(' ', 2)[2] for k, v in e.facts.items() if k.startswith('input ')
@@ -343,22 +345,23 @@ def _span(rows):
 
 # %% ../../nbs/09b_atlas.ipynb #afcf2c0b
 def embed_to(
-    data, # counts as `tokenize_to` takes them: file, folder, pattern, list of these, AnnData; or `Cells`, a `Corpus` or its folder
+    data, # counts as `tokenize_to` takes them, or `Cells`, a `Corpus` or its folder
     model, # `Geneformer`, or a checkpoint folder
     folder, # for the shards; the same call again goes on where it stopped
     *,
     layer='second_to_last', # as in `embed`; a list makes a column of vectors for each
     pool:str=None, # as in `embed`
-    occurrences=None, # gene ids or symbols: one row a cell and gene, with its rank; None: one row a cell
-    obs=None, # obs columns to carry, a list; None carries all that every input has; n_counts comes with counts by itself
+    occurrences=None, # gene ids or symbols: a row for each cell and gene; None: a row a cell
+    obs=None, # list of obs columns to carry; None: all that every input has
     where:dict=None, # {column: value or values} a cell must have; others get no row
     rows:int=16_384, block:int=2048, # cells in a shard, and in memory at a time
     executor:str='serial', workers:int=None, part:tuple=None, # as in `run_shards`
-    counts_layer:str=None, logged:bool=False, fractional:bool=False, min_match:float=.2, # as in `tokenize`, for counts
+    counts_layer:str=None, logged:bool=False, fractional:bool=False, # as in `tokenize`
+    min_match:float=.2, # as in `tokenize`
     budget:int=16_384, dtype=None, # as in `Geneformer.stream`
     **options, # genes, orthologs, max_len, collapse as in `tokenize`, for counts
 ): # `Embedded`; None while shards of other tasks are missing
-    "Embed any number of cells into Parquet shards; raises `GeneformerError`, `CountsError`, `StorageError`"
+    "Embed cells into Parquet shards; raises `GeneformerError`, `CountsError`, `StorageError`"
     whole(rows=rows, block=block, workers=workers, budget=budget)
     model, folder = _loaded(model), as_folder(folder)
     if (folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir())

@@ -32,7 +32,7 @@ def bert_config(
     vocabulary:Vocabulary, # gives the number of tokens and the longest cell
     **changes, # any field of `BertConfig`, and `dropout` for both dropouts
 ): # transformers.BertConfig
-    "The configuration of an official size over a vocabulary; raises `GeneformerError` for an unknown preset or field"
+    "Configuration of an official size; raises `GeneformerError` for an unknown preset or field"
     from transformers import BertConfig
     if preset not in presets:
         raise GeneformerError(f"preset {preset!r} is not one of {', '.join(presets)}.")
@@ -61,7 +61,7 @@ def runs(
 
 # %% ../../nbs/07_bert.ipynb #9e03ba29
 def _sound(kernel, device, dtype, e):
-    "Does a kernel for cells of any length answer, and rightly, for a cell of one token and one of two?"
+    "True if the kernel for cells of any length gives right results on two tiny cells"
     x = torch.linspace(-1, 1, 3 * e, device=device).view(3, 1, e).to(dtype)  # t h e
     ends = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
     plain = [F.scaled_dot_product_attention(*[c.transpose(0, 1)] * 3).transpose(0, 1)
@@ -79,7 +79,7 @@ def _varlen(device, dtype, e):
 
 # %% ../../nbs/07_bert.ipynb #4f31b5a9
 def _biased(q, k, v, bias, dropout, scaling):
-    "Attention with a bias a key, told as one more dimension (of eight): fused kernels have no derivative of a bias"
+    "Attention with a bias for each key, passed as an extra dimension, so that it has a gradient"
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
     q = torch.cat([q, torch.full_like(q[..., :1], 1/scaling), torch.zeros_like(q[..., :7])], -1)
@@ -89,7 +89,7 @@ def _biased(q, k, v, bias, dropout, scaling):
 
 def _within_cells(module, query, key, value, attention_mask, scaling=None, dropout=0., runs=None, ends=None, gate=None,
                   observe=None, **kw):
-    "Attention where token i sees only the tokens of its own cell; without `runs`, plain scaled dot product"
+    "Attention where a token sees only its own cell; without `runs`, scaled dot product"
     if runs is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
@@ -117,6 +117,7 @@ def _within_cells(module, query, key, value, attention_mask, scaling=None, dropo
         parts.append(o.transpose(1, 2).flatten(0, 1))  # t h e
     return torch.cat(parts)[None], None
 
+# %% ../../nbs/07_bert.ipynb #5ce66f32
 def _register():
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -128,7 +129,7 @@ class Geneformer:
     "A stock transformers BERT (`.hf`) and the vocabulary its tokens belong to (`.vocabulary`)"
     def __init__(self,
         hf, # a transformers Bert model: `BertForMaskedLM`, `BertForSequenceClassification` …
-        vocabulary:Vocabulary, # what its tokens mean; raises `VocabularyError` when the sizes disagree
+        vocabulary:Vocabulary, # the genes of its tokens; raises `VocabularyError` for another size
     ):
         c = hf.config
         if c.vocab_size != vocabulary.n_tokens:
@@ -217,7 +218,7 @@ def hidden(self:Geneformer,
     gate=None, # presence of each token, 0 to 1 (t,); None means all present
     layer='second_to_last', # as in `n_run`
     below=None, # (layers done, their output (t, d)) to go on from; None begins with the embeddings
-    observe=None, # function (layer number, first token, attention weights b h n n), called as they are made
+    observe=None, # function (layer, first token, attention weights b h n n), called in turn
 )->torch.Tensor: # (t, d) on the model's device, differentiable
     "Contextual embedding of every token, each cell by itself; raises `GeneformerError`"
     dev, offsets, depth = self.device, np.asarray(offsets), self.n_run(layer)
@@ -264,7 +265,7 @@ def pool_cells(
 
 @patch
 def pooling(self:Geneformer, how=None):
-    "The pooling to use: the one asked for, or what the checkpoint was made for; raises `GeneformerError`"
+    "The pooling given, or else that of the checkpoint; raises `GeneformerError`"
     if how is None: return 'cls' if self.vocabulary.cls else 'mean'
     if how not in ('cls', 'mean') or (how == 'cls' and not self.vocabulary.cls):
         hint = " or 'cls'." if self.vocabulary.cls else ("; this vocabulary has no <cls> token, "
@@ -283,7 +284,7 @@ def stream(self:Geneformer,
     dtype=None, # "bfloat16" or "float16" compute in half precision; None is float32
     show:bool=None, # progress bar; None shows it outside of tests
 ): # (numbers of the cells, tokens, offsets, vectors (t, d)), batch by batch, longest cells first
-    "Run the encoder over cells, without gradients; raises `VocabularyError` for cells of another vocabulary"
+    "Run the encoder without gradients; raises `VocabularyError` for cells of another vocabulary"
     need_cells(cells).check_vocabulary(self.vocabulary)
     dtype = pick_dtype(dtype)
     with torch.inference_mode(), torch.autocast(self.device.type, dtype,
@@ -324,7 +325,7 @@ def save_pretrained(self:Geneformer,
 def from_pretrained(cls:Geneformer,
     path, # a folder, or a hub id such as "ctheodoris/Geneformer"
     subfolder:str=None, # such as "Geneformer-V1-10M"
-    vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one of that size
+    vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one
     device=None, # as in `pick_device`
     revision:str=None, # of the hub: branch, tag or commit; None is the newest
 )->Geneformer:

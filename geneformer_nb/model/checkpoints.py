@@ -17,7 +17,7 @@ from ..data.vocabulary import Vocabulary
 def pointer(
     path, # any file
 ): # (sha256, bytes) of the file it stands for; None when it is an ordinary file
-    "Recognize a git-lfs pointer: a few lines of text that a clone without git-lfs leaves in place of a large file"
+    "Recognize a git-lfs pointer: the text that a clone without git-lfs leaves for a large file"
     with open(path, 'rb') as f: head = f.read(400)
     if not head.startswith(b'version https://git-lfs'): return None
     found = re.search(rb'^oid sha256:([0-9a-f]{64})\s+size (\d+)', head, re.M)
@@ -45,7 +45,7 @@ def _tensors(path):
 def read_tensors(
     path, # .safetensors or .bin
 )->dict: # {name: tensor on the CPU}
-    "The tensors of a weights file; raises `MissingDataError`, and `GeneformerError` for one that asks for code"
+    "Tensors of a weights file; raises `MissingDataError`, or `GeneformerError` for unsafe files"
     import torch
     path = Path(path)
     where = f"{path.name} of '{path.parent.name}'"
@@ -137,11 +137,11 @@ def _known(folder, name=None):
 
 # %% ../../nbs/07a_checkpoints.ipynb #c62e9e85
 def verify(
-    folder, # a checkpoint folder of an official name, the folder `geneformer`, or a clone of the whole repository
+    folder, # an official checkpoint folder, the folder `geneformer`, or a clone of the repository
     name:str=None, # official name, such as "Geneformer-V1-10M", of a folder that you call otherwise
     missing:bool=False, # True also lists official files that are not there
 )->pd.DataFrame: # file, expected (sha256), found (sha256, or what is wrong), ok
-    "Compare files with the official checksums; raises `MissingDataError` where there is nothing to compare"
+    "Compare files with the official checksums; raises `MissingDataError` if there are none"
     folder = as_folder(folder)
     def state(f, size, sha):
         if not f.exists(): return 'not there'
@@ -177,7 +177,7 @@ def _from_hub(repo, subfolder, revision):
     return root
 
 def _local(path, subfolder=None, revision=None):
-    "The folder of a checkpoint, fetched from the hub when it is an id and not a folder; raises `MissingDataError`"
+    "The folder of a checkpoint, fetched from the hub if it is an id; raises `MissingDataError`"
     root = as_folder(path)
     hub_id = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path))
     if hub_id and not root.exists(): root = _from_hub(str(path), subfolder, revision)
@@ -208,7 +208,7 @@ def _find_vocabulary(folder, size):
                            "huggingface.co/ctheodoris/Geneformer beside it, or pass vocabulary=….")
 
 def _vocabulary(folder, size, given):
-    "The vocabulary given, or the one that is found; raises `VocabularyError` when the folder was made with another"
+    "The vocabulary given, or else that of the folder; raises `VocabularyError` if they differ"
     if given is None: return _find_vocabulary(folder, size)
     own = Vocabulary.load(folder) if (folder/'vocabulary.json').exists() else given
     if own.n_tokens == given.n_tokens and own.hash != given.hash:
@@ -229,7 +229,7 @@ def no_bars():
         if on: logging.enable_progress_bar()
 
 def _config(folder):
-    "(transformers class, configuration) of a checkpoint folder; raises `MissingDataError`, `GeneformerError`"
+    "transformers class and configuration of a folder; raises `MissingDataError`, `GeneformerError`"
     import transformers
     try:
         conf = json.loads((folder/'config.json').read_text())
@@ -257,10 +257,10 @@ def _check_size(folder, files):
 def read_checkpoint(
     path, # a folder, or a hub id such as "ctheodoris/Geneformer"
     subfolder:str=None, # such as "Geneformer-V1-10M"
-    vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one of that size
+    vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one
     revision:str=None, # of the hub: branch, tag or commit; None is the newest
 ): # (transformers model in float32, vocabulary)
-    "Model and vocabulary of a checkpoint folder; raises `MissingDataError`, `VocabularyError`, `GeneformerError`"
+    "Model and vocabulary of a folder; raises `MissingDataError`, `VocabularyError`, `GeneformerError`"
     import torch
     folder = _local(path, subfolder, revision)
     kind, conf = _config(folder)

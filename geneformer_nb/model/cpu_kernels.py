@@ -33,7 +33,7 @@ def _sound(linear, dtype):
 def onednn(
     dtype=torch.float32, # torch.float32 or torch.bfloat16
 )->bool:
-    "Is it oneDNN that should multiply matrices of this type, on this processor, rather than what torch takes by itself?"
+    "True if oneDNN should multiply matrices of this type on this processor"
     if (not torch.backends.mkldnn.is_available()
             or torch.backends.cpu.get_cpu_capability() != 'AVX512'):
         return False
@@ -76,14 +76,14 @@ class _Products(TorchFunctionMode):
 def fast_matmul(
     device, # torch.device of the model
 ): # context manager
-    "Within it, linear maps of a model are those that are fastest on this processor; on another device nothing changes"
+    "Inside the block, linear layers use the fastest kernel of this processor; on CPU only"
     return _Products() if device.type == 'cpu' and onednn() else nullcontext()
 
 # %% ../../nbs/07b_cpu_kernels.ipynb #22055139
 def _by_onednn(a, b): return _linear(a, b.mT)
 
 def _parts(q, *more):
-    "How to go through attention: tensors of one head (or of all heads of a short cell in bfloat16), the product of two, rows at a time"
+    "Views of each head (all heads of a short bfloat16 cell), the product to use, rows at a time"
     b, h, n, e = q.shape
     if q.dtype == torch.bfloat16 and n < 1024:
         parts, times, rows = zip(q, *more), torch.bmm, 2**20 // (h*n)
@@ -98,6 +98,7 @@ def _like(q):
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1,
         2)
 
+# %% ../../nbs/07b_cpu_kernels.ipynb #fdbb3f16
 class _Attend(torch.autograd.Function):
     "Attention in tiles; its derivatives make the scores again, tile by tile"
     @staticmethod
@@ -134,16 +135,17 @@ class _Attend(torch.autograd.Function):
         return *to, None
 
 def attend(
-    q, k, v, # queries, keys, values (cells, heads, genes, e) of cells of one length, in float32 or bfloat16
+    q, k, v, # queries, keys, values (cells, heads, genes, e) of one length, float32 or bfloat16
     scale:float=None, # of the scores; None is 1/√e
 ): # (cells, heads, genes, e)
     "Scaled dot product attention, some rows of scores at a time, each product by oneDNN"
     return _Attend.apply(q, k, v, q.shape[-1]**-.5 if scale is None else scale)
 
+# %% ../../nbs/07b_cpu_kernels.ipynb #cb67edb3
 def tiles_pay(
     q, # queries (cells, heads, genes, e)
 )->bool:
-    "Is `attend` quicker than the fused kernel? Where oneDNN is, and a product is long enough for its threads"
+    "True if `attend` is quicker than the fused kernel: with oneDNN and long enough products"
     if q.device.type != 'cpu' or not onednn(q.dtype): return False
     (h, n), half = q.shape[1:3], q.dtype == torch.bfloat16
     return n*n*(h if half else 1) >= (32_000 if half else 74_000)*torch.get_num_threads()

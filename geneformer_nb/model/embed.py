@@ -35,11 +35,11 @@ def _match(obs, where, strict=True):
 
 def pick_cells(
     obs:pd.DataFrame, # what is known about the cells
-    where:dict=None, # {column: value or values}; a cell must match every column (official `filter_data`); None takes all
+    where:dict=None, # {column: value or values} that a cell must match (`filter_data`); None: all
     max_cells:int=None, # most cells, drawn at random (official `max_ncells`); None takes all
     seed:int=0, # which are drawn
 )->np.ndarray: # numbers of the cells, ascending
-    "Choose cells; raises `GeneformerError` for a column or a value that is not there, and where none is left"
+    "Choose cells; raises `GeneformerError` for a missing column or value, or if none is left"
     if max_cells is not None and max_cells < 1:
         raise GeneformerError(f"max_cells={max_cells} should be 1 or more, or None for all.")
     rows = np.flatnonzero(_match(obs, where))
@@ -94,16 +94,16 @@ def embed(
     adata, # AnnData with raw counts
     model:Geneformer, # the encoder
     *,
-    layer='second_to_last', # layer of the model: "last", "second_to_last", or the official 0 and -1; a list of these
+    layer='second_to_last', # layer of the model: "last", "second_to_last", 0 or -1; or a list
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
     vocabulary=None, # only to make sure: must be the model's own
-    key_added:str='X_geneformer', # name in obsm and uns; for a list of layers followed by each of them
+    key_added:str='X_geneformer', # name in obsm and uns; with a list of layers, a prefix
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
     counts_layer:str=None, # layer of the AnnData with the counts, as in `tokenize`
     logged:bool=False, # as in `tokenize`
     genes:str=None, # column of var that names the genes, as in `tokenize`
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
-): # None, or the copy: adds obsm[key_added] (cells × d, float32; nan for a cell without known genes), uns[key_added]
+): # None or the copy: adds obsm[key_added] (nan for cells without known genes), uns[key_added]
     "Embed every cell of an AnnData; raises `VocabularyError`, `CountsError`, `GeneMatchError`"
     if not hasattr(adata, 'obsm'):
         raise GeneformerError(f"adata is an AnnData, not {type(adata).__name__}: read a file "
@@ -123,8 +123,8 @@ def embed(
 def store_embedding(adata, cells, model, layer, pool, key_added, more, kwargs):
     "Vectors of cells into obsm, and what they are into uns; a list of layers side by side"
     if n := int((cells.lengths == 0).sum()):
-        warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: their "
-        "embedding is nan.", stacklevel=3)
+        warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: their embedding "
+                      "is nan.", stacklevel=3)
     several = isinstance(layer, (list, tuple))
     for l, x in encode_layers(cells, model, layer if several else [layer], pool, **kwargs).items():
         key = f'{key_added}_{l}' if several else key_added
@@ -144,8 +144,8 @@ def cell_embeddings(
     labels=(), # obs columns to carry: a name or a list (official `emb_label`)
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
-)->pd.DataFrame: # by barcode: columns "0" … "d-1" float32, then the labels; {layer: table} for a list of layers
-    "One row a cell, in the order of the cells (official `extract_embs`, modes cell and cls); raises `GeneformerError`"
+)->pd.DataFrame: # by barcode: "0" … "d-1" float32, then labels; {layer: table} for several
+    "Embeddings of cells, in order (official `extract_embs`, cell and cls); raises `GeneformerError`"
     cells, labels = (_some(cells, where, max_cells, seed), [labels] if isinstance(labels, str)
                      else list(labels))
     if lost := [c for c in labels if c not in cells.obs]:
@@ -210,8 +210,8 @@ def gene_embeddings(
     stats:bool=False, # True returns (table, table of n and spread)
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
-)->pd.DataFrame: # gene ids × dimensions, float32, in the order of the vocabulary, no special tokens; with `by` (value, gene id) × dimensions
-    "Mean contextual vector of each gene over the cells that hold it (official `EmbExtractor`, mode gene); raises `GeneformerError`"
+)->pd.DataFrame: # gene id (with `by`: value, gene id) × dimensions, float32, no special tokens
+    "Mean vector of each gene over cells (official `EmbExtractor`, gene); raises `GeneformerError`"
     cells = _some(cells, where, max_cells, seed)
     tokens, row = _wanted(model, cells.tokens, genes)
     values, group = group_codes(cells.obs, by)
@@ -255,8 +255,8 @@ def gene_occurrences(
     layer='second_to_last', # as in `embed`, one layer
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
-)->pd.DataFrame: # index cell (barcode), gene (id), rank (0 is the top gene); columns 0 … d-1, float32; by cell and rank
-    "The vector of some genes in each cell that holds them (official `gene_emb_style='all'`); raises `VocabularyError`"
+)->pd.DataFrame: # by cell (barcode), gene (id) and rank (0 is the top); columns 0 … d-1, float32
+    "Vectors of genes in each cell (official `gene_emb_style='all'`); raises `VocabularyError`"
     cells = _some(cells, where, max_cells, seed)
     cell, token, rank, x = _occurrences(cells, model, _wanted(model, None, genes)[0], layer,
                                         **kwargs)
@@ -281,10 +281,10 @@ def state_embeddings(
     layer='second_to_last', # as in `embed`, one layer
     pool:str=None, # as in `embed`
     how:str='mean', # "mean" or "median", by dimension
-    where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`; at most `max_cells` of each state
+    where:dict=None, max_cells:int=None, seed:int=0, # as in `pick_cells`, for each state
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
 )->dict: # `States`: {state: float32 vector (d,)}, and .n
-    "Exact mean or median of the cell vectors of each state (official `get_state_embs`); raises `GeneformerError`"
+    "Mean or median vector of each state (official `get_state_embs`); raises `GeneformerError`"
     if how not in ('mean', 'median'):
         raise GeneformerError(f"how={how!r} is not 'mean' or 'median'.")
     cells = _some(cells, where, None, seed)

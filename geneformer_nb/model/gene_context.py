@@ -47,7 +47,7 @@ def heat_map(
     max_cells:int=1000, # more are drawn from at random, since every pair is compared
     seed:int=0, # which are drawn
 ): # seaborn ClusterGrid
-    "Cells × dimensions, clustered, with classes at the side (official `plot_embs`, 'heatmap'); raises `GeneformerError`"
+    "Clustered cells × dimensions with classes (official `plot_embs`); raises `GeneformerError`"
     import seaborn as sns
     from geneformer_nb.plots.style import palette
     (X, whole), y = vectors_of(adata, key), text_column(adata, label, 'the classes')
@@ -63,8 +63,8 @@ def heat_map(
     colors = dict(zip(names, palette if len(names) <= len(palette)
                       else sns.husl_palette(len(names))))
     g = sns.clustermap(Z, cmap='magma', row_colors=[colors[v] for v in y[rows]], xticklabels=False,
-                       yticklabels=False, figsize=(6, 5), cbar_kws=dict(label='standard '
-        'deviations'))
+                       yticklabels=False, figsize=(6, 5),
+                       cbar_kws=dict(label='standard deviations'))
     g.ax_col_dendrogram.clear()
     g.ax_col_dendrogram.set_axis_off()  # its place is needed for the names
     for n in names: g.ax_col_dendrogram.bar(0, 0, color=colors[n], label=n)
@@ -73,14 +73,14 @@ def heat_map(
 
 # %% ../../nbs/09a_gene_context.ipynb #5532f9ec
 def _apart(S, n):
-    "Mean cosine distance of vectors of different states and of one state, from the sums of their directions (k, d) and numbers (k,)"
+    "Mean cosine distance between and within states, from sums of unit vectors (k, d) and n (k,)"
     G = S @ S.T
     same = (np.diag(G) - n) / (n * (n - 1))  # a vector is not paired with itself
     other = (G / np.outer(n, n))[~np.eye(len(n), dtype=bool)]
     return 1 - other.mean(), 1 - same.mean()
 
 def _jackknife(u, code, k, unit):
-    "Standard error of (shift, ratio), and its degrees of freedom, from leaving out each cell of its state, or each unit"
+    "Jackknife standard error of (shift, ratio) over cells or units, and degrees of freedom"
     S, n = (np.stack([u[code == s].sum(0) for s in range(k)]),
             np.bincount(code, minlength=k).astype(float))
     def both(S, n):
@@ -134,11 +134,11 @@ def context(
     *,
     layer='second_to_last', # as in `embed`, one layer
     min_cells:int=5, # a state with fewer cells that hold the gene is left out for it; 2 at least
-    unit:str=None, # obs column such as the donor: intervals leave out one of these at a time; None leaves out one cell
+    unit:str=None, # obs column of the unit of replication, such as donor; None: the cell
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
-)->pd.DataFrame: # by symbol, largest shift first: between, within, shift and ratio with intervals, cells, states, median rank, range of the states' ranks
-    "How far a gene's vector moves over states, beyond what it moves within them (paper: NOTCH and GAPDH); raises `GeneformerError`"
+)->pd.DataFrame: # by symbol, largest shift first: between, within, shift, ratio, intervals, ranks
+    "How much more a gene's vector differs between states than within; raises `GeneformerError`"
     cells = _some(cells, where, max_cells, seed)
     for c in [column, *([unit] if unit else [])]:
         if c not in cells.obs:

@@ -30,16 +30,17 @@ def _models(table, models):
                               f"{', '.join(map(str, there))}.")
     return models
 
+# %% ../../nbs/12a_score_plots.ipynb #4c2fda3b
 @styled
 def roc(
     table:pd.DataFrame, # model, fold, truth, and a probability a class "p(…)"
     positive:str=None, # class to find; None: the second of two
     *,
     models=None, # which, in this order; None: all
-    weights:str=None, # column that says how often a row counts, such as "n", the cells a gene is in; None: once
+    weights:str=None, # column of weights of rows, such as "n", cells with the gene; None: 1
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "True against false positives, folds thin, their mean thick; the legend says the mean area and its spread"
+    "ROC curves of folds (thin) and their mean (thick); the legend gives mean area and spread"
     from sklearn.metrics import roc_auc_score, roc_curve
     if weights is not None: need_columns(table, [weights], 'A weighted ROC plot')
     positive, ax, grid = (_positive(table, positive, 'A ROC plot'), axes_of(ax, (4.6, 4.2)),
@@ -59,8 +60,8 @@ def roc(
         color, spread = (palette[i % len(palette)], f' ± {np.std(areas):.2f}' if len(areas) > 1
                          else '')
         for c in curves if len(curves) > 1 else []: ax.plot(grid, c, lw=.6, alpha=.35, color=color)
-        ax.plot(grid, np.mean(curves, 0), lw=2, color=color, label=f'{m}, '
-                f'{np.mean(areas):.2f}{spread}')
+        ax.plot(grid, np.mean(curves, 0), lw=2, color=color,
+                label=f'{m}, {np.mean(areas):.2f}{spread}')
     ax.plot([0, 1], [0, 1], lw=1, ls='--', color=gray)
     ax.set(xlabel='false positives', ylabel=f'true positives ({positive})', xlim=(-.01, 1.01),
            ylim=(-.01, 1.01), aspect='equal')
@@ -129,7 +130,7 @@ def prediction_map(
 # %% ../../nbs/12a_score_plots.ipynb #25edf7d1
 @styled
 def score_plot(
-    scores:pd.DataFrame, # one row a model, with the score, ci_low and ci_high; such as `Comparison.scores`
+    scores:pd.DataFrame, # by model: score, ci_low, ci_high, such as `Comparison.scores`
     value:str='auc_genes', # column of the score
     *,
     paper:float=None, # the paper's figure, drawn as a line

@@ -95,8 +95,8 @@ def top_targets(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "The perturbations that shift furthest, with 95 % intervals, and what matched genes do"
-    t = need_columns(_one(table, state, 'A plot of targets'), ['ci_low', 'ci_high', by], 'A plot '
-                     'of targets')
+    t = need_columns(_one(table, state, 'A plot of targets'), ['ci_low', 'ci_high', by],
+                     'A plot of targets')
     t = t.sort_values(by, ascending=False, kind='stable').head(n).reset_index(drop=True)
     ax, y = axes_of(ax, (5.2, .8 + .27*len(t))), np.arange(len(t))
     dark = (t.fdr < alpha).fillna(False) if 'fdr' in t else np.ones(len(t), bool)
@@ -161,7 +161,7 @@ def recall_curve(
     rankings:dict, # {method: genes, best first; a gene named twice counts where it comes first}
     truth, # the genes that should come first
     *,
-    n_genes:int=None, # length of the whole list, for the random line; None takes the longest ranking
+    n_genes:int=None, # length of the whole list; None takes the longest ranking
     top:int=None, # how far to look; None shows all
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes

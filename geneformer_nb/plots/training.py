@@ -13,7 +13,7 @@ from .style import axes_of, gray, need_columns, styled
 # %% ../../nbs/12b_training_plots.ipynb #9565b7a6
 @styled
 def loss_curve(
-    history, # table or list of dicts with `step` and `loss`, perhaps `eval_loss`, such as `trainer.state.log_history`
+    history, # table or list of dicts of `step`, `loss`, `eval_loss`, as `trainer.state.log_history`
     *,
     chance:float=None, # a loss to beat, drawn as a line: log of the vocabulary's size for guessing
     ax=None, # Axes to draw into; None makes a figure
@@ -41,7 +41,7 @@ def rank_curve(
     ylabel:str='count / total × 10,000 / median', # unit of the values
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "Values of a cell's genes by rank, both axes logarithmic: what rank value encoding keeps is the order only"
+    "Values of a cell's genes by rank, both axes logarithmic"
     values = values if isinstance(values, dict) else {None: values}
     ax = axes_of(ax)
     for name, v in values.items():
