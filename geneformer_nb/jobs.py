@@ -47,7 +47,7 @@ def _processes(fn, items, workers):
             pool.shutdown(wait=False, cancel_futures=True)
             raise  # one shard failed: the others need not begin
 
-# %% ../nbs/00a_jobs.ipynb #b8dc0ea6
+# %% ../nbs/00a_jobs.ipynb #8400898a
 def _dask(fn, items, workers):
     try: from distributed import Client, as_completed, get_client
     except ImportError as e:

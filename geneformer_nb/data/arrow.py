@@ -49,7 +49,7 @@ def obs_columns(obs):
         elif isinstance(c.dtype, np.dtype) and c.dtype.kind in 'biufO': c = c.to_numpy()
         yield n, c
 
-# %% ../../nbs/03a_arrow.ipynb #be560107
+# %% ../../nbs/03a_arrow.ipynb #4af191d4
 def obs_array(col, kind, name):
     "A column of obs as an Arrow array; raises `GeneformerError` where that would change a value"
     if kind != 'string':
@@ -91,7 +91,7 @@ def _words(words):
     return pa.Array.from_buffers(pa.string(), len(data), [_bits(there) if missing else None,
         pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b''.join(data))], missing)
 
-# %% ../../nbs/03a_arrow.ipynb #50265371
+# %% ../../nbs/03a_arrow.ipynb #1e0a3144
 class _Layout:
     "The columns of an Arrow folder of cells, and the files that make it one"
     def __init__(self, kinds, lists=()):
@@ -192,7 +192,7 @@ def arrow_tables(folder):
         raise StorageError(f"'{folder.name}' holds no tokens: input_ids has {odd}.")
     return tables, about
 
-# %% ../../nbs/03a_arrow.ipynb #9e6f2466
+# %% ../../nbs/03a_arrow.ipynb #3876343c
 def _no_tokens(column):
     "What a column of tokens should not be, in words, or None"
     kind = column.type

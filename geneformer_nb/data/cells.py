@@ -142,7 +142,7 @@ def check_vocabulary(self:Cells,
                               f"{vocabulary.max_len:,}: tokenize again with this vocabulary, which "
                               "cuts to that length.")
 
-# %% ../../nbs/03_cells.ipynb #5aa32b50
+# %% ../../nbs/03_cells.ipynb #815bc6d5
 @patch(cls_method=True)
 def concat(cls:Cells,
     parts, # `Cells` of one vocabulary

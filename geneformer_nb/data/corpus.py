@@ -60,7 +60,7 @@ def encoded(
         yield cells, *more
         if cells.tokens.base is not None: spare.append(cells.tokens.base)
 
-# %% ../../nbs/04a_corpus.ipynb #8cac986b
+# %% ../../nbs/04a_corpus.ipynb #7afe85cd
 def write_shard(
     i:int, path, # number of the shard, and the file it becomes
     source:Source, a:int, b:int, # an input, and which of its cells

@@ -86,7 +86,7 @@ class Coded:
     def __len__(self): return len(self.codes)
     def __getitem__(self, rows): return replace(self, codes=self.codes[rows])
 
-# %% ../../nbs/01_counts.ipynb #3c44ec0e
+# %% ../../nbs/01_counts.ipynb #5756327d
 class Table:
     "Rows of a table in a file, read column by column, so that pandas need not be imported"
     def __init__(self,
@@ -138,7 +138,7 @@ class Counts:
     @property
     def var(self): return _frame(self._var)
 
-# %% ../../nbs/01_counts.ipynb #d33bd970
+# %% ../../nbs/01_counts.ipynb #6256c9bd
 def _sane(indices, indptr, n, n_values):
     "Refuse a sparse matrix that points outside of itself, before compiled code follows it there"
     ends = (len(indptr) and indptr[0] == 0 and indptr[-1] <= n_values
@@ -177,7 +177,7 @@ def _rows(X):
         X.sum_duplicates()
     return Rows(X.data, X.indices, X.indptr, X.shape)
 
-# %% ../../nbs/01_counts.ipynb #4a7c53bd
+# %% ../../nbs/01_counts.ipynb #743c0d89
 def _whole(X):
     "Do the first stored values of a matrix look like counts?"
     d = X[:200]

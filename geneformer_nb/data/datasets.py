@@ -23,41 +23,102 @@ class DataSet:
     note: str = '' # what to know before using it
 
 # %% ../../nbs/06_datasets.ipynb #4c886d56
-_counts = dict(heart_embryo=DataSet('human embryonic heart, spatial transcriptomics spots, raw UMI '
-                                    '(Asp 2019)',
-                                    'MickanAsp/Developmental_heart@5dab2a5a7587:data/ST_heart_spot_data.RData', 'GPL-3 (repository)', {'heart_asp2019_st.h5ad': 'fc669909aa2817cd2684790e6a70ecbae2f087cb2b382b35fe696e57f9ad5e2f'}, 'a spot holds about 30 nuclei; a section is not a donor'), heart_infarct=DataSet('adult human heart after infarction, pseudobulks of 3 cell types, raw counts (Kuppe 2022)', 'saezlab/MOFAcellulaR@8cb078598928:inst/extdata/', 'GPL-3 (repository)', {'heart_mi_pseudobulk.h5ad': 'cf4d6dbffe83df9a43e6e745911e62cb80893505ebf2b85bead3a494ab316e6b'}, 'several samples of one patient: split by donor, not by sample'), kang_ifnb=DataSet('PBMC without and with interferon beta, raw UMI (Kang 2018, GSE96583)', 'immunogenomics/harmony@df19af23ae06:data/pbmc_stim.RData', 'GPL-3 (repository)', {'kang_ifnb.h5ad': '01c8de8c1651b7afb17b5db4d9283b27f490e1d2e2ab7111096284b3ac73db72'}, 'donor and cell type known for about half of the cells'), pbmc3k=DataSet('10x PBMC 3k, raw UMI', 'anna-neufeld/countsplit.tutorials@8e9ede8df1e6:data/pbmc.counts.rda', 'MIT (repository); data CC BY 4.0', {'pbmc3k_raw.h5ad': 'c6b162caf81c5ab4f6cb86d7b4815bdf337ec0f9aa382b0c2b5468211e71a621'}, 'no labels'), perturbseq_papalexi299=DataSet('THP-1 CRISPR knock-outs, 25 targets, 299 genes, raw UMI (Papalexi 2021, GSE153056)', 'Katsevich-Lab/sceptredata@ec722d5df90d:data/lowmoi_example_data.rda', 'MIT (repository)', {'papalexi299.h5ad': '37bb5bfcf59c7926f7c56b749754cea3739b8bfbccb3f07e6f030de4b697ae4d'}, 'about 66 genes a cell: for a small model of its own'), pbmc68k_reduced=DataSet('10x PBMC 68k, 700 cells with labels', 'comes with the scanpy package', 'BSD-3; data CC BY 4.0', {}, 'no counts: raw.X is log-normalized, X is scaled'))
+_counts = dict(
+    heart_embryo=DataSet('human embryonic heart, spatial transcriptomics spots, raw UMI (Asp 2019)',
+        'MickanAsp/Developmental_heart@5dab2a5a7587:data/ST_heart_spot_data.RData',
+        'GPL-3 (repository)',
+        {'heart_asp2019_st.h5ad':
+          'fc669909aa2817cd2684790e6a70ecbae2f087cb2b382b35fe696e57f9ad5e2f'},
+        'a spot holds about 30 nuclei; a section is not a donor'),
+    heart_infarct=DataSet(
+        'adult human heart after infarction, pseudobulks of 3 cell types, raw counts (Kuppe 2022)',
+        'saezlab/MOFAcellulaR@8cb078598928:inst/extdata/', 'GPL-3 (repository)',
+        {'heart_mi_pseudobulk.h5ad':
+          'cf4d6dbffe83df9a43e6e745911e62cb80893505ebf2b85bead3a494ab316e6b'},
+        'several samples of one patient: split by donor, not by sample'),
+    kang_ifnb=DataSet('PBMC without and with interferon beta, raw UMI (Kang 2018, GSE96583)',
+        'immunogenomics/harmony@df19af23ae06:data/pbmc_stim.RData', 'GPL-3 (repository)',
+        {'kang_ifnb.h5ad': '01c8de8c1651b7afb17b5db4d9283b27f490e1d2e2ab7111096284b3ac73db72'},
+        'donor and cell type known for about half of the cells'),
+    pbmc3k=DataSet(
+        '10x PBMC 3k, raw UMI',
+        'anna-neufeld/countsplit.tutorials@8e9ede8df1e6:data/pbmc.counts.rda',
+        'MIT (repository); data CC BY 4.0',
+        {'pbmc3k_raw.h5ad': 'c6b162caf81c5ab4f6cb86d7b4815bdf337ec0f9aa382b0c2b5468211e71a621'},
+        'no labels'),
+    perturbseq_papalexi299=DataSet(
+        'THP-1 CRISPR knock-outs, 25 targets, 299 genes, raw UMI (Papalexi 2021, GSE153056)',
+        'Katsevich-Lab/sceptredata@ec722d5df90d:data/lowmoi_example_data.rda', 'MIT (repository)',
+        {'papalexi299.h5ad': '37bb5bfcf59c7926f7c56b749754cea3739b8bfbccb3f07e6f030de4b697ae4d'},
+        'about 66 genes a cell: for a small model of its own'),
+    pbmc68k_reduced=DataSet('10x PBMC 68k, 700 cells with labels', 'comes with the scanpy package',
+        'BSD-3; data CC BY 4.0', {}, 'no counts: raw.X is log-normalized, X is scaled'))
 
 # %% ../../nbs/06_datasets.ipynb #aedadba0
-_lists = dict(gene_classes=DataSet("labels of the paper's gene tasks, and a table of gene ids, "
-                                   "names and types",
-                                   'jayasankha1010/gene_embedding_evaluator@1c63e109a43d:labels/ '
-                                   'and :mapping/', 'none stated; upstream Genecorpus-30M '
-                                   'Apache-2.0',
-                                   {
-    'bivalent_vs_lys4_only.csv': '46cf06edb1b26c047761dbf1d3ba792084afb9fc2330391a15f82b7a8efe06ce',
-    'bivalent_vs_lys4_only_genomewide.csv': '24024c8572829b646811acbefc2f3ffb89032b337ea109522332fd57bcde719c', 'bivalent_vs_no_methyl.csv': '9a6b8ae2bf934abe505cff5669ecda6c747d059aaaa2baa2a7716a0137b57497', 'dosage_sensitivity_TFs.csv': '02d8321586e81c21d6a5217f70edf8ac7d4c92cdd190326b137ea20f3aea2011', 'gene_info_table.csv': 'c1148b2311460c2cb540abde3a6cddeaad54ed436b9a7f22025ddffb4e4db0bc', 'n1_network.csv': '5fee59424b9f4f6ad3415043d49932bdd3cd64235e410da67afb8615e09bfb4c', 'n1_target.csv': 'bcea72f41a6335a301f3a9a3120d7f992ac51b254a86ce4d37836ad0cdce1650', 'tf_regulatory_range.csv': 'a9d685fdc381f20b3530cdae252a89434f277827ae9233f20f03a0d5e4b2e327'}), gene_lists_cardiomyopathy=DataSet('genes of inherited cardiomyopathies (symbol, disease)', 'CirculatoryHealth/Inherited-cardiomyopathies@31328d3f4141:data/temp/CM_genes.txt', 'MIT', {'CM_genes.txt': '7dbc87e9ed264f928409b9aa6140959e6f299954a4d86e0b3da61be04c239e71'}), gene_lists_housekeeping=DataSet('housekeeping genes (symbols)', 'BatadaLab/GSE139999-data-analysis@e512bc7fdcd6:data/housekeeping_genes.txt', 'MIT', {'housekeeping_genes.txt': 'ba384f813b82b2a4f775f49049bfaa6ca7ee3fc2eab21595e11de55955dca623'}, 'in the spelling of mouse genes: upper-case them'), regulon_collectri=DataSet('CollecTRI: signed regulators and targets', 'Akane-ogawa/decoupleR@390e69c93c24:data/collectri.csv', 'none there; CollecTRI GPL-3', {'collectri.csv': 'f746151ef057e2520a5c5a4699c6056ce91e15be7b9e1bdfbeac9267f41c4839'}), regulon_trrust=DataSet('TRRUST v2: regulators and targets from the literature', 'YanghanWu/GraphTGI@e38753a6bc34:data/trrust_rawdata.human.tsv', 'CC BY-SA 4.0', {'trrust_rawdata.human.tsv': '6f0f497c1c29f5140ab37d291c14e39317440245c5fdfe89abd9bbe2422ddd42'}), tf_lists=DataSet('human transcription factors (Lambert 2018, HGNC)', 'aertslab/pySCENIC@06bafba41279:resources/', 'GPL-3 (repository)', {'hs_hgnc_curated_tfs.txt': 'a105805afdfb8cdd1c8b94f028667301cf6fd78c446a9aa26c6901fe98957a98', 'hs_hgnc_tfs.txt': 'b3d59559bc1c04df61954b4051f1a4e0c17c849f532cd6271f749d832a18509a', 'lambert2018.txt': '373b64d3dbc058a7388b795b396cd28dddbf79480ad1cb21ec9fa7a8fc93c27d'}))
+_lists = dict(
+    gene_classes=DataSet(
+        "labels of the paper's gene tasks, and a table of gene ids, names and types",
+        'jayasankha1010/gene_embedding_evaluator@1c63e109a43d:labels/ and :mapping/',
+        'none stated; upstream Genecorpus-30M Apache-2.0',
+        {'bivalent_vs_lys4_only.csv':
+          '46cf06edb1b26c047761dbf1d3ba792084afb9fc2330391a15f82b7a8efe06ce',
+         'bivalent_vs_lys4_only_genomewide.csv':
+           '24024c8572829b646811acbefc2f3ffb89032b337ea109522332fd57bcde719c',
+         'bivalent_vs_no_methyl.csv':
+           '9a6b8ae2bf934abe505cff5669ecda6c747d059aaaa2baa2a7716a0137b57497',
+         'dosage_sensitivity_TFs.csv':
+           '02d8321586e81c21d6a5217f70edf8ac7d4c92cdd190326b137ea20f3aea2011',
+         'gene_info_table.csv': 'c1148b2311460c2cb540abde3a6cddeaad54ed436b9a7f22025ddffb4e4db0bc',
+         'n1_network.csv': '5fee59424b9f4f6ad3415043d49932bdd3cd64235e410da67afb8615e09bfb4c',
+         'n1_target.csv': 'bcea72f41a6335a301f3a9a3120d7f992ac51b254a86ce4d37836ad0cdce1650',
+         'tf_regulatory_range.csv':
+           'a9d685fdc381f20b3530cdae252a89434f277827ae9233f20f03a0d5e4b2e327'}),
+    gene_lists_cardiomyopathy=DataSet('genes of inherited cardiomyopathies (symbol, disease)',
+        'CirculatoryHealth/Inherited-cardiomyopathies@31328d3f4141:data/temp/CM_genes.txt', 'MIT',
+        {'CM_genes.txt': '7dbc87e9ed264f928409b9aa6140959e6f299954a4d86e0b3da61be04c239e71'}),
+    gene_lists_housekeeping=DataSet('housekeeping genes (symbols)',
+        'BatadaLab/GSE139999-data-analysis@e512bc7fdcd6:data/housekeeping_genes.txt', 'MIT',
+        {'housekeeping_genes.txt':
+          'ba384f813b82b2a4f775f49049bfaa6ca7ee3fc2eab21595e11de55955dca623'},
+        'in the spelling of mouse genes: upper-case them'),
+    regulon_collectri=DataSet('CollecTRI: signed regulators and targets',
+        'Akane-ogawa/decoupleR@390e69c93c24:data/collectri.csv', 'none there; CollecTRI GPL-3',
+        {'collectri.csv': 'f746151ef057e2520a5c5a4699c6056ce91e15be7b9e1bdfbeac9267f41c4839'}),
+    regulon_trrust=DataSet('TRRUST v2: regulators and targets from the literature',
+        'YanghanWu/GraphTGI@e38753a6bc34:data/trrust_rawdata.human.tsv', 'CC BY-SA 4.0',
+        {'trrust_rawdata.human.tsv':
+          '6f0f497c1c29f5140ab37d291c14e39317440245c5fdfe89abd9bbe2422ddd42'}),
+    tf_lists=DataSet(
+        'human transcription factors (Lambert 2018, HGNC)',
+        'aertslab/pySCENIC@06bafba41279:resources/',
+        'GPL-3 (repository)',
+        {'hs_hgnc_curated_tfs.txt':
+          'a105805afdfb8cdd1c8b94f028667301cf6fd78c446a9aa26c6901fe98957a98',
+         'hs_hgnc_tfs.txt': 'b3d59559bc1c04df61954b4051f1a4e0c17c849f532cd6271f749d832a18509a',
+         'lambert2018.txt': '373b64d3dbc058a7388b795b396cd28dddbf79480ad1cb21ec9fa7a8fc93c27d'}))
 
 # %% ../../nbs/06_datasets.ipynb #37afdca7
-_model = dict(official=DataSet('dictionaries of Geneformer V1 (30m) and V2 (104M): tokens, '
-                               'medians, names, aliases',
-                               'huggingface.co/ctheodoris/Geneformer:geneformer/', 'Apache-2.0',
-                               {**{f'geneformer/{n}_gc104M.pkl': s
-                                   for n, s in dict(
-    ensembl_mapping_dict='0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c',
-    gene_median_dictionary='a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5',
-    gene_name_id_dict='fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1',
-    token_dictionary='67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f').items()},
-                                **{f'geneformer/gene_dictionaries_30m/{n}_gc30M.pkl': s
-                                   for n, s in dict(
-    ensembl_mapping_dict='eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869',
-    gene_median_dictionary='b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39',
-    gene_name_id_dict='55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c',
-    token_dictionary='ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1').items()}},
-                               'pickles: open them with genes.safe_unpickle or '
-                               'Vocabulary.official, never with pickle.load'),
-              genecorpus500=DataSet('500 tokenized V1 cells of Genecorpus-30M, and the V1 '
-                                    'vocabulary',
-                                    'NVIDIA/bionemo-framework@3a9d005bffaa:bionemo-recipes/recipes/geneformer_native_te_mfsdp_fp8/', 'Apache-2.0', {'genecorpus_500_samples.parquet': '9873b66dafd7d4eb9ded071ef95fed7236b26db7d546bc09f829d39e002280b9', 'vocab.txt': 'e1f9cda34873df51ea6ff7f0065c37077feb4fd05f8be94071015c3a8d57a0f9'}))
+_model = dict(
+    official=DataSet(
+        'dictionaries of Geneformer V1 (30m) and V2 (104M): tokens, medians, names, aliases',
+        'huggingface.co/ctheodoris/Geneformer:geneformer/', 'Apache-2.0',
+        {**{f'geneformer/{n}_gc104M.pkl': s for n, s in dict(
+             ensembl_mapping_dict='0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c',
+             gene_median_dictionary='a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5',
+             gene_name_id_dict='fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1',
+             token_dictionary='67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f').items()},
+         **{f'geneformer/gene_dictionaries_30m/{n}_gc30M.pkl': s for n, s in dict(
+             ensembl_mapping_dict='eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869',
+             gene_median_dictionary='b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39',
+             gene_name_id_dict='55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c',
+             token_dictionary='ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1').items()}},
+        'pickles: open them with genes.safe_unpickle or Vocabulary.official, never with pickle.load'),
+    genecorpus500=DataSet('500 tokenized V1 cells of Genecorpus-30M, and the V1 vocabulary',
+        'NVIDIA/bionemo-framework@3a9d005bffaa:bionemo-recipes/recipes/geneformer_native_te_mfsdp_fp8/',
+        'Apache-2.0',
+        {'genecorpus_500_samples.parquet':
+          '9873b66dafd7d4eb9ded071ef95fed7236b26db7d546bc09f829d39e002280b9',
+         'vocab.txt': 'e1f9cda34873df51ea6ff7f0065c37077feb4fd05f8be94071015c3a8d57a0f9'}))
 
 registry = {**_counts, **_lists, **_model} # {name: DataSet}
 

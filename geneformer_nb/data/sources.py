@@ -181,7 +181,7 @@ def _10x_mtx(path):
     import scanpy as sc
     return _adata(sc.read_10x_mtx(path))
 
-# %% ../../nbs/01a_sources.ipynb #d002730f
+# %% ../../nbs/01a_sources.ipynb #58d4ad40
 def _adata(a):
     "An AnnData, which stays as it is; what cannot be sliced by rows is turned"
     def turn(X):
@@ -252,7 +252,7 @@ def _let_go(source, most=16):
             old.__dict__.pop('_open', None)
             old.__dict__.pop('_pick', None)
 
-# %% ../../nbs/01a_sources.ipynb #4d7652c3
+# %% ../../nbs/01a_sources.ipynb #52f36b49
 class Source:
     "The counts of one file or AnnData, by blocks of cells"
     def __init__(self,

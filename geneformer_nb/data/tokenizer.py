@@ -63,7 +63,7 @@ def _several(gene):
     several = (gene >= 0) & (np.bincount(gene + 1)[gene + 1] > 1)
     return several if several.any() else None
 
-# %% ../../nbs/04_tokenizer.ipynb #f3cb23fb
+# %% ../../nbs/04_tokenizer.ipynb #73fb9216
 def _summed(data, columns, cuts, gene, several):
     "Counts of some cells where columns of one gene are summed into the first and the others are 0"
     at = np.flatnonzero(several[columns])
@@ -196,7 +196,7 @@ def _disagree(obs, totals, source):
         said = pd.to_numeric(_frame(obs)['n_counts'], errors='coerce')
     return int((~np.isclose(said, totals, rtol=1e-3)).sum())
 
-# %% ../../nbs/04_tokenizer.ipynb #4a03fa9a
+# %% ../../nbs/04_tokenizer.ipynb #43a6b268
 @patch
 def __call__(self:Encoder,
     b, # `Counts` of some cells

@@ -257,7 +257,7 @@ def from_dicts(cls:Vocabulary,
     return cls(genes, [float(medians[g]) for g in genes], len(special) == 4, max_len, symbols,
                known, name)
 
-# %% ../../nbs/02_vocabulary.ipynb #38bbc885
+# %% ../../nbs/02_vocabulary.ipynb #e83d30dd
 @patch(cls_method=True)
 def official(cls:Vocabulary,
     version:str, # "V1" (30M cells, 2021) or "V2" (104M cells, 2024)

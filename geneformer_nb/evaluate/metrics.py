@@ -92,7 +92,7 @@ def gene_auc(
             out.append((own @ (other.cumsum() - other / 2)) / (own.sum() * other.sum()))
     return float(np.mean(out)) if out else np.nan
 
-# %% ../../nbs/10b_metrics.ipynb #6e3cb266
+# %% ../../nbs/10b_metrics.ipynb #4882c30a
 def auc_draws(
     truth, # number of the class of each gene
     p, # (genes, classes) probabilities

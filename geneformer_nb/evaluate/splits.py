@@ -93,7 +93,7 @@ def _unlike(values, held):
     p = chi2_contingency(table)[1] if len(table) > 1 else 1.
     return p, *(', '.join(f'{k} {n}' for k, n in table[h].items()) for h in (False, True))
 
-# %% ../../nbs/10_splits.ipynb #29e46569
+# %% ../../nbs/10_splits.ipynb #20df68fa
 def split_balanced(
     obs:pd.DataFrame, # one row a cell
     donor:str, # column of donors

@@ -109,15 +109,14 @@ def _within_cells(module, query, key, value, attention_mask, scaling=None, dropo
         if plain and tiles_pay(q): o = attend(q, k, v, scaling)
         elif observe is None: o = _biased(q, k, v, bias, dropout, scaling)
         else:
-            # b h n n
             w = (q @ k.transpose(-1, -2) * scaling + (0 if bias is None else bias.transpose(-1,
-                -2))).softmax(-1)
+                -2))).softmax(-1)  # b h n n
             observe(module.layer_idx, s, w)
             o = w @ v
         parts.append(o.transpose(1, 2).flatten(0, 1))  # t h e
     return torch.cat(parts)[None], None
 
-# %% ../../nbs/07_bert.ipynb #5ce66f32
+# %% ../../nbs/07_bert.ipynb #dd2da675
 def _register():
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -32,8 +32,8 @@ def _tensors(path):
         if path.suffix == '.safetensors': return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        code = isinstance(e, pickle.UnpicklingError) and re.search(r'(?:GLOBAL|class|function) '
-            r'([\w.]+\.\w+)', str(e))
+        code = (isinstance(e, pickle.UnpicklingError)
+                and re.search(r'(?:GLOBAL|class|function) ([\w.]+\.\w+)', str(e)))
         if not code:
             raise MissingDataError(f"{where} cannot be read ({type(e).__name__}): it is damaged or "
                                    "incomplete; fetch it again.") from e
@@ -85,26 +85,44 @@ def weight_files(
 
 # %% ../../nbs/07a_checkpoints.ipynb #c8ddda33
 _heart = 'fine_tuned_models/Geneformer-V1-10M_CellClassifier_cardiomyopathies_220224'
+
+# %% ../../nbs/07a_checkpoints.ipynb #e052e1cf
 official_files = { # {folder of the repository: {file: (bytes, sha256)}}
     'Geneformer-V1-10M': {
-        'model.safetensors': (41183536, 'a5e33a757431643b3697de7ef6127950cdc49e06e58d4266b3a3ab191b683f14'),
-        'pytorch_model.bin': (41216562, '8d860e2125884475dd42bc2cd9a0e60c60808a7351241e08f2154931ffc142da'),
-        'training_args.bin': (2607, 'f0ec3459454205174c9d2e4d6c6930f6b0fbf3364fc03a6f4d99c4d3add2012b')},
+        'model.safetensors': (41183536,
+            'a5e33a757431643b3697de7ef6127950cdc49e06e58d4266b3a3ab191b683f14'),
+        'pytorch_model.bin': (41216562,
+            '8d860e2125884475dd42bc2cd9a0e60c60808a7351241e08f2154931ffc142da'),
+        'training_args.bin': (2607,
+            'f0ec3459454205174c9d2e4d6c6930f6b0fbf3364fc03a6f4d99c4d3add2012b')},
     'Geneformer-V2-104M': {
-        'model.safetensors': (417571156, 'fff5cba29ddd8792991fa77b4872246fbe548a178cebda3775cdc72b67780e7f'),
-        'training_args.bin': (5496, '0d8ddd9e4f35b5fe23a3adaae03aa4480705ca82eed546a488f970adb3752d9d')},
+        'model.safetensors': (417571156,
+            'fff5cba29ddd8792991fa77b4872246fbe548a178cebda3775cdc72b67780e7f'),
+        'training_args.bin': (5496,
+            '0d8ddd9e4f35b5fe23a3adaae03aa4480705ca82eed546a488f970adb3752d9d')},
     'Geneformer-V2-104M_CLcancer': {
-        'model.safetensors': (417571156, '827738139bfed4bafa9d1f3df7c6146da2e3b85f7225076adc32c6eda0ba4357'),
-        'training_args.bin': (4984, '8cf8ce52b498253adc6df53197a99821fa145c19b8ae5eeb8d15be76b8b7ddb3')},
+        'model.safetensors': (417571156,
+            '827738139bfed4bafa9d1f3df7c6146da2e3b85f7225076adc32c6eda0ba4357'),
+        'training_args.bin': (4984,
+            '8cf8ce52b498253adc6df53197a99821fa145c19b8ae5eeb8d15be76b8b7ddb3')},
     'Geneformer-V2-316M': {
-        'model.safetensors': (1265455076, '965ceccea81953d362081ef3843560a0e4fef88d396c28017881f1e94b1246f3'),
-        'training_args.bin': (5432, 'e45150f9a4ca34cb4e91ce79f65f3d99d9d66df9f66a37517a352d291008e0b8')},
+        'model.safetensors': (1265455076,
+            '965ceccea81953d362081ef3843560a0e4fef88d396c28017881f1e94b1246f3'),
+        'training_args.bin': (5432,
+            'e45150f9a4ca34cb4e91ce79f65f3d99d9d66df9f66a37517a352d291008e0b8')},
     _heart: {
-        'optimizer.pt': (73720721, '3ced328122d57a847fc3914732337674500e259a82e64437c67b4954ac2f4e07'),
-        'pytorch_model.bin': (41115113, '12ead3bad8cf4b853bac87eadeb79c9308ae492e9d29f32da1a2c85e8586108d'),
-        'rng_state.pth': (14657, 'dd8c0a739c2fe6a9ab4bb8f4a62ad8d7b879efcdceb5376b128a2040ff1bbe62'),
-        'scheduler.pt': (623, '3d0797845afdae765a74ddab7966e0e1837617fd8171af8ee6aef9dedce248f2'),
-        'training_args.bin': (2607, '4ffee119596c99b50a422b2f80103f4c44f7e25c2ea0e457fe224bad59f1f955')}}
+        'optimizer.pt': (73720721,
+            '3ced328122d57a847fc3914732337674500e259a82e64437c67b4954ac2f4e07'),
+        'pytorch_model.bin': (41115113,
+            '12ead3bad8cf4b853bac87eadeb79c9308ae492e9d29f32da1a2c85e8586108d'),
+        'rng_state.pth': (14657,
+            'dd8c0a739c2fe6a9ab4bb8f4a62ad8d7b879efcdceb5376b128a2040ff1bbe62'),
+        'scheduler.pt': (623,
+            '3d0797845afdae765a74ddab7966e0e1837617fd8171af8ee6aef9dedce248f2'),
+        'training_args.bin': (2607,
+            '4ffee119596c99b50a422b2f80103f4c44f7e25c2ea0e457fe224bad59f1f955')}}
+
+# %% ../../nbs/07a_checkpoints.ipynb #77ed685f
 official_files[''] = official_files['Geneformer-V2-316M']
 
 # %% ../../nbs/07a_checkpoints.ipynb #f65783b1

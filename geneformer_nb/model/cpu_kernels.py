@@ -98,7 +98,7 @@ def _like(q):
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1,
         2)
 
-# %% ../../nbs/07b_cpu_kernels.ipynb #fdbb3f16
+# %% ../../nbs/07b_cpu_kernels.ipynb #895e09be
 class _Attend(torch.autograd.Function):
     "Attention in tiles; its derivatives make the scores again, tile by tile"
     @staticmethod
@@ -141,7 +141,7 @@ def attend(
     "Scaled dot product attention, some rows of scores at a time, each product by oneDNN"
     return _Attend.apply(q, k, v, q.shape[-1]**-.5 if scale is None else scale)
 
-# %% ../../nbs/07b_cpu_kernels.ipynb #cb67edb3
+# %% ../../nbs/07b_cpu_kernels.ipynb #d58a850e
 def tiles_pay(
     q, # queries (cells, heads, genes, e)
 )->bool:

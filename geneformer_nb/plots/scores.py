@@ -30,7 +30,7 @@ def _models(table, models):
                               f"{', '.join(map(str, there))}.")
     return models
 
-# %% ../../nbs/12a_score_plots.ipynb #4c2fda3b
+# %% ../../nbs/12a_score_plots.ipynb #faf6ecda
 @styled
 def roc(
     table:pd.DataFrame, # model, fold, truth, and a probability a class "p(…)"

@@ -82,7 +82,7 @@ def embedding(
     ax.set(xlabel=f'{label} 1', ylabel=f'{label} 2', xticks=[], yticks=[])
     return ax
 
-# %% ../../nbs/12_plots.ipynb #1d0f6da7
+# %% ../../nbs/12_plots.ipynb #365de40d
 def _by_label(ax, xy, label, order, s, name):
     if len(label.categories) > 8:
         import seaborn as sns
