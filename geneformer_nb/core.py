@@ -60,8 +60,8 @@ def pick_device(
     "The device to compute on; raises `GeneformerError` when the one asked for is not there"
     import torch
     if device is None:
-        device = ('cuda' if torch.cuda.is_available() else 'mps'
-                  if torch.backends.mps.is_available() else 'cpu')
+        device = next((d for d, there in (('cuda', torch.cuda), ('mps', torch.backends.mps))
+                       if there.is_available()), 'cpu')
     try: device = torch.device(device)
     except (RuntimeError, TypeError) as e:
         raise GeneformerError(f"{device!r} is no device: use 'cpu', 'cuda', 'cuda:1' or "

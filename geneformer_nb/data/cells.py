@@ -39,8 +39,8 @@ class Cells:
     vocabulary_hash: str = None # fingerprint of the vocabulary
     special: bool = False   # does each cell begin with <cls> and end with <eos>?
     vocabulary: Vocabulary = field(default=None, repr=False) # for reading, where it is at hand
-    match: GeneMatch = field(default=None, repr=False) # how genes of the data matched; {file: match} for several
-    lists: dict = field(default_factory=dict, repr=False) # more lists a cell: {name: (values, offsets)}
+    match: GeneMatch = field(default=None, repr=False) # match of the genes
+    lists: dict = field(default_factory=dict, repr=False) # {name: (values, offsets)}
 
     def __post_init__(self):
         tokens = np.asarray(self.tokens)
@@ -101,8 +101,8 @@ def __getitem__(self:Cells,
         rows = slice(lo, max(lo, hi))
         def cut(values, off): return values[off[lo]:off[rows.stop]], off[lo:rows.stop+1] - off[lo]
     else:
-        rows = np.arange(len(self))[i if isinstance(i, slice) else np.asarray(i) if np.size(i)
-                                    else np.zeros(0, int)]
+        if not isinstance(i, slice): i = np.asarray(i) if np.size(i) else np.zeros(0, int)
+        rows = np.arange(len(self))[i]
         def cut(values, off):
             lens = np.diff(off)[rows]
             return values[segments(off[rows], lens)], np.concatenate([[0], np.cumsum(lens)])

@@ -13,14 +13,14 @@ from itertools import islice
 from threading import local
 import numpy as np
 from .cells import Cells
-from .arrow import obs_kinds, _Layout
+from .arrow import obs_kinds, ArrowLayout
 from ..core import (CountsError, GeneformerError, Manifest, StorageError, as_folder,
                                 atomic, check_folder, digest, later, progress, write_json)
 from .vocabulary import Vocabulary
 from ..jobs import prefetch, cores, run_shards
 from .sources import Source, shards, sources
-from .tokenizer import (Encoder, add_books, carried, check_options, gate_file,
-                                          settle)
+from .tokenizer import (Encoder, add_tallies, obs_to_keep, check_options,
+                                          check_match, report_left_out)
 pd = later('pandas')
 
 # %% ../../nbs/04a_corpus.ipynb #15be8119
@@ -46,19 +46,20 @@ def encoded(
     parts, # (`Source`, first cell, last cell not included), one after the other
     encoder:Encoder, layout, # from counts to cells, from cells to columns
     block:int, threads:int, # cells at a time, blocks at once
-): # (cells, columns, books) of each block, in order
+): # (cells, columns, tally) of each block, in order
     "Yield encoded blocks of cells ahead of the writer; each is overwritten by the next but one"
     # a thread reads into the same memory again, and tokens that were written make room for others
-    own, spare = local(), []
+    own, buffers = local(), []
     def one(piece):
         source, a, b = piece
-        room = spare.pop() if spare else None
-        cells, seen = encoder(source.block(a, b, encoder.columns, own.__dict__), room, frame=False)
+        buffer = buffers.pop() if buffers else None
+        cells, seen = encoder(source.block(a, b, encoder.columns, own.__dict__), buffer,
+                              frame=False)
         return cells, layout.batch(cells), seen
     for cells, *more in prefetch(one, ((s, i, min(i + block, b)) for s, a, b in parts
                                        for i in range(a, b, block)), threads):
         yield cells, *more
-        if cells.tokens.base is not None: spare.append(cells.tokens.base)
+        if cells.tokens.base is not None: buffers.append(cells.tokens.base)
 
 # %% ../../nbs/04a_corpus.ipynb #7afe85cd
 def write_shard(
@@ -71,20 +72,20 @@ def write_shard(
 ):
     "Cells a to b of a source as an Arrow file, and the line about it"
     import pyarrow as pa
-    books, tokens, kept = {}, 0, 0
+    tally, tokens, kept = {}, 0, 0
     match = encoder.match(source._var)
     with pa.ipc.new_stream(str(path), layout.schema) as out:
         for cells, batch, seen in blocks:
             out.write_batch(batch)
-            books = add_books(books, seen)
+            tally = add_tallies(tally, seen)
             tokens, kept = tokens + len(cells.tokens), kept + len(cells)
-    gate_file(match, encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}', books)
+    check_match(match, encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}', tally)
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens,
-                match=match.report(), **books, **more)
+                match=match.report(), **tally, **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
 
 # %% ../../nbs/04a_corpus.ipynb #de9b4ae8
-def _lines(folder):
+def _shard_records(folder):
     "{shard: what its line says} of a folder, finished or not"
     said = ((folder/'shards.jsonl').read_text().splitlines() if (folder/'shards.jsonl').exists()
             else [])
@@ -97,20 +98,20 @@ def _lines(folder):
                            "again.") from e
 
 # %% ../../nbs/04a_corpus.ipynb #5f49283c
-def _done(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
+def _is_finished(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
 
 def _finish(folder, n, layout, encoder):
     "Write the summary of n shards unless it is there; returns the `Corpus`"
-    if _done(folder): return Corpus(folder)
+    if _is_finished(folder): return Corpus(folder)
     files = [f'shard-{i:05d}.arrow' for i in range(n)]
-    lines = _lines(folder)
+    lines = _shard_records(folder)
     if lost := [i for i in range(n) if i not in lines]:
         raise StorageError(f"Shard {lost[0]} of '{folder.name}' has lost its line: delete "
                            f"{files[lost[0]]} and run again.")
     lines = [lines[i] for i in range(n)]
-    books = {}
-    for x in lines: books[x['file']] = add_books(books.get(x['file'], {}), x)
-    settle(books, encoder.keep, encoder.keep_empty)
+    tally = {}
+    for x in lines: tally[x['file']] = add_tallies(tally.get(x['file'], {}), x)
+    report_left_out(tally, encoder.keep, encoder.keep_empty)
     encoder.vocabulary.save(folder)
     with atomic(folder/'shards.jsonl') as tmp:
         tmp.write_text(''.join(json.dumps(x) + '\n' for x in lines))
@@ -130,7 +131,7 @@ class Corpus:
         if not (self.folder/'shards.jsonl').exists():
             raise StorageError(f"'{self.folder.name}' is no finished corpus (there is no "
                                "shards.jsonl in it): run tokenize_to to its end.")
-        self.lines = list(_lines(self.folder).values())
+        self.lines = list(_shard_records(self.folder).values())
     @cached_property
     def shards(self): return pd.DataFrame(self.lines)  # one row a shard
     def __len__(self): return sum(x['kept'] for x in self.lines)
@@ -176,7 +177,7 @@ def tokenize_to(
     logged:bool=False, fractional:bool=False, obs=None, min_match:float=.2, block:int=2048,
     **options, # gene_ids, orthologs, keep, special, max_len, counts, … as in `tokenize`
 ): # `Corpus`; None while shards of other tasks are missing
-    "Tokenize to an Arrow folder, shard by shard; raises `CountsError`, `GeneMatchError`, `StorageError`"
+    "Tokenize to an Arrow folder; raises `CountsError`, `GeneMatchError`, `StorageError`"
     check_options(min_match, rows=rows, block=block, workers=workers)
     folder = as_folder(folder)
     if (folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir())
@@ -195,7 +196,7 @@ def tokenize_to(
     plan, facts = shards(inputs, rows), _facts(encoder, counts_layer, logged, fractional,
                                                rows=rows) | {f'input {k} {s.name}': s.fingerprint()
         for k, s in enumerate(inputs)}
-    layout = _Layout(corpus_kinds(inputs, encoder), _lists(encoder))
+    layout = ArrowLayout(corpus_kinds(inputs, encoder), _lists(encoder))
     threads = min(4, workers or cores()) if executor == 'serial' else 1
     done = run_shards(_Shard(inputs, plan, encoder, layout, min_match, block, threads), len(plan),
                       folder, facts, '.arrow', executor, workers, part, 'tokenizing',
@@ -209,20 +210,19 @@ def _encoder(vocabulary, inputs, obs, options):
     if lost := set(options) - {'gene_ids', 'orthologs', 'keep', 'special', 'max_len', 'counts',
                                'uncropped', 'collapse'}:
         raise GeneformerError(f"tokenize_to knows no option {sorted(lost)[0]!r}.")
-    encoder = Encoder(vocabulary, carried(inputs, obs, options.get('keep')), file=len(inputs) > 1,
-                      **options)
+    encoder = Encoder(vocabulary, obs_to_keep(inputs, obs, options.get('keep')),
+                      file=len(inputs) > 1, **options)
     for s in inputs:
         if not (encoder.match(s._var).index >= 0).any():
-            gate_file(encoder.match(s._var), vocabulary, 1, s.name)
+            check_match(encoder.match(s._var), vocabulary, 1, s.name)
     return encoder
 
 def _facts(encoder, counts_layer, logged, fractional, **more):
     "What the tokens depend on, options left at their defaults included"
-    o, own = encoder.orthologs, ('max_len', 'special', 'gene_ids', 'keep', 'counts', 'uncropped',
-                                 'collapse')
+    own = ('max_len', 'special', 'gene_ids', 'keep', 'counts', 'uncropped', 'collapse')
     return ({k: getattr(encoder, k) for k in own} | dict(vocabulary=encoder.vocabulary.hash,
         carried=encoder.carry, counts_layer=counts_layer, logged=logged, fractional=fractional,
-        orthologs=None if o is None else digest(Path(o) if isinstance(o, str) else o), **more))
+        orthologs=encoder.orthologs_digest(), **more))
 
 def _lists(encoder):
     return ['counts'] * encoder.counts + ['input_ids_uncropped'] * encoder.uncropped
@@ -238,8 +238,9 @@ def corpus_kinds(inputs, encoder):
                                           **dict(file=np.full(len(head), '', object))
                                           if encoder.file else {})).items():
             kinds.setdefault(c, set()).add(k)
-    return {c: k.pop() if len(k) == 1 else 'float64' if k == {'int64', 'float64'} else 'string'
-            for c, k in kinds.items()}
+    numbers = {'int64', 'float64'}
+    common = {c: 'float64' if k == numbers else 'string' for c, k in kinds.items()}
+    return {c: k.pop() if len(k) == 1 else common[c] for c, k in kinds.items()}
 
 def _bytes(inputs):
     "Bytes the tokens will take, where the inputs say how many counts they hold"
@@ -258,10 +259,10 @@ def _from_stream(data, vocabulary, folder, executor, part, counts_layer, logged,
         source = Source(adata, counts_layer, logged, fractional)
         if encoder is None:
             encoder = _encoder(vocabulary, [source], obs, options)
-            layout = _Layout(corpus_kinds([source], encoder), _lists(encoder))
+            layout = ArrowLayout(corpus_kinds([source], encoder), _lists(encoder))
             Manifest(folder, _facts(encoder, counts_layer, logged, fractional,
                                     inputs='an iterator')).open()
-            there = _lines(folder)
+            there = _shard_records(folder)
         path, mark = folder/f'shard-{n - 1:05d}.arrow', source.fingerprint()
         if path.exists() and n - 1 in there:
             if there[n - 1].get('input') == mark: continue

@@ -20,7 +20,7 @@ def _where(X, bad, obs_names, var_names):
     row = int(np.searchsorted(X.indptr, i, side='right')) - 1
     return f"cell '{obs_names[row]}', gene '{var_names[X.indices[i]]}' ({X.data[i]:g})"
 
-def _sound(d, fractional):
+def _are_counts(d, fractional):
     "Finite, not negative, and whole? In pieces that stay in the processor's cache"
     return all(c.min() >= 0 and c.max() < np.inf and (fractional or c.dtype.kind in 'iub'
                                                       or (c == np.rint(c)).all())
@@ -34,7 +34,7 @@ def check_counts(
 ):
     "Raise `CountsError` unless `X` holds finite, non-negative, whole numbers"
     d = X.data
-    if _sound(d, fractional): return
+    if _are_counts(d, fractional): return
     if (bad := ~np.isfinite(d)).any():
         raise CountsError("The counts hold NaN or infinity, first at "
                           f"{_where(X, bad, obs_names, var_names)}: set missing values to 0 or "
@@ -139,7 +139,7 @@ class Counts:
     def var(self): return _frame(self._var)
 
 # %% ../../nbs/01_counts.ipynb #6256c9bd
-def _sane(indices, indptr, n, n_values):
+def _check_csr(indices, indptr, n, n_values):
     "Refuse a sparse matrix that points outside of itself, before compiled code follows it there"
     ends = (len(indptr) and indptr[0] == 0 and indptr[-1] <= n_values
             and (np.diff(indptr) >= 0).all())
@@ -157,7 +157,7 @@ def _rows(X):
     "Any matrix of one block as `Rows`, each gene of a cell named once, in order"
     for whole in ('to_memory', 'compute'): X = getattr(X, whole)() if hasattr(X, whole) else X
     if isinstance(X, Rows):
-        _sane(X.indices, X.indptr, X.shape[1], len(X.data))
+        _check_csr(X.indices, X.indptr, X.shape[1], len(X.data))
         usual = X.indices.dtype in (np.int32, np.int64) and (X.data.dtype.kind in 'biu'
             or X.data.dtype in (np.float32, np.float64))
         if usual and _in_order(X): return X
@@ -169,7 +169,7 @@ def _rows(X):
                           "them into numbers first, for instance with astype('float32').")
     if X.dtype.kind == 'f' and X.dtype.itemsize not in (4, 8): X = X.astype(np.float64)
     if sparse.issparse(X) and X.format in ('csr', 'csc'):
-        _sane(X.indices, X.indptr, X.shape[X.format == 'csr'], len(X.data))
+        _check_csr(X.indices, X.indptr, X.shape[X.format == 'csr'], len(X.data))
     X = X.tocsr() if sparse.issparse(X) else sparse.csr_matrix(X)
     if not X.has_canonical_format:
         # a byte does not hold the sum of two
@@ -208,7 +208,7 @@ def _checked(X, obs, var, source, logged, fractional, name=None):
     X = _rows(X)
     check_counts(X, obs.index, var.index, fractional or logged)
     if not logged: return Counts(replace(X, whole=not fractional), obs, var, source, name)
-    if len(X.data) and (X.data.max() > 25 or _sound(X.data, False)):
+    if len(X.data) and (X.data.max() > 25 or _are_counts(X.data, False)):
         why = (f"the largest value of {source} is {X.data.max():g}, and no logarithm of a count is "
                "that large" if X.data.max() > 25 else f"all values of {source} are whole numbers, "
                "and logarithms are not")

@@ -86,7 +86,7 @@ def _place(self:Medians, ids):
     return at
 
 # %% ../../nbs/01c_medians.ipynb #037e2bda
-def _fit(X, totals, columns):
+def _check_sizes(X, totals, columns):
     "Refuse sizes that do not fit, and counts in a cell without a total"
     if X.shape != (len(totals), len(columns)):
         raise CountsError(f"X has {X.shape[0]} cells × {X.shape[1]} genes, but there are "
@@ -96,7 +96,7 @@ def _fit(X, totals, columns):
         raise CountsError(f"Cell {int(np.argmax(odd))} has counts and a total of 0: pass the "
                           "counts of each cell over all genes, or totals=None.")
 
-def _join(X, columns):
+def _sum_same_genes(X, columns):
     "Rows of one gene summed within each cell"
     uniq, inverse = np.unique(columns, return_inverse=True)
     if len(uniq) == len(columns): return X, columns
@@ -118,10 +118,10 @@ def add(self:Medians,
     totals = np.asarray(X.sum(1, dtype=np.float64) if totals is None else totals,
                         dtype=np.float64).ravel()
     columns = self._first if columns is None else np.asarray(columns, dtype=np.int64)
-    _fit(X, totals, columns)
+    _check_sizes(X, totals, columns)
     if self.cells + len(totals) > _most:
         raise GeneformerError(f"One Medians counts {_most:,} cells at most.")
-    X, columns = _join(X, columns.astype(np.int32))
+    X, columns = _sum_same_genes(X, columns.astype(np.int32))
     flat, scale = self.hist.reshape(-1), 1e4/np.maximum(totals, 1e-300)
     clean = (columns >= 0).all() and X.data.min(initial=1) > 0
     for r in range(0, len(totals), 32):
@@ -222,7 +222,7 @@ def load(cls:Medians,
     return out
 
 # %% ../../nbs/01c_medians.ipynb #3fdcb7c7
-def _split(keep, sources):
+def _split_by_source(keep, sources):
     "The booleans of `keep` by source; a column or None stays"
     if keep is None or isinstance(keep, str): return keep
     keep, n = np.asarray(keep), [s.n_obs for s in sources]
@@ -275,7 +275,7 @@ def corpus_medians(
 )->Medians: # of all shards there are
     "Non-zero medians of a corpus (official obtain_nonzero_median_digests); a second call resumes"
     src = sources(data, counts_layer=counts_layer, logged=logged, fractional=fractional)
-    job = _Shard(src, shards(src, rows), _split(keep, src), gene_ids, aliases)
+    job = _Shard(src, shards(src, rows), _split_by_source(keep, src), gene_ids, aliases)
     if out is None:
         total = Medians()
         for i in progress(range(len(job.shards)), 'medians', unit='shards'):

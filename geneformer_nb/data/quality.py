@@ -16,7 +16,7 @@ from .counts import as_flags, gene_names, plain_id
 from .sources import pieces
 
 # %% ../../nbs/01b_quality.ipynb #64fadb56
-# ND1 ND2 CO1 CO2 ATP8 ATP6 CO3
+# ND1 ND2 CO1 CO2 ATP8 ATP6 CO3 ND3 ND4L ND4 ND5 ND6 CYB
 _mt = [f'ENSG00000{n}' for n in (198888, 198763, 198804, 198712, 228253, 198899, 198938,
                                  198840, 212907, 198886, 198786, 198695, 198727)]
 

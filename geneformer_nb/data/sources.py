@@ -18,18 +18,18 @@ import numpy as np
 from fastcore.basics import patch
 from ..core import CountsError, digest, later
 from .counts import (Coded, Counts, Rows, Table, _checked, _choose, _frame, _rows,
-                                       _sane)
+                                       _check_csr)
 pd = later('pandas')
 
 # %% ../../nbs/01a_sources.ipynb #1af02953
-def _read(d, a, b, room=None):
+def _read(d, a, b, buffer=None):
     """Entries a to b of an array on disk, read by HDF5 straight into memory of ours.
 
     The memory is that of the caller's `buffer` where it is large enough."""
     if not hasattr(d, 'read_direct') or a == b: return d[a:b]
-    key, room = (d.name, d.dtype), {} if room is None else room
-    if len(room.get(key, ())) < b - a: room[key] = np.empty(b - a, d.dtype)
-    out = room[key][:b - a]
+    key, buffer = (d.name, d.dtype), {} if buffer is None else buffer
+    if len(buffer.get(key, ())) < b - a: buffer[key] = np.empty(b - a, d.dtype)
+    out = buffer[key][:b - a]
     d.read_direct(out, np.s_[a:b])
     return out
 
@@ -39,25 +39,26 @@ class _Csr:
         self.data, self.indices, self.indptr, self.n_vars, self.columns = (data, indices,
             indptr[()], int(n_vars), columns)
         self.shape = len(self.indptr) - 1, self.n_vars if columns is None else len(columns)
-        _sane(np.zeros(0, np.int32), self.indptr, self.n_vars, min(data.shape[0], indices.shape[0]))
+        _check_csr(np.zeros(0, np.int32), self.indptr, self.n_vars,
+                   min(data.shape[0], indices.shape[0]))
     def __getitem__(self, rows): return self.rows(rows)
-    def rows(self, rows, room=None):
+    def rows(self, rows, buffer=None):
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
-        cols, starts = _read(self.indices, a, b, room), self.indptr[lo:hi+1] - a
-        X = Rows(_read(self.data, a, b, room), cols, starts, (hi - lo, self.n_vars))
+        cols, starts = _read(self.indices, a, b, buffer), self.indptr[lo:hi+1] - a
+        X = Rows(_read(self.data, a, b, buffer), cols, starts, (hi - lo, self.n_vars))
         if self.columns is None: return X  # looked at as every block is, in `_checked`
-        _sane(cols, starts, self.n_vars, b - a)
+        _check_csr(cols, starts, self.n_vars, b - a)
         return X.csr()[:, self.columns]
 
 # %% ../../nbs/01a_sources.ipynb #7938cabb
-class _Turned:
+class _Transposed:
     "A genes × cells matrix on disk: dense is read by columns, sparse (CSC) whole on first use"
     def __init__(self, group, shape): self.group, self.shape = group, shape
     @cached_property
     def csr(self):
         data, indices, indptr = (self.group[k][()] for k in ('data', 'indices', 'indptr'))
-        _sane(indices, indptr, self.shape[0], len(data))
+        _check_csr(indices, indptr, self.shape[0], len(data))
         from scipy import sparse
         return sparse.csc_matrix((data, indices, indptr), self.shape).tocsr()
     def __getitem__(self, rows):
@@ -67,7 +68,7 @@ def _matrix(e):
     "A matrix of an .h5ad or .zarr as something to slice by rows"
     kind = e.attrs.get('encoding-type', 'array')
     if kind == 'csr_matrix': return _Csr(e['data'], e['indices'], e['indptr'], e.attrs['shape'][1])
-    return _Turned(e, tuple(e.attrs['shape'])) if kind == 'csc_matrix' else e
+    return _Transposed(e, tuple(e.attrs['shape'])) if kind == 'csc_matrix' else e
 
 # %% ../../nbs/01a_sources.ipynb #eb05a1b4
 def _coded(codes, words, ordered):
@@ -155,8 +156,8 @@ def _loom(path):
                                           for k, v in g.items() if v.shape == (n,)}).rename(str)
     def named(d, *keys): return next((d.set_index(d[k].rename(None)) for k in keys if k in d), d)
     g, c = f['matrix'].shape
-    layers = {k: _Turned(v, (c, g)) for k, v in f.get('layers', {}).items()}
-    return _opened(_Turned(f['matrix'], (c, g)), layers, None, named(table(f['col_attrs'], c),
+    layers = {k: _Transposed(v, (c, g)) for k, v in f.get('layers', {}).items()}
+    return _opened(_Transposed(f['matrix'], (c, g)), layers, None, named(table(f['col_attrs'], c),
         'CellID', 'obs_names', 'cell_id'), named(table(f['row_attrs'], g), 'Gene', 'var_names',
                                                  'gene_name'))
 
@@ -185,8 +186,8 @@ def _10x_mtx(path):
 def _adata(a):
     "An AnnData, which stays as it is; what cannot be sliced by rows is turned"
     def turn(X):
-        return X if X is None or getattr(X, 'format', 'csr') == 'csr' else (X.to_memory()
-            if hasattr(X, 'to_memory') else X).tocsr()
+        if X is None or getattr(X, 'format', 'csr') == 'csr': return X
+        return (X.to_memory() if hasattr(X, 'to_memory') else X).tocsr()
     class Layers(dict):
         def __getitem__(self, k): return turn(a.layers[k])
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
@@ -197,8 +198,8 @@ _readers = {'.h5ad': _h5ad, '.zarr': _zarr, '.loom': _loom, '.h5': _10x_h5, '10x
 
 def _kind(path):
     "The reader for a path, or None"
-    return ('10x' if path.is_dir() and any(path.glob('*matrix.mtx*')) else path.suffix
-            if path.suffix in _readers else None)
+    if path.is_dir() and any(path.glob('*matrix.mtx*')): return '10x'
+    return path.suffix if path.suffix in _readers else None
 
 def _unreadable(path, e):
     """The `CountsError` for a file that a reader failed on.
@@ -242,7 +243,7 @@ def read_any(
 # %% ../../nbs/01a_sources.ipynb #39b5354b
 _held = OrderedDict() # sources whose file is open, the longest unused first; not kept alive by this
 
-def _let_go(source, most=16):
+def _close_oldest(source, most=16):
     "Keep few files open: a corpus has more of them than a process may hold"
     _held[id(source)] = ref(source)
     _held.move_to_end(id(source))
@@ -251,6 +252,21 @@ def _let_go(source, most=16):
         if old is not None:
             old.__dict__.pop('_open', None)
             old.__dict__.pop('_pick', None)
+
+# %% ../../nbs/01a_sources.ipynb #ff0b1d90
+def _choice(o, counts_layer, logged):
+    "Matrix, var and place of the counts of an opened file; raises `CountsError`"
+    if 0 in (o.n_obs, o.n_vars):
+        raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing "
+                          "to do.")
+    X, var, where = _choose(o, counts_layer, logged)
+    if X is None:
+        raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
+    if tuple(X.shape) != (o.n_obs, len(var)):
+        raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × "
+                          f"{X.shape[1]:,} genes, obs {o.n_obs:,} rows and var {len(var):,}. "
+                          "Write or copy it again.")
+    return X, var, where
 
 # %% ../../nbs/01a_sources.ipynb #52f36b49
 class Source:
@@ -276,28 +292,16 @@ class Source:
         if '_open' not in self.__dict__:
             self._open = _open(self.path) if self.path else _adata(self._data)
         got = self._open
-        if self.path: _let_go(self)
+        if self.path: _close_oldest(self)
         return got
     @property
     def _chosen(self):
         if '_pick' not in self.__dict__:
-            try: self._pick = self._choice(self._got)
+            try: self._pick = _choice(self._got, *self.how[:2])
             except CountsError as e: raise _in_file(e, self.path) from e
             except Exception as e:
                 raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
         return self._pick
-    def _choice(self, o):
-        if 0 in (o.n_obs, o.n_vars):
-            raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing "
-                              "to do.")
-        X, var, where = _choose(o, *self.how[:2])
-        if X is None:
-            raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
-        if tuple(X.shape) != (o.n_obs, len(var)):
-            raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × "
-                              f"{X.shape[1]:,} genes, obs {o.n_obs:,} rows and var {len(var):,}. "
-                              "Write or copy it again.")
-        return X, var, where
 
     @cached_property
     def n_obs(self): return self._got.n_obs
@@ -323,7 +327,7 @@ def block(self:Source,
     "Checked counts of some cells; raises `CountsError`"
     (X, var, where), (_, logged, fractional) = self._chosen, self.how
     try:
-        rows, obs = (X.rows(slice(a, b), room) if isinstance(X, _Csr) else X[a:b],
+        rows, obs = (X.rows(slice(a, b), buffer) if isinstance(X, _Csr) else X[a:b],
                      self._got.rows(slice(a, b), columns))
     except CountsError as e: raise _in_file(e, self.path) from e
     except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
@@ -382,9 +386,9 @@ def sources(
     out = [d if isinstance(d, Source) else Source(d, counts_layer, logged, fractional)
            for d in found]
     for s in out: s.n_obs, s.columns  # what cannot be opened is said now, before the work
-    return _named(out)
+    return _distinct_names(out)
 
-def _named(inputs):
+def _distinct_names(inputs):
     "Give inputs distinct names: repeated ones get the name of their folder, then a number"
     for how in (lambda s, i: f'{s.path.absolute().parent.name}/{s.name}' if s.path else s.name,
                 lambda s, i: f'{s.name} {i}'):

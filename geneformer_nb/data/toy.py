@@ -183,7 +183,7 @@ def truth_of(
     return ToyTruth(**{k: adata.uns['toy'][k] for k in ('genes', 'edges', 'drivers')})
 
 # %% ../../nbs/05_toy.ipynb #44eda670
-def _way(truth, start, goal, cell_type, n_cells, seed):
+def _direction(truth, start, goal, cell_type, n_cells, seed):
     "The cells of `start` before the network acts and after, and the mean step from them to `goal`"
     for s in (start, goal):
         if s not in states:
@@ -219,8 +219,8 @@ def true_effect(
     seed:int=0, # their noise
 )->float: # share of the way from start to goal; positive is towards the goal
     "Simulate a knock-out or activation; raises `GeneformerError` for unknown names"
-    return _project(truth, truth.find(gene), kind, *_way(truth, start, goal, cell_type, n_cells,
-        seed))
+    return _project(truth, truth.find(gene), kind, *_direction(truth, start, goal, cell_type,
+        n_cells, seed))
 
 # %% ../../nbs/05_toy.ipynb #6867da8b
 def true_effects(
@@ -233,7 +233,7 @@ def true_effects(
     seed:int=0, # their noise
 )->pd.DataFrame: # gene_id, symbol, role, kind, shift, driver (planted); best first
     "What knocking out and activating each gene really does"
-    way = _way(truth, start, goal, cell_type, n_cells, seed)
+    way = _direction(truth, start, goal, cell_type, n_cells, seed)
     rows = [(g, s, r, k, _project(truth, i, k, *way)) for k in kinds
             for i, (g, s, r) in enumerate(zip(truth.genes.index, truth.genes.symbol,
                                               truth.genes.role))]

@@ -218,8 +218,8 @@ def safe_unpickle(
     with open(path, 'rb') as f:
         try: return _Unpickler(f).load()
         except VocabularyError: raise
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError, ValueError,
-                OverflowError, MemoryError) as e:
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError,
+                ValueError, OverflowError, MemoryError) as e:
             raise VocabularyError(f"'{Path(path).name}' is not a pickle of plain values ({e}): a "
                                   "git-lfs pointer instead of the file is the usual "
                                   "reason.") from e
@@ -304,7 +304,7 @@ def from_counts(cls:Vocabulary,
     logged:bool=False, # as in `counts_of`
     name:str='from counts', # word for messages
 )->Vocabulary:
-    "A vocabulary of all genes seen; rows of one id in any case are summed; raises `VocabularyError`"
+    "A vocabulary of all genes seen, rows of one id summed; raises `VocabularyError`"
     if hasattr(data, 'obs'):
         c = counts_of(data, counts_layer, logged)
         table, tables = _exact_table(c, gene_ids), [c.var]
@@ -342,7 +342,7 @@ class GeneMatch:
         "Rows that share their gene with an earlier row and are added to it"
         hit = self.index[self.index >= 0]
         return len(hit) - len(np.unique(hit))
-    def twice(self)->list: # names in the data
+    def repeated(self)->list: # names in the data
         "Rows that share their gene with another row"
         hit = self.index >= 0
         several = (np.bincount(self.index[hit], minlength=1)[np.maximum(self.index, 0)] > 1
@@ -424,7 +424,7 @@ def _by_ortholog(name, pairs, several, look):
 
 # %% ../../nbs/02_vocabulary.ipynb #9bdb8842
 @patch
-def gate(self:GeneMatch,
+def check(self:GeneMatch,
     vocabulary:Vocabulary, # what was matched against
     least:float=.2, # smallest share of the counts on matched genes that is let through
 ):

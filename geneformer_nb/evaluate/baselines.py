@@ -123,7 +123,7 @@ def de_ranking(
     return out.sort_values('t', key=lambda s: -s.abs(), kind='stable', ignore_index=True)
 
 # %% ../../nbs/10a_baselines.ipynb #d2f12be9
-def _words(cells):
+def _vocabulary_of(cells):
     "The vocabulary that cells carry"
     if need_cells(cells).vocabulary is None:
         raise GeneformerError("These cells carry no vocabulary: load them with one "
@@ -136,7 +136,7 @@ def gene_matrix(
 ): # tokens × cells, CSR float32; 0 where a gene is absent
     "A row of numbers for each gene; raises `GeneformerError` where there are no counts"
     from scipy.sparse import csr_matrix
-    v, cell = _words(cells), np.repeat(np.arange(len(cells)), cells.lengths)
+    v, cell = _vocabulary_of(cells), np.repeat(np.arange(len(cells)), cells.lengths)
     if what == 'ranks':
         values = v.max_len - (np.arange(len(cells.tokens)) - cells.offsets[cell] - cells.special)
     elif what != 'counts': raise GeneformerError(f"what is 'ranks' or 'counts', not {what!r}.")
@@ -172,7 +172,7 @@ def gene_learners(
                 f'logistic regression, {what}': (what, LogisticRegression(max_iter=1000, **even))}
     return out
 
-def _described(cells, sees, n_axes=32, seed=0):
+def _gene_features(cells, sees, n_axes=32, seed=0):
     "Features of every token: two numbers, the leading axes of genes by cells, or the whole row"
     if sees in ('ranks', 'counts'): return gene_matrix(cells, sees)
     M = gene_matrix(cells)
@@ -195,7 +195,7 @@ def gene_baselines(
     seed:int=0, # as in `gene_learners`
 )->dict: # {baseline: class probabilities by gene id of the test genes}
     "What can be said of held-out genes without a network; raises `GeneformerError`"
-    known, v = gene_learners(seed), _words(cells)
+    known, v = gene_learners(seed), _vocabulary_of(cells)
     if which is None:
         which = [k for k, (sees, _) in known.items() if sees != 'counts' or 'counts' in cells.lists]
     which = [which] if isinstance(which, str) else which
@@ -210,7 +210,7 @@ def gene_baselines(
                               "to fit.")
     for name in which:
         sees, model = known[name]
-        if sees not in made: made[sees] = _described(cells, sees, seed=seed)
+        if sees not in made: made[sees] = _gene_features(cells, sees, seed=seed)
         X = made[sees]
         fit = model.fit(X[v.token(list(learned[here]))], labels[learned[here]])
         out[name] = pd.DataFrame(predict_proba(fit, X[v.token(list(asked))]), asked,

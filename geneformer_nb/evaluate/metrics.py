@@ -61,7 +61,7 @@ def calibration(
     return out.rename_axis('bin')
 
 # %% ../../nbs/10b_metrics.ipynb #088b4d5f
-def _answers(truth, p):
+def _check_predictions(truth, p):
     "Arrays of class numbers and probabilities, checked; raises `GeneformerError`"
     truth, p = np.asarray(truth), np.asarray(p)
     if p.ndim != 2 or p.shape[1] < 2 or len(p) != len(truth):
@@ -83,7 +83,7 @@ def gene_auc(
     weights=None, # how often each row counts, such as the number of cells a gene is in; None: once
 )->float: # area under the ROC curve; over several classes the mean of one against the rest
     "Chance that a gene of a class ranks above one of another class; ties count half"
-    (truth, p), out = _answers(truth, p), []
+    (truth, p), out = _check_predictions(truth, p), []
     w = np.ones(len(truth)) if weights is None else np.asarray(weights, float)
     for c in range(p.shape[1])[1 if p.shape[1] == 2 else 0:]:
         level, at = np.unique(p[:, c], return_inverse=True)
@@ -101,7 +101,7 @@ def auc_draws(
     fold=None, # of each gene; None: one
 )->np.ndarray: # (n,) areas, each the mean over the folds
     "Bootstrap of the area: genes are drawn with replacement within class and fold"
-    (truth, p), rng = _answers(truth, p), np.random.default_rng(seed)
+    (truth, p), rng = _check_predictions(truth, p), np.random.default_rng(seed)
     fold = np.zeros(len(truth), int) if fold is None else np.asarray(fold)
     times, folds = np.zeros((n, len(truth))), []  # how often each gene is drawn
     for f in np.unique(fold):
@@ -143,31 +143,31 @@ def text_column(adata, name, what):
     return adata.obs[name].astype(str).to_numpy()
 
 # %% ../../nbs/10b_metrics.ipynb #05fe88ae
-def _near(X, k):
+def _neighbors(X, k):
     "Numbers of the k nearest other rows of each row"
     from sklearn.neighbors import NearestNeighbors
     return NearestNeighbors(n_neighbors=k).fit(X).kneighbors(return_distance=False)
 
 def _entropy(share): return -(share * np.log(np.where(share > 0, share, 1))).sum(-1)
 
-def _within(X, batch, k):
+def _within_type(X, batch, k):
     "Silhouette and mixing of batches among cells of one type; None where that cannot be said"
     from sklearn.metrics import silhouette_score
     names, code, n = np.unique(batch, return_inverse=True, return_counts=True)
     if len(names) < 2 or len(X) <= max(k, len(names)): return None
-    share = np.eye(len(names))[code[_near(X, k)]].mean(1)
+    share = np.eye(len(names))[code[_neighbors(X, k)]].mean(1)
     return silhouette_score(X, code), _entropy(share).mean() / _entropy(n / n.sum())
 
-def _scores(X, batch, label, k):
+def _batch_scores(X, batch, label, k):
     "The four measures of one set of vectors"
     from sklearn.metrics import silhouette_score
     kinds, code = np.unique(label, return_inverse=True)
     two = 1 < len(kinds) < len(X)
     parts = [(np.sum(code == i), *s) for i in range(len(kinds))
-             if (s := _within(X[code == i], batch[code == i], k))]
+             if (s := _within_type(X[code == i], batch[code == i], k))]
     n, sil, mix = np.array(parts).T if parts else (np.ones(1), *np.full((2, 1), np.nan))
     return dict(label_silhouette=silhouette_score(X, code) if two else np.nan,
-                label_neighbors=(code[_near(X, k)] == code[:, None]).mean() if two else np.nan,
+                label_neighbors=(code[_neighbors(X, k)] == code[:, None]).mean() if two else np.nan,
                 batch_silhouette=np.average(sil, weights=n), batch_mixing=np.average(mix,
         weights=n))
 
@@ -219,7 +219,7 @@ def batch_check(
     found = {key: x[rows] for key, (x, _) in X.items()}
     if baseline: found['PCA of log counts'] = log_pca(adata[rows].copy(), **counts)
     found['random numbers'] = rng.normal(size=(len(rows), 32))
-    out = pd.DataFrame({n: _scores(x, b[rows], y[rows], k) for n, x in found.items()}).T
+    out = pd.DataFrame({n: _batch_scores(x, b[rows], y[rows], k) for n, x in found.items()}).T
     return out.assign(cells=len(rows), batches=len(set(b[rows])), labels=len(set(y[rows])))
 
 # %% ../../nbs/10b_metrics.ipynb #b833900a

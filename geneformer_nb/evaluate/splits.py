@@ -80,7 +80,7 @@ def fold_donors(
     return out
 
 # %% ../../nbs/10_splits.ipynb #e35d1755
-def _unlike(values, held):
+def _difference(values, held):
     "p-value for a difference between held-out donors and the others; and what each side looks like"
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         from scipy.stats import mannwhitneyu
@@ -104,7 +104,7 @@ def split_balanced(
     least:float=.1, # warn when some column differs with a p-value below this
     seed:int=0, # of the first split
 )->tuple: # ("train" or "test" for each cell, table: column, p, train and test side)
-    "Hold out donors like the others (official `attr_to_balance`); raises `LeakError`, `GeneformerError`"
+    "Hold out balanced donors (`attr_to_balance`); raises `LeakError`, `GeneformerError`"
     balance = [balance] if isinstance(balance, str) else list(balance)
     if not balance or trials < 1:
         raise GeneformerError("Name the columns to balance, and draw one split or more.")
@@ -118,7 +118,7 @@ def split_balanced(
     for i in range(trials):
         split = split_donors(classed, donor, label or '_all', test, seed * 1_000_003 + i)
         held = facts.index.isin(obs[donor].astype(str)[split == 'test'])
-        rows = {c: _unlike(facts[c], held) for c in balance}
+        rows = {c: _difference(facts[c], held) for c in balance}
         if best is None or min(r[0] for r in rows.values()) > min(r[0] for r in best[1].values()):
             best = split, rows
     table = pd.DataFrame(best[1], index=['p', 'train', 'test']).T.rename_axis('column')

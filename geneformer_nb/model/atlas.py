@@ -16,10 +16,10 @@ from ..data.arrow import (obs_array, obs_columns, cells_from_table, obs_kinds,
 from ..core import GeneformerError, StorageError, as_folder, atomic, digest
 from .embed import _match, _occurrences, _wanted, encode_layers
 from .bert import Geneformer, weights_digest
-from ..jobs import cores, run_shards, whole
+from ..jobs import cores, run_shards, check_positive
 from ..data.sources import Source, sources
 from ..data.corpus import Corpus, corpus_kinds
-from ..data.tokenizer import Encoder, carried, gate_file
+from ..data.tokenizer import Encoder, obs_to_keep, check_match
 
 # %% ../../nbs/09b_atlas.ipynb #42de92ed
 class _Ranked:
@@ -31,7 +31,8 @@ class _Ranked:
                                                    else data)
         self.sizes = [len(data)] if self.path is None else [b.num_rows for b in self._pieces()[0]]
         self.starts, first = np.cumsum([0, *self.sizes]), self.block(0, 0, min(1, self.sizes[0]))
-        obs = list(first.obs) if obs is None else [obs] if isinstance(obs, str) else list(obs)
+        if isinstance(obs, str): obs = [obs]
+        obs = list(first.obs if obs is None else obs)
         if lost := [c for c in obs if c not in first.obs]:
             raise GeneformerError(f"obs has no column {lost[0]!r} (it has "
                                   f"{', '.join(map(str, first.obs.columns)) or 'none'}).")
@@ -64,7 +65,7 @@ class _Counted:
         self.inputs, self.min_match = sources(data, layer, logged, fractional), min_match
         if lost := set(options) - {'genes', 'orthologs', 'max_len', 'collapse'}:
             raise GeneformerError(f"embed_to knows no option {sorted(lost)[0]!r}.")
-        want = carried(self.inputs, obs)
+        want = obs_to_keep(self.inputs, obs)
         self.encoder = Encoder(model.vocabulary, want, keep=None, keep_empty=True, **options)
         self.kinds = corpus_kinds(self.inputs, self.encoder)
         self.encoder.carry = want | {c: c for c in (where or {}) if c not in want.values()
@@ -72,20 +73,20 @@ class _Counted:
         self.sizes, self.names = [s.n_obs for s in self.inputs], [s.name for s in self.inputs]
         for s in self.inputs:
             if not (self.encoder.match(s._var).index >= 0).any():
-                gate_file(self.encoder.match(s._var), model.vocabulary, 1, s.name)
+                check_match(self.encoder.match(s._var), model.vocabulary, 1, s.name)
     @property
     def path(self): return None if any(s.path is None for s in self.inputs) else True
     def block(self, k, a, b):
         s = self.inputs[k]
-        cells, books = self.encoder(s.block(a, b, self.encoder.columns))
-        gate_file(self.encoder.match(s._var), self.encoder.vocabulary, self.min_match,
-                  f'{s.name}, cells {a:,} to {b:,}', books)
+        cells, tallies = self.encoder(s.block(a, b, self.encoder.columns))
+        check_match(self.encoder.match(s._var), self.encoder.vocabulary, self.min_match,
+                  f'{s.name}, cells {a:,} to {b:,}', tallies)
         return cells
     def place(self, k, a): return self.names[k], a
     def facts(self):
-        e, o = self.encoder, self.encoder.orthologs
-        return (dict(gene_ids=e.gene_ids, max_len=e.max_len, collapse=e.collapse, orthologs=None
-                     if o is None else digest(Path(o) if isinstance(o, str) else o))
+        e = self.encoder
+        return (dict(gene_ids=e.gene_ids, max_len=e.max_len, collapse=e.collapse,
+                     orthologs=e.orthologs_digest())
                 | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(self.inputs)})
 
 # %% ../../nbs/09b_atlas.ipynb #9518b450
@@ -247,7 +248,7 @@ def _cells_only(e):
         raise GeneformerError("These rows are occurrences of genes, and obsm has one row a cell: "
                               "read the Parquet shards, or use to_parquet.")
 
-def _said(e, name):
+def _record(e, name):
     return dict(vectors=name, **{k: str(e.facts[k]) for k in ('layer', 'pool', 'vocabulary',
         'weights')})
 
@@ -273,7 +274,7 @@ def to_zarr(self:Embedded,
         for b in self.batches([name], chunk):
             x[start:start + len(b)] = _matrix(b, name, self.d)
             start += len(b)
-        ad.io.write_elem(root['uns'], key_added, _said(self, name))
+        ad.io.write_elem(root['uns'], key_added, _record(self, name))
         with warnings.catch_warnings():
             # zarr 3 says that consolidated metadata are not in its standard yet
             warnings.simplefilter('ignore')
@@ -307,9 +308,9 @@ def to_h5ad(self:Embedded,
                 at, v = (np.arange(start, start + len(b)) if rows is None else rows(b),
                          _matrix(b, name, self.d))
                 order = np.argsort(at, kind='stable')[(at < 0).sum():]
-                if len(order): x[_span(at[order])] = v[order]
+                if len(order): x[_as_slice(at[order])] = v[order]
                 start += len(b)
-            ad.io.write_elem(f['uns'], key_added, _said(self, name))
+            ad.io.write_elem(f['uns'], key_added, _record(self, name))
     return path
 
 # %% ../../nbs/09b_atlas.ipynb #a3c463ff
@@ -339,7 +340,7 @@ def _rows(e, counts):
         return at
     return find, n
 
-def _span(rows):
+def _as_slice(rows):
     "Ascending numbers as a slice where nothing is left out: h5py is slow with lists"
     return slice(int(rows[0]), int(rows[-1]) + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
 
@@ -362,7 +363,7 @@ def embed_to(
     **options, # genes, orthologs, max_len, collapse as in `tokenize`, for counts
 ): # `Embedded`; None while shards of other tasks are missing
     "Embed cells into Parquet shards; raises `GeneformerError`, `CountsError`, `StorageError`"
-    whole(rows=rows, block=block, workers=workers, budget=budget)
+    check_positive(rows=rows, block=block, workers=workers, budget=budget)
     model, folder = _loaded(model), as_folder(folder)
     if (folder.is_dir() and any(f.name[0] != '.' for f in folder.iterdir())
             and not (folder/'manifest.json').exists()):

@@ -278,7 +278,9 @@ def read_checkpoint(
     vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one
     revision:str=None, # of the hub: branch, tag or commit; None is the newest
 ): # (transformers model in float32, vocabulary)
-    "Model and vocabulary of a folder; raises `MissingDataError`, `VocabularyError`, `GeneformerError`"
+    """Model and vocabulary of a checkpoint folder.
+
+    Raises `MissingDataError`, `VocabularyError`, `GeneformerError`."""
     import torch
     folder = _local(path, subfolder, revision)
     kind, conf = _config(folder)

@@ -145,7 +145,7 @@ def cell_embeddings(
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
 )->pd.DataFrame: # by barcode: "0" … "d-1" float32, then labels; {layer: table} for several
-    "Embeddings of cells, in order (official `extract_embs`, cell and cls); raises `GeneformerError`"
+    "Embeddings of cells, in order (official `extract_embs`); raises `GeneformerError`"
     cells, labels = (_some(cells, where, max_cells, seed), [labels] if isinstance(labels, str)
                      else list(labels))
     if lost := [c for c in labels if c not in cells.obs]:
@@ -162,8 +162,8 @@ def cell_embeddings(
 def _wanted(model, tokens, genes):
     "(tokens of the genes to look at, row of each token among them or -1)"
     v = model.vocabulary
-    t = np.unique(tokens) if genes is None else np.unique(v.token([genes] if isinstance(genes, str)
-        else list(genes)))
+    if isinstance(genes, str): genes = [genes]
+    t = np.unique(tokens if genes is None else v.token(list(genes)))
     t = t[t >= len(v.specials)]
     row = np.full(v.n_tokens, -1)
     row[t] = np.arange(len(t))
@@ -292,8 +292,8 @@ def state_embeddings(
         raise GeneformerError(f"obs has no column {column!r} (it has "
                               f"{', '.join(map(str, cells.obs.columns)) or 'none'}).")
     col = cells.obs[column].astype(str).where(cells.obs[column].notna(), '').to_numpy()
-    states = (sorted(set(col) - {''}) if states is None
-              else [str(s) for s in ([states] if isinstance(states, str) else states)])
+    if isinstance(states, str): states = [states]
+    states = sorted(set(col) - {''}) if states is None else list(map(str, states))
     if lost := [s for s in states if s not in col]:
         raise GeneformerError(f"No cell has {column} = {lost[0]!r}; the column holds "
                               f"{', '.join(sorted(set(col))[:8])}.")

@@ -72,7 +72,7 @@ def heat_map(
     return g
 
 # %% ../../nbs/09a_gene_context.ipynb #5532f9ec
-def _apart(S, n):
+def _mean_distances(S, n):
     "Mean cosine distance between and within states, from sums of unit vectors (k, d) and n (k,)"
     G = S @ S.T
     same = (np.diag(G) - n) / (n * (n - 1))  # a vector is not paired with itself
@@ -84,7 +84,7 @@ def _jackknife(u, code, k, unit):
     S, n = (np.stack([u[code == s].sum(0) for s in range(k)]),
             np.bincount(code, minlength=k).astype(float))
     def both(S, n):
-        b, w = _apart(S, n)
+        b, w = _mean_distances(S, n)
         return b - w, b / max(w, 1e-12)
     if unit is None:
         var = 0
@@ -106,7 +106,7 @@ def _jackknife(u, code, k, unit):
     return np.sqrt((len(out) - 1) / len(out) * ((out - np.mean(out, 0))**2).sum(0)), len(out) - 1
 
 # %% ../../nbs/09a_gene_context.ipynb #115aaf5e
-def _moved(u, state, rank, unit, min_cells):
+def _gene_row(u, state, rank, unit, min_cells):
     "The row of one gene"
     from scipy.stats import t
     names, n = np.unique(state, return_counts=True)
@@ -117,7 +117,7 @@ def _moved(u, state, rank, unit, min_cells):
     u, state, rank, unit = u[keep], state[keep], rank[keep], None if unit is None else unit[keep]
     code = np.searchsorted(names, state)
     S = np.stack([u[code == s].sum(0) for s in range(len(names))])
-    between, within = _apart(S, np.bincount(code))
+    between, within = _mean_distances(S, np.bincount(code))
     (se, se_ratio), df = _jackknife(u, code, len(names), unit)
     q, mid = t.ppf(.975, df), [np.median(rank[code == s]) for s in range(len(names))]
     shift, ratio = between - within, between / max(within, 1e-12)
@@ -153,7 +153,7 @@ def context(
     units = cells.obs[unit].astype(str).to_numpy()[cell] if unit else None
     def one(t):
         r = np.flatnonzero((token == t) & known)
-        return _moved(u[r], state[r], rank[r], None if unit is None else units[r], min_cells)
+        return _gene_row(u[r], state[r], rank[r], None if unit is None else units[r], min_cells)
     v = model.vocabulary
     rows = [dict(symbol=v.symbol(int(t)), gene_id=v.gene(int(t)), **one(t)) for t in tokens]
     names = ['symbol', 'gene_id', 'cells', 'states', 'between', 'within', 'shift', 'low', 'high',

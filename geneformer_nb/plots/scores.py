@@ -24,7 +24,8 @@ def _positive(table, positive, what):
 def _models(table, models):
     "The models to draw; raises `GeneformerError` for one that is not there"
     there = list(table['model'].unique())
-    models = there if models is None else [models] if isinstance(models, str) else list(models)
+    if isinstance(models, str): models = [models]
+    models = there if models is None else list(models)
     if odd := [m for m in models if m not in there]:
         raise GeneformerError(f"No model is called {odd[0]!r}: choose from "
                               f"{', '.join(map(str, there))}.")

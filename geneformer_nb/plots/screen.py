@@ -11,7 +11,7 @@ from ..core import GeneformerError
 from .style import axes_of, gray, need_columns, palette, styled
 
 # %% ../../nbs/12c_screen_plots.ipynb #7b2b1503
-def _one(table, state, what):
+def _one_state(table, state, what):
     "The rows of one state, over all donors; raises `GeneformerError` when it must be chosen"
     table = need_columns(table, ['state', 'shift', 'symbol', 'kind'], what)
     there = list(pd.unique(table.state))
@@ -22,11 +22,11 @@ def _one(table, state, what):
     table = table[table.state == state]
     return table[table.donor == 'all'] if 'donor' in table else table
 
-def _names(table):
+def _perturbation_names(table):
     return [s if k == 'KO' else f'{s} ({k})' for s, k in zip(table.symbol, table.kind)]
 
 # %% ../../nbs/12c_screen_plots.ipynb #1b2ee398
-def _label(ax, x, y, names):
+def _place_labels(ax, x, y, names):
     "Names beside points, moved up or down until they do not cover each other"
     ax.figure.canvas.draw()
     height, placed = 12*ax.figure.dpi/72, []
@@ -55,7 +55,7 @@ def volcano(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Shift of each perturbation against its evidence"
-    t = need_columns(_one(table, state, 'A volcano plot'), ['p', 'fdr'], 'A volcano plot')
+    t = need_columns(_one_state(table, state, 'A volcano plot'), ['p', 'fdr'], 'A volcano plot')
     t = t.dropna(subset=['p']).reset_index(drop=True)
     if not len(t):
         raise GeneformerError("A volcano plot needs p-values; the table has none: too few cells or "
@@ -79,7 +79,8 @@ def volcano(
     order = t['shift'].abs().where(sig
                                    | (sig.sum() == 0)).sort_values(ascending=False).dropna().index[
         :n]
-    _label(ax, t['shift'][order].to_numpy(), y[order].to_numpy(), _names(t.loc[order]))
+    _place_labels(ax, t['shift'][order].to_numpy(), y[order].to_numpy(),
+                  _perturbation_names(t.loc[order]))
     return ax
 
 # %% ../../nbs/12c_screen_plots.ipynb #ab4d3d24
@@ -95,7 +96,7 @@ def top_targets(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "The perturbations that shift furthest, with 95 % intervals, and what matched genes do"
-    t = need_columns(_one(table, state, 'A plot of targets'), ['ci_low', 'ci_high', by],
+    t = need_columns(_one_state(table, state, 'A plot of targets'), ['ci_low', 'ci_high', by],
                      'A plot of targets')
     t = t.sort_values(by, ascending=False, kind='stable').head(n).reset_index(drop=True)
     ax, y = axes_of(ax, (5.2, .8 + .27*len(t))), np.arange(len(t))
@@ -107,8 +108,8 @@ def top_targets(
                 capsize=2)
     if 'null_shift' in t:
         ax.plot(t.null_shift, y, '|', color=palette[1], ms=11, mew=2, label='matched genes')
-    ax.set(yticks=y, yticklabels=_names(t), xlabel=f'shift towards {t.state[0]} (cosine), 95 % '
-           'interval')
+    ax.set(yticks=y, yticklabels=_perturbation_names(t), xlabel=f'shift towards {t.state[0]} '
+           '(cosine), 95 % interval')
     for tick, s in zip(ax.get_yticklabels(), t.symbol):
         tick.set_fontweight('bold' if s in set(mark) else 'normal')
     for color, label in ((palette[0], f'FDR < {alpha}'), ('#B5D3E7', 'not significant')):
@@ -129,7 +130,7 @@ def shift_plot(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Shift of each perturbation in each donor, with mean and 95 % interval"
-    everyone = _one(table, state, 'A plot by donor').sort_values('shift', ascending=False,
+    everyone = _one_state(table, state, 'A plot by donor').sort_values('shift', ascending=False,
         kind='stable')
     if genes is not None:
         everyone = everyone[everyone.symbol.isin(list(genes))
@@ -149,7 +150,8 @@ def shift_plot(
         e, jitter = each[each.donor == d], (i/(max(len(donors) - 1, 1)) - .5)*.5
         ax.scatter(e['shift'], e.perturbation.map(place) + jitter, s=20, color=palette[i % 7], lw=0,
                    marker='osv^<>P'[i//7 % 7], label=d if len(donors) <= 12 else None)
-    ax.set(yticks=y, yticklabels=_names(every), xlabel=f'shift towards {every.state[0]} (cosine)')
+    ax.set(yticks=y, yticklabels=_perturbation_names(every),
+           xlabel=f'shift towards {every.state[0]} (cosine)')
     ax.invert_yaxis()
     ax.axvline(0, color=gray, lw=.8)
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1), handletextpad=.2)
