@@ -10,6 +10,7 @@ __all__ = ['pd', 'obs_kinds', 'obs_columns', 'obs_array', 'ArrowLayout', 'save_c
 import json, warnings, zlib
 from pathlib import Path
 import numpy as np, pyarrow as pa
+from fastcore.basics import patch
 from ..core import (GeneformerError, StorageError, VocabularyError, as_folder, atomic,
                                 digest, later, write_json)
 from .counts import Coded, Table, _frame
@@ -128,15 +129,17 @@ class ArrowLayout:
                if str(n) in self.kinds}
         return pa.record_batch([(cols | obs)[k] for k in self.schema.names], schema=self.schema)
 
-    def finish(self, folder, files, mark, about):
-        "Say what the files are, to `datasets` and to us"
-        for name, d in {'dataset_info': dict(citation='', description='', features=self.features,
-                                             homepage='', license=''), 'geneformer_nb': about,
-                        'state': dict(_data_files=[dict(filename=f) for f in files],
-                                      _fingerprint=mark, _format_columns=None, _format_kwargs={},
-                                      _format_type=None, _output_all_columns=False,
-                                      _split=None)}.items():
-            write_json(Path(folder)/f'{name}.json', d)
+# %% ../../nbs/03a_arrow.ipynb #dfdc0999
+@patch
+def finish(self:ArrowLayout, folder, files, mark, about):
+    "Say what the files are, to `datasets` and to us"
+    for name, d in {'dataset_info': dict(citation='', description='', features=self.features,
+                                         homepage='', license=''), 'geneformer_nb': about,
+                    'state': dict(_data_files=[dict(filename=f) for f in files],
+                                  _fingerprint=mark, _format_columns=None, _format_kwargs={},
+                                  _format_type=None, _output_all_columns=False,
+                                  _split=None)}.items():
+        write_json(Path(folder)/f'{name}.json', d)
 
 # %% ../../nbs/03a_arrow.ipynb #7f5856b6
 def save_cells(

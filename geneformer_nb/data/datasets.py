@@ -80,7 +80,10 @@ _lists = dict(
         'BatadaLab/GSE139999-data-analysis@e512bc7fdcd6:data/housekeeping_genes.txt', 'MIT',
         {'housekeeping_genes.txt':
           'ba384f813b82b2a4f775f49049bfaa6ca7ee3fc2eab21595e11de55955dca623'},
-        'in the spelling of mouse genes: upper-case them'),
+        'in the spelling of mouse genes: upper-case them'))
+
+# %% ../../nbs/06_datasets.ipynb #7aca1ae7
+_regulators = dict(
     regulon_collectri=DataSet('CollecTRI: signed regulators and targets',
         'Akane-ogawa/decoupleR@390e69c93c24:data/collectri.csv', 'none there; CollecTRI GPL-3',
         {'collectri.csv': 'f746151ef057e2520a5c5a4699c6056ce91e15be7b9e1bdfbeac9267f41c4839'}),
@@ -98,29 +101,34 @@ _lists = dict(
          'lambert2018.txt': '373b64d3dbc058a7388b795b396cd28dddbf79480ad1cb21ec9fa7a8fc93c27d'}))
 
 # %% ../../nbs/06_datasets.ipynb #37afdca7
+_pickles_v2 = dict(
+    ensembl_mapping_dict='0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c',
+    gene_median_dictionary='a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5',
+    gene_name_id_dict='fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1',
+    token_dictionary='67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f')
+
+_pickles_v1 = dict(
+    ensembl_mapping_dict='eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869',
+    gene_median_dictionary='b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39',
+    gene_name_id_dict='55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c',
+    token_dictionary='ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1')
+
 _model = dict(
     official=DataSet(
         'dictionaries of Geneformer V1 (30m) and V2 (104M): tokens, medians, names, aliases',
         'huggingface.co/ctheodoris/Geneformer:geneformer/', 'Apache-2.0',
-        {**{f'geneformer/{n}_gc104M.pkl': s for n, s in dict(
-             ensembl_mapping_dict='0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c',
-             gene_median_dictionary='a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5',
-             gene_name_id_dict='fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1',
-             token_dictionary='67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f').items()},
-         **{f'geneformer/gene_dictionaries_30m/{n}_gc30M.pkl': s for n, s in dict(
-             ensembl_mapping_dict='eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869',
-             gene_median_dictionary='b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39',
-             gene_name_id_dict='55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c',
-             token_dictionary='ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1').items()}},
-        'pickles: open them with genes.safe_unpickle or Vocabulary.official, never with pickle.load'),
+        {**{f'geneformer/{n}_gc104M.pkl': s for n, s in _pickles_v2.items()},
+         **{f'geneformer/gene_dictionaries_30m/{n}_gc30M.pkl': s for n, s in _pickles_v1.items()}},
+        'pickles: open them with safe_unpickle or Vocabulary.official, never pickle.load'),
     genecorpus500=DataSet('500 tokenized V1 cells of Genecorpus-30M, and the V1 vocabulary',
-        'NVIDIA/bionemo-framework@3a9d005bffaa:bionemo-recipes/recipes/geneformer_native_te_mfsdp_fp8/',
+        'NVIDIA/bionemo-framework@3a9d005bffaa:'
+        'bionemo-recipes/recipes/geneformer_native_te_mfsdp_fp8/',
         'Apache-2.0',
         {'genecorpus_500_samples.parquet':
           '9873b66dafd7d4eb9ded071ef95fed7236b26db7d546bc09f829d39e002280b9',
          'vocab.txt': 'e1f9cda34873df51ea6ff7f0065c37077feb4fd05f8be94071015c3a8d57a0f9'}))
 
-registry = {**_counts, **_lists, **_model} # {name: DataSet}
+registry = {**_counts, **_lists, **_regulators, **_model} # {name: DataSet}
 
 # %% ../../nbs/06_datasets.ipynb #2e89fbef
 def _cache_folder()->Path:

@@ -307,14 +307,19 @@ class Source:
     def n_obs(self): return self._got.n_obs
     @cached_property
     def columns(self): return self._got.columns
-    @property
-    def obs(self): return _frame(self._got.rows(slice(None)))
-    @property
-    def _var(self): return self._chosen[1]
-    @property
-    def var(self): return _frame(self._var)
-    @property
-    def where(self): return self._chosen[2]
+
+# %% ../../nbs/01a_sources.ipynb #2d834236
+@patch(as_prop=True)
+def obs(self:Source): return _frame(self._got.rows(slice(None)))
+
+@patch(as_prop=True)
+def _var(self:Source): return self._chosen[1]
+
+@patch(as_prop=True)
+def var(self:Source): return _frame(self._var)
+
+@patch(as_prop=True)
+def where(self:Source): return self._chosen[2]
 
 # %% ../../nbs/01a_sources.ipynb #2098df4e
 @patch

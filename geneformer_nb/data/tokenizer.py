@@ -179,7 +179,8 @@ class Encoder:
     def orthologs_digest(self):
         "Fingerprint of the table of orthologs, or None without one"
         o = self.orthologs
-        return None if o is None else digest(Path(o) if isinstance(o, str) else o)
+        if o is None: return None
+        return digest(Path(o) if isinstance(o, str) else o)
 
     @property
     def columns(self):

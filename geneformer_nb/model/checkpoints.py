@@ -104,7 +104,10 @@ official_files = { # {folder of the repository: {file: (bytes, sha256)}}
         'model.safetensors': (417571156,
             '827738139bfed4bafa9d1f3df7c6146da2e3b85f7225076adc32c6eda0ba4357'),
         'training_args.bin': (4984,
-            '8cf8ce52b498253adc6df53197a99821fa145c19b8ae5eeb8d15be76b8b7ddb3')},
+            '8cf8ce52b498253adc6df53197a99821fa145c19b8ae5eeb8d15be76b8b7ddb3')}}
+
+# %% ../../nbs/07a_checkpoints.ipynb #ec310050
+official_files |= {
     'Geneformer-V2-316M': {
         'model.safetensors': (1265455076,
             '965ceccea81953d362081ef3843560a0e4fef88d396c28017881f1e94b1246f3'),
