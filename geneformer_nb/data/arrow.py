@@ -83,7 +83,7 @@ def _arrow_numbers(x, there=None):
                                   if x.dtype == bool else pa.py_buffer(x)], missing)
 
 def _arrow_strings(words):
-    "Words as Arrow has them; None is a missing one"
+    "A list of strings as an Arrow array; None is missing"
     data, there = ([b'' if w is None else w.encode() for w in words],
                    np.array([w is not None for w in words], bool))
     ends = np.cumsum([0] + [len(w) for w in data])
@@ -96,7 +96,7 @@ def _arrow_strings(words):
 
 # %% ../../nbs/03a_arrow.ipynb #1e0a3144
 class ArrowLayout:
-    "The columns of an Arrow folder of cells, and the files that make it one"
+    "Columns and schema of an Arrow folder of cells"
     def __init__(self, kinds, lists=()):
         def value(d): return dict(dtype=d, _type='Value')
         def several(d): return dict(feature=value(d), _type='Sequence')
@@ -114,7 +114,7 @@ class ArrowLayout:
             dict(info=dict(features=self.features)))})
 
     def batch(self, cells):
-        "Cells as a piece of an Arrow file"
+        "Cells as an Arrow record batch"
         def listed(values, offsets):
             return pa.ListArray.from_arrays(_arrow_numbers(offsets.astype(np.int32)),
                                             _arrow_numbers(values))
@@ -132,7 +132,7 @@ class ArrowLayout:
 # %% ../../nbs/03a_arrow.ipynb #dfdc0999
 @patch
 def finish(self:ArrowLayout, folder, files, mark, about):
-    "Say what the files are, to `datasets` and to us"
+    "Write the JSON files that `datasets` and this library read"
     for name, d in {'dataset_info': dict(citation='', description='', features=self.features,
                                          homepage='', license=''), 'geneformer_nb': about,
                     'state': dict(_data_files=[dict(filename=f) for f in files],
@@ -170,7 +170,7 @@ def save_cells(
 
 # %% ../../nbs/03a_arrow.ipynb #751e2123
 def _flat_list(column):
-    "(values, offsets) of an Arrow list column, without a copy where it is one piece"
+    "(values, offsets) of an Arrow list column; one chunk is not copied"
     chunks = [c for c in column.chunks if len(c)]
     if not chunks: return np.zeros(0, np.int32), np.zeros(1, np.int64)
     values = [c.flatten().to_numpy() for c in chunks]
@@ -180,7 +180,7 @@ def _flat_list(column):
     return (values[0] if len(values) == 1 else np.concatenate(values)), offsets
 
 def arrow_tables(folder):
-    "The Arrow files of a folder, mapped, and what it says of itself; raises `StorageError`"
+    "Memory-mapped Arrow tables of a folder, and its `geneformer_nb.json`; raises `StorageError`"
     folder = as_folder(folder)
     if not (folder/'state.json').exists():
         raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in "
@@ -202,7 +202,7 @@ def arrow_tables(folder):
 
 # %% ../../nbs/03a_arrow.ipynb #3876343c
 def _token_fault(column):
-    "What a column of tokens should not be, in words, or None"
+    "Why a column cannot hold tokens, as text, or None"
     kind = column.type
     if (not (pa.types.is_list(kind) or pa.types.is_large_list(kind))
             or not pa.types.is_integer(kind.value_type)):
@@ -214,7 +214,7 @@ def _token_fault(column):
         return 'numbers beyond 2³¹'
 
 def cells_from_table(table, about, vocabulary):
-    "Cells of an Arrow table"
+    "An Arrow table as `Cells`; raises `VocabularyError`"
     named = {n: table[n] for n in ('input_ids', 'counts', 'input_ids_uncropped')
              if n in table.column_names}
     (tokens, offsets), lists = (_flat_list(named.pop('input_ids')),

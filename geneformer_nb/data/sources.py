@@ -34,7 +34,7 @@ def _read(d, a, b, buffer=None):
     return out
 
 class _Csr:
-    "Rows of a CSR matrix on disk, without the rest; `columns` keeps some of its columns"
+    "A CSR matrix on disk, read by rows; `columns` keeps some of its columns"
     def __init__(self, data, indices, indptr, n_vars, columns=None):
         self.data, self.indices, self.indptr, self.n_vars, self.columns = (data, indices,
             indptr[()], int(n_vars), columns)
@@ -72,7 +72,7 @@ def _matrix(e):
 
 # %% ../../nbs/01a_sources.ipynb #eb05a1b4
 def _coded(codes, words, ordered):
-    "`Coded`, when the codes are those of the words and no word stands twice"
+    "A `Coded` column; raises ValueError for codes out of range or repeated categories"
     if (codes.dtype.kind not in 'iu' or len(codes)
             and not -1 <= int(codes.min()) <= int(codes.max()) < len(words)):
         raise ValueError('codes beyond the categories')
@@ -101,7 +101,7 @@ def _table(g, rows=slice(None), columns=None):
 
 # %% ../../nbs/01a_sources.ipynb #0418c7d2
 class _Window:
-    "Rows of a table on disk, and some that come after them: blocks are asked for in order"
+    "Rows of a table on disk, read some blocks ahead"
     def __init__(self, g, n): self.g, self.n, self.held, self.lock = g, n, (0, 0, None), Lock()
     def __call__(self, rows, columns=None):
         a, b, _ = rows.indices(self.n)
@@ -113,7 +113,7 @@ class _Window:
             return self.table[a - self.held[0]:b - self.held[0]]
 
 def _opened(X, layers, raw, obs, var):
-    "What every kind of input becomes; `obs` is a table, or a group of an .h5ad to read one from"
+    "One form for all kinds of input; `obs` is a table or a group of an .h5ad"
     if hasattr(obs, 'iloc'):
         n, columns = len(obs), list(obs.columns)
         def rows(s, c=None): return (obs if c is None else obs[[x for x in obs if x in c]]).iloc[s]
@@ -124,7 +124,7 @@ def _opened(X, layers, raw, obs, var):
                            n_obs=n, n_vars=len(var))
 
 def _store(g, table):
-    "An open .h5ad or .zarr"
+    "The parts of an open .h5ad or .zarr"
     raw = (SimpleNamespace(X=_matrix(g['raw/X']), var=table(g['raw/var'])) if 'raw' in g
            and 'X' in g['raw'] else None)
     layers = {k: _matrix(g['layers'][k]) for k in (g['layers'] if 'layers' in g else ())}
@@ -184,7 +184,7 @@ def _10x_mtx(path):
 
 # %% ../../nbs/01a_sources.ipynb #58d4ad40
 def _adata(a):
-    "An AnnData, which stays as it is; what cannot be sliced by rows is turned"
+    "The parts of an AnnData, with matrices that can be sliced by rows"
     def turn(X):
         if X is None or getattr(X, 'format', 'csr') == 'csr': return X
         return (X.to_memory() if hasattr(X, 'to_memory') else X).tocsr()
@@ -210,11 +210,11 @@ def _unreadable(path, e):
                        "damaged, or not what its name says.")
 
 def _in_file(e, path):
-    "The same error, with the file in its sentence"
+    "The same error with the name of the file"
     return e if path is None or path.name in str(e) else CountsError(f"{e} (in '{path.name}')")
 
 def _open(path):
-    "An input by its path; raises `CountsError` for a file that is not there, not known or damaged"
+    "Open a path; raises `CountsError` for a missing, unknown or damaged file"
     if not isinstance(path, (str, Path)):
         raise CountsError(f"A file is named by its path, not by {type(path).__name__}.")
     path = Path(path).expanduser()
@@ -244,7 +244,7 @@ def read_any(
 _held = OrderedDict() # sources whose file is open, the longest unused first; not kept alive by this
 
 def _close_oldest(source, most=16):
-    "Keep few files open: a corpus has more of them than a process may hold"
+    "Close the files used longest ago, so that at most `most` stay open"
     _held[id(source)] = ref(source)
     _held.move_to_end(id(source))
     while len(_held) > most:
@@ -363,7 +363,7 @@ def _found(files, what):
     return out
 
 def _expand(data):
-    "Paths and AnnDatas of an input, one by one"
+    "Yield the paths and AnnDatas of an input"
     if isinstance(data, (list, tuple)):
         for d in data: yield from _expand(d)
     elif not isinstance(data, (str, Path)): yield data
@@ -407,7 +407,7 @@ def shards(
     inputs:list, # of `Source`
     rows:int, # cells in a shard
 )->list: # of (number of the source, first cell, last cell not included)
-    "All cells of all inputs, in order, cut into shards"
+    "All cells of all inputs, in order, divided into shards"
     return [(k, a, min(a + rows, s.n_obs)) for k, s in enumerate(inputs) for a in range(0, s.n_obs,
         rows)]
 

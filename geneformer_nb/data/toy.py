@@ -74,7 +74,7 @@ class ToyTruth:
     def find(self,
         gene:str, # id or symbol
     )->int: # row of `genes`
-        "Where a gene stands; raises `GeneformerError` when it is not a toy gene"
+        "Number of a gene; raises `GeneformerError` for an unknown one"
         hit = np.flatnonzero((self.genes.index == gene) | (self.genes.symbol == gene))
         if not len(hit):
             raise GeneformerError(f"'{gene}' is no gene of this toy network: see truth.genes for "
@@ -198,7 +198,7 @@ def _direction(truth, start, goal, cell_type, n_cells, seed):
     return before, after, (_propagate(truth, there) - after).mean(0)
 
 def _project(truth, gene, kind, before, after, way):
-    "Projection of one clamped gene's consequences on `way`, the gene itself left out"
+    "Projection of the effects of one fixed gene on `way`, without the gene itself"
     if kind not in ('KO', 'OE'):
         raise GeneformerError(f"kind is 'KO' (knock-out) or 'OE' (activation), not {kind!r}.")
     if truth.genes.role.iloc[gene] != 'tf' or not (way @ way): return 0.
@@ -232,7 +232,7 @@ def true_effects(
     n_cells:int=300, # simulated cells, the same for every gene
     seed:int=0, # their noise
 )->pd.DataFrame: # gene_id, symbol, role, kind, shift, driver (planted); best first
-    "What knocking out and activating each gene really does"
+    "True effects of knocking out and activating each gene"
     way = _direction(truth, start, goal, cell_type, n_cells, seed)
     rows = [(g, s, r, k, _project(truth, i, k, *way)) for k in kinds
             for i, (g, s, r) in enumerate(zip(truth.genes.index, truth.genes.symbol,

@@ -25,7 +25,7 @@ _specials = ('<pad>', '<mask>', '<cls>', '<eos>')
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    "Genes as tokens, with their medians; immutable, and known by its `hash`"
+    "Genes as tokens, with their medians; immutable, and identified by `hash`"
     genes: tuple # gene ids, in token order
     medians: np.ndarray # non-zero median of each gene, counts per 10,000, float64
     cls: bool = False # are cells framed by <cls> and <eos>? V2 yes, V1 no
@@ -68,7 +68,7 @@ def n_tokens(self:Vocabulary)->int: # rows of the embedding table
 
 @patch(as_prop=True)
 def hash(self:Vocabulary)->str: # 16 hexadecimal characters
-    "Fingerprint of all that decides tokens: ids, order, medians, special tokens"
+    "Fingerprint of ids, order, medians and special tokens"
     if '_hash' not in self.__dict__:
         object.__setattr__(self, '_hash', digest(list(self.genes), self.medians, self.cls))
     return self._hash
@@ -113,7 +113,7 @@ def symbol(self:Vocabulary,
 
 # %% ../../nbs/02_vocabulary.ipynb #d15698b2
 def _no_symbols(v):
-    "What to bring when a vocabulary knows no symbols"
+    "Advice for a vocabulary without symbols, as text"
     if v.symbols or v.aliases: return ''
     files = dict(V1='gene_dictionaries_30m/gene_name_id_dict_gc30M.pkl',
                  V2='gene_name_id_dict_gc104M.pkl and ensembl_mapping_dict_gc104M.pkl')
@@ -138,7 +138,7 @@ def find_gene(name, index, aliases):
 def token(self:Vocabulary,
     names, # a gene id, symbol or alias, any case, with or without version; or a list of them
 ): # the token, or an int32 array of tokens
-    "Tokens of genes a person has typed; raises `VocabularyError` naming those that are not there"
+    "Tokens of genes by name; raises `VocabularyError` that names the missing ones"
     one, names = isinstance(names, str), [names] if isinstance(names, str) else list(names)
     got = [find_gene(n, self._index, self.aliases)[0] for n in names]
     if lost := [n for n, i in zip(names, got) if i < 0]:
@@ -364,7 +364,7 @@ class GeneMatch:
 # %% ../../nbs/02_vocabulary.ipynb #81009227
 def match_genes(
     names, # names of the genes of the data: ids, symbols, aliases, any case
-    vocabulary:Vocabulary, # the words
+    vocabulary:Vocabulary, # the vocabulary to match
     orthologs=None, # for another species: table, csv file or dict of its gene and the human one
 )->GeneMatch:
     "Find each gene of the data in the vocabulary; raises `GeneMatchError` for bad orthologs"
@@ -428,7 +428,7 @@ def check(self:GeneMatch,
     vocabulary:Vocabulary, # what was matched against
     least:float=.2, # smallest share of the counts on matched genes that is let through
 ):
-    "Raise `GeneMatchError`, showing both sides, when too little of the data is known"
+    "Raise `GeneMatchError` if too few counts fall on matched genes"
     share = (self.counts_matched if self.counts_matched is not None
              else float((self.index >= 0).mean()))
     if share >= least and (self.index >= 0).any(): return

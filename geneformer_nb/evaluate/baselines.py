@@ -32,7 +32,7 @@ def learners(
     C:float=.01, # inverse strength of the penalty of the logistic regression
     seed:int=0, # of the random forest and of gradient boosting
 )->dict: # {name: (what it sees: "nothing", "depth" or "genes", a scikit-learn classifier)}
-    "The baselines of a question about cells, not yet fitted"
+    "Unfitted baselines for cells"
     from sklearn.dummy import DummyClassifier
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
@@ -124,7 +124,7 @@ def de_ranking(
 
 # %% ../../nbs/10a_baselines.ipynb #d2f12be9
 def _vocabulary_of(cells):
-    "The vocabulary that cells carry"
+    "The vocabulary of cells; raises `GeneformerError` without one"
     if need_cells(cells).vocabulary is None:
         raise GeneformerError("These cells carry no vocabulary: load them with one "
                               "(Cells.load(folder, vocabulary)).")
@@ -173,7 +173,7 @@ def gene_learners(
     return out
 
 def _gene_features(cells, sees, n_axes=32, seed=0):
-    "Features of every token: two numbers, the leading axes of genes by cells, or the whole row"
+    "Features of every token: two numbers, leading components, or a row of all cells"
     if sees in ('ranks', 'counts'): return gene_matrix(cells, sees)
     M = gene_matrix(cells)
     seen = M.getnnz(1)
@@ -194,7 +194,7 @@ def gene_baselines(
     which=None, # names of `gene_learners`; None: all, those on counts where the cells have them
     seed:int=0, # as in `gene_learners`
 )->dict: # {baseline: class probabilities by gene id of the test genes}
-    "What can be said of held-out genes without a network; raises `GeneformerError`"
+    "Predictions of simple models for held-out genes; raises `GeneformerError`"
     known, v = gene_learners(seed), _vocabulary_of(cells)
     if which is None:
         which = [k for k, (sees, _) in known.items() if sees != 'counts' or 'counts' in cells.lists]

@@ -18,7 +18,7 @@ def scores(
     donors=None, # donor of each cell
     seed:int=0, # of the bootstrap
 )->dict: # accuracy, macro_f1, donor_accuracy with its 95 % interval, n_cells, n_donors
-    "How well, and on how much evidence"
+    "Accuracy and macro F1, with interval and sample size; raises `GeneformerError`"
     from sklearn.metrics import f1_score
     truth, predicted = (np.asarray(x).astype(str) for x in (truth, predicted))
     if not len(truth): raise GeneformerError("There is no prediction to score.")
@@ -151,7 +151,7 @@ def _neighbors(X, k):
 def _entropy(share): return -(share * np.log(np.where(share > 0, share, 1))).sum(-1)
 
 def _within_type(X, batch, k):
-    "Silhouette and mixing of batches among cells of one type; None where that cannot be said"
+    "Silhouette and mixing of batches among cells of one type, or None if not defined"
     from sklearn.metrics import silhouette_score
     names, code, n = np.unique(batch, return_inverse=True, return_counts=True)
     if len(names) < 2 or len(X) <= max(k, len(names)): return None
@@ -179,7 +179,7 @@ def log_pca(
     seed:int=0, # of the decomposition
     **counts, # counts_layer, logged as in `counts_of`
 )->np.ndarray: # cells × n, float32
-    "Principal components of log counts: what everybody has without a model; raises `CountsError`"
+    "Principal components of log counts, the baseline; raises `CountsError`"
     import anndata as ad, scanpy as sc
     a = ad.AnnData(counts_of(adata, **counts).X.astype(np.float32))
     sc.pp.normalize_total(a, target_sum=1e4)
@@ -203,7 +203,7 @@ def batch_check(
     seed:int=0, # which are drawn
     **counts, # counts_layer, logged as in `counts_of`
 )->pd.DataFrame: # a row a representation: the four measures, cells, batches, labels
-    "Are cells together by type or by batch? Beside log counts and chance; raises `GeneformerError`"
+    "Measures of cell types and batches for each representation; raises `GeneformerError`"
     keys = [keys] if isinstance(keys, str) else list(keys)
     X, rng = {key: vectors_of(adata, key) for key in keys}, np.random.default_rng(seed)
     b, y = (text_column(adata, batch, 'batches'), text_column(adata, label, 'labels') if label

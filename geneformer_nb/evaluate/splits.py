@@ -81,7 +81,7 @@ def fold_donors(
 
 # %% ../../nbs/10_splits.ipynb #e35d1755
 def _difference(values, held):
-    "p-value for a difference between held-out donors and the others; and what each side looks like"
+    "p-value of a difference between held-out donors and the others, and text for each side"
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         from scipy.stats import mannwhitneyu
         same = values.nunique() < 2
@@ -135,7 +135,7 @@ def audit_split(
     donor:str=None, # column of donors; None can only count cells, and says so
     label:str=None, # column of classes
 )->pd.DataFrame: # one row a side: cells, donors, classes
-    "Raise `LeakError` when a donor or a cell stands on both sides, or a class is missing from one"
+    "Raise `LeakError` if a donor or cell is on both sides, or a test class is not in train"
     split = np.asarray(split)
     if len(split) != len(obs):
         raise GeneformerError(f"The split has {len(split)} entries for {len(obs)} cells.")

@@ -27,7 +27,7 @@ def _perturbation_names(table):
 
 # %% ../../nbs/12c_screen_plots.ipynb #1b2ee398
 def _place_labels(ax, x, y, names):
-    "Names beside points, moved up or down until they do not cover each other"
+    "Write names beside points without overlap"
     ax.figure.canvas.draw()
     height, placed = 12*ax.figure.dpi/72, []
     left, right = ax.get_xlim()
@@ -54,7 +54,7 @@ def volcano(
     mark=(), # symbols or perturbations to ring, such as known drivers
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "Shift of each perturbation against its evidence"
+    "Shift of each perturbation against its p-value; raises `GeneformerError`"
     t = need_columns(_one_state(table, state, 'A volcano plot'), ['p', 'fdr'], 'A volcano plot')
     t = t.dropna(subset=['p']).reset_index(drop=True)
     if not len(t):
@@ -95,7 +95,7 @@ def top_targets(
     alpha:float=.05, # false discovery rate below which a bar is dark
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "The perturbations that shift furthest, with 95 % intervals, and what matched genes do"
+    "Perturbations with the largest shift, with 95 % intervals and matched genes"
     t = need_columns(_one_state(table, state, 'A plot of targets'), ['ci_low', 'ci_high', by],
                      'A plot of targets')
     t = t.sort_values(by, ascending=False, kind='stable').head(n).reset_index(drop=True)

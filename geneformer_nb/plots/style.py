@@ -18,7 +18,7 @@ gray = '#8C8C8C'
 
 @contextmanager
 def figure_style():
-    "The look of the book's figures, inside a `with`; yours is back afterwards"
+    "Style of the book's figures inside a `with` block"
     import matplotlib as mpl
     from cycler import cycler
     rc = {'axes.prop_cycle': cycler(color=palette), 'axes.spines.top': False,
@@ -39,7 +39,7 @@ def axes_of(ax, size=(5, 3.4)):
 
 # %% ../../nbs/12_plots.ipynb #ee7cb1f4
 def need_columns(table, names, what):
-    "Refuse a table that lacks columns or rows, in a sentence"
+    "`table` if it has the columns and rows; raises `GeneformerError` otherwise"
     lacks = [c for c in names if c not in table]
     if lacks:
         raise GeneformerError(f"{what} needs the column {', '.join(lacks)}; "
