@@ -163,8 +163,8 @@ class Encoder:
         if not isinstance(v, Vocabulary):
             raise VocabularyError("A vocabulary is model.vocabulary, Vocabulary.official(…) or "
                                   f"Vocabulary.from_counts(…), not {type(v).__name__}.")
-        if self.special is None: self.special = v.cls
-        if self.max_len is None: self.max_len = v.max_len
+        self.special = v.cls if self.special is None else self.special
+        self.max_len = v.max_len if self.max_len is None else self.max_len
         if self.special and not v.cls:
             raise VocabularyError(f"special=True, but {v.name!r} has no <cls> and <eos>: leave "
                                   "special out.")
@@ -175,12 +175,6 @@ class Encoder:
                                   f"{v.max_len:,}.")
 
     def __getstate__(self): return {k: x for k, x in self.__dict__.items() if k != '_last'}
-
-    def orthologs_digest(self):
-        "Fingerprint of the table of orthologs, or None without one"
-        o = self.orthologs
-        if o is None: return None
-        return digest(Path(o) if isinstance(o, str) else o)
 
     @property
     def columns(self):
@@ -197,6 +191,14 @@ class Encoder:
                                      "row, or let collapse sum them.")
             self._last = last = var, m
         return last[1]
+
+# %% ../../nbs/04_tokenizer.ipynb #a33fa92a
+@patch
+def orthologs_digest(self:Encoder):
+    "Fingerprint of the table of orthologs, or None without one"
+    o = self.orthologs
+    if o is None: return None
+    return digest(Path(o) if isinstance(o, str) else o)
 
 # %% ../../nbs/04_tokenizer.ipynb #a485b8ba
 def _count_disagreeing(obs, totals, source):
