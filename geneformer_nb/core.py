@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GeneformerError', 'CountsError', 'GeneMatchError', 'VocabularyError', 'LeakError', 'MissingDataError', 'StorageError',
            'later', 'lazy', 'pick_device', 'pick_dtype', 'seed_everything', 'progress', 'in_words', 'digest',
-           'versions', 'atomic', 'write_json', 'as_folder', 'check_folder', 'Manifest']
+           'versions', 'atomic', 'write_json', 'check_columns', 'as_folder', 'check_folder', 'Manifest']
 
 # %% ../nbs/00_core.ipynb #391ee1cb
 import hashlib, json, os, shutil, tempfile, time
@@ -194,6 +194,17 @@ def atomic(
 def write_json(path, obj): # a file, and what `json` can write
     "Write `obj` as JSON; the file is complete or not there"
     with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str))
+
+# %% ../nbs/00_core.ipynb #854946a1
+def check_columns(
+    table, # DataFrame, such as obs
+    *columns:str, # names that it must have
+):
+    "Raise `GeneformerError` for the first column that a table of cells does not have"
+    for c in columns:
+        if c not in table:
+            raise GeneformerError(f"obs has no column {c!r} (it has "
+                                  f"{', '.join(map(str, table.columns)) or 'none'}).")
 
 # %% ../nbs/00_core.ipynb #305c1680
 def as_folder(

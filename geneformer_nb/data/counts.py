@@ -202,6 +202,21 @@ def _choose(adata, counts_layer, logged):
     if adata.raw is not None and _whole(adata.raw.X): return adata.raw.X, adata.raw.var, 'raw.X'
     return adata.X, adata.var, 'X'
 
+# %% ../../nbs/01_counts.ipynb #8aaa9aa9
+def _choice(o, counts_layer, logged):
+    "Matrix, var and place of the counts of an AnnData or an opened file; raises `CountsError`"
+    if 0 in (o.n_obs, o.n_vars):
+        raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing "
+                          "to do.")
+    X, var, where = _choose(o, counts_layer, logged)
+    if X is None:
+        raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
+    if tuple(X.shape) != (o.n_obs, len(var)):
+        raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × "
+                          f"{X.shape[1]:,} genes, obs {o.n_obs:,} rows and var {len(var):,}. "
+                          "Write or copy it again.")
+    return X, var, where
+
 # %% ../../nbs/01_counts.ipynb #73ebd23f
 def _checked(X, obs, var, source, logged, fractional, name=None):
     "Checked counts of a matrix; raises `CountsError`"
@@ -223,12 +238,7 @@ def counts_of(
     fractional:bool=False, # True accepts estimated counts that are not whole numbers
 )->Counts: # checked counts
     "Find and check the counts of an AnnData, which is not changed; raises `CountsError`"
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        raise CountsError(f"The AnnData is empty ({adata.n_obs} cells × {adata.n_vars} genes): "
-                          "nothing to do.")
-    X, var, source = _choose(adata, counts_layer, logged)
-    if X is None:
-        raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
+    X, var, source = _choice(adata, counts_layer, logged)
     try: return _checked(X, adata.obs, var, source, logged, fractional)
     except CountsError as e:
         if source != 'X' or logged or adata.raw is None: raise

@@ -17,7 +17,7 @@ from weakref import ref
 import numpy as np
 from fastcore.basics import patch
 from ..core import CountsError, digest, later
-from .counts import (Coded, Counts, Rows, Table, _checked, _choose, _frame, _rows,
+from .counts import (Coded, Counts, Rows, Table, _checked, _choice, _frame, _rows,
                                        _check_csr)
 pd = later('pandas')
 
@@ -252,21 +252,6 @@ def _close_oldest(source, most=16):
         if old is not None:
             old.__dict__.pop('_open', None)
             old.__dict__.pop('_pick', None)
-
-# %% ../../nbs/01a_sources.ipynb #ff0b1d90
-def _choice(o, counts_layer, logged):
-    "Matrix, var and place of the counts of an opened file; raises `CountsError`"
-    if 0 in (o.n_obs, o.n_vars):
-        raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing "
-                          "to do.")
-    X, var, where = _choose(o, counts_layer, logged)
-    if X is None:
-        raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…")
-    if tuple(X.shape) != (o.n_obs, len(var)):
-        raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × "
-                          f"{X.shape[1]:,} genes, obs {o.n_obs:,} rows and var {len(var):,}. "
-                          "Write or copy it again.")
-    return X, var, where
 
 # %% ../../nbs/01a_sources.ipynb #52f36b49
 class Source:

@@ -148,15 +148,14 @@ def _neighbors(X, k):
     from sklearn.neighbors import NearestNeighbors
     return NearestNeighbors(n_neighbors=k).fit(X).kneighbors(return_distance=False)
 
-def _entropy(share): return -(share * np.log(np.where(share > 0, share, 1))).sum(-1)
-
 def _within_type(X, batch, k):
     "Silhouette and mixing of batches among cells of one type, or None if not defined"
+    from scipy.stats import entropy
     from sklearn.metrics import silhouette_score
     names, code, n = np.unique(batch, return_inverse=True, return_counts=True)
     if len(names) < 2 or len(X) <= max(k, len(names)): return None
     share = np.eye(len(names))[code[_neighbors(X, k)]].mean(1)
-    return silhouette_score(X, code), _entropy(share).mean() / _entropy(n / n.sum())
+    return silhouette_score(X, code), entropy(share, axis=1).mean() / entropy(n)
 
 def _batch_scores(X, batch, label, k):
     "The four measures of one set of vectors"

@@ -8,14 +8,13 @@ __all__ = ['need_obs', 'donor_labels', 'split_donors', 'fold_donors', 'split_bal
 # %% ../../nbs/10_splits.ipynb #e6fe74e6
 import warnings
 import numpy as np, pandas as pd
-from ..core import GeneformerError, LeakError
+from ..core import check_columns, GeneformerError, LeakError
 
 # %% ../../nbs/10_splits.ipynb #021af008
 def need_obs(obs, *columns):
+    "Raise `GeneformerError` unless obs has these columns and no value of them is missing"
+    check_columns(obs, *columns)
     for c in columns:
-        if c not in obs:
-            raise GeneformerError(f"obs has no column {c!r} (it has "
-                                  f"{', '.join(map(str, obs.columns)) or 'none'}).")
         if obs[c].isna().any():
             raise GeneformerError(f"obs[{c!r}] is missing for {int(obs[c].isna().sum())} of "
                                   f"{len(obs)} cells: fill it in or leave those cells out.")

@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from ..data.cells import Cells
 from ..data.arrow import (obs_array, obs_columns, cells_from_table, obs_kinds,
                                       arrow_tables)
-from ..core import GeneformerError, StorageError, as_folder, atomic, digest
+from ..core import (check_columns, GeneformerError, StorageError, as_folder, atomic,
+                                digest)
 from .embed import _match, _occurrences, _wanted, encode_layers
 from .bert import Geneformer, weights_digest
 from ..jobs import cores, run_shards, check_positive
@@ -33,9 +34,7 @@ class _Ranked:
         self.starts, first = np.cumsum([0, *self.sizes]), self.block(0, 0, min(1, self.sizes[0]))
         if isinstance(obs, str): obs = [obs]
         obs = list(first.obs if obs is None else obs)
-        if lost := [c for c in obs if c not in first.obs]:
-            raise GeneformerError(f"obs has no column {lost[0]!r} (it has "
-                                  f"{', '.join(map(str, first.obs.columns)) or 'none'}).")
+        check_columns(first.obs, *obs)
         self.kinds = obs_kinds(first.obs[obs])
     def __getstate__(self): return {k: x for k, x in self.__dict__.items() if k != '_held'}
     def _pieces(self):

@@ -129,22 +129,24 @@ official_files |= {
 official_files[''] = official_files['Geneformer-V2-316M']
 
 # %% ../../nbs/07a_checkpoints.ipynb #f65783b1
-official_files['geneformer'] = {'ensembl_mapping_dict_gc104M.pkl': (3957652,
-    '0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c'),
-                                'gene_median_dictionary_gc104M.pkl': (1512661,
-    'a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5'),
-                                'gene_name_id_dict_gc104M.pkl': (1660882,
-    'fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1'),
-                                'token_dictionary_gc104M.pkl': (425590,
-    '67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f')}
-official_files['geneformer/gene_dictionaries_30m'] = {'ensembl_mapping_dict_gc30M.pkl': (584125,
-    'eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869'),
-                                                      'gene_median_dictionary_gc30M.pkl': (940965,
-    'b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39'),
-                                                      'gene_name_id_dict_gc30M.pkl': (1117117,
-    '55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c'),
-                                                      'token_dictionary_gc30M.pkl': (788424,
-    'ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1')}
+official_files['geneformer'] = {
+    'ensembl_mapping_dict_gc104M.pkl': (3957652,
+        '0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c'),
+    'gene_median_dictionary_gc104M.pkl': (1512661,
+        'a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5'),
+    'gene_name_id_dict_gc104M.pkl': (1660882,
+        'fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1'),
+    'token_dictionary_gc104M.pkl': (425590,
+        '67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f')}
+official_files['geneformer/gene_dictionaries_30m'] = {
+    'ensembl_mapping_dict_gc30M.pkl': (584125,
+        'eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869'),
+    'gene_median_dictionary_gc30M.pkl': (940965,
+        'b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39'),
+    'gene_name_id_dict_gc30M.pkl': (1117117,
+        '55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c'),
+    'token_dictionary_gc30M.pkl': (788424,
+        'ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1')}
 
 # %% ../../nbs/07a_checkpoints.ipynb #20898522
 def _known(folder, name=None):

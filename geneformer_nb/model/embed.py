@@ -11,7 +11,7 @@ import warnings
 from contextlib import contextmanager
 import numpy as np, pandas as pd, torch
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, VocabularyError, versions
+from ..core import check_columns, GeneformerError, VocabularyError, versions
 from .bert import Geneformer, pool_cells
 from ..data.tokenizer import tokenize
 
@@ -23,9 +23,7 @@ def _match(obs, where, strict=True):
                               f"{type(where).__name__}.")
     keep = np.ones(len(obs), bool)
     for c, values in (where or {}).items():
-        if c not in obs:
-            raise GeneformerError(f"obs has no column {c!r} (it has "
-                                  f"{', '.join(map(str, obs.columns)) or 'none'}).")
+        check_columns(obs, c)
         values = [values] if isinstance(values, str) or np.isscalar(values) else list(values)
         there = list(obs[c].dropna().unique())
         if strict and (lost := [v for v in values if v not in there]): raise GeneformerError(
@@ -148,9 +146,7 @@ def cell_embeddings(
     "Embeddings of cells, in order (official `extract_embs`); raises `GeneformerError`"
     cells, labels = (_some(cells, where, max_cells, seed), [labels] if isinstance(labels, str)
                      else list(labels))
-    if lost := [c for c in labels if c not in cells.obs]:
-        raise GeneformerError(f"obs has no column {lost[0]!r} (it has "
-                              f"{', '.join(map(str, cells.obs.columns)) or 'none'}).")
+    check_columns(cells.obs, *labels)
     several = isinstance(layer, (list, tuple))
     found = encode_layers(cells, model, layer if several else [layer], pool, **kwargs)
     carried = cells.obs[labels].reset_index(drop=True)
@@ -172,9 +168,7 @@ def _wanted(model, tokens, genes):
 def group_codes(obs, by):
     "(values of a column, sorted; which of them each cell has, or -1)"
     if by is None: return [None], np.zeros(len(obs), int)
-    if by not in obs:
-        raise GeneformerError(f"obs has no column {by!r} (it has "
-                              f"{', '.join(map(str, obs.columns)) or 'none'}).")
+    check_columns(obs, by)
     col = pd.Categorical(obs[by].astype(str).where(obs[by].notna() & (obs[by].astype(str) != '')))
     return list(col.categories), col.codes.astype(int)
 
@@ -288,9 +282,7 @@ def state_embeddings(
     if how not in ('mean', 'median'):
         raise GeneformerError(f"how={how!r} is not 'mean' or 'median'.")
     cells = _some(cells, where, None, seed)
-    if column not in cells.obs:
-        raise GeneformerError(f"obs has no column {column!r} (it has "
-                              f"{', '.join(map(str, cells.obs.columns)) or 'none'}).")
+    check_columns(cells.obs, column)
     col = cells.obs[column].astype(str).where(cells.obs[column].notna(), '').to_numpy()
     if isinstance(states, str): states = [states]
     states = sorted(set(col) - {''}) if states is None else list(map(str, states))

@@ -8,7 +8,7 @@ __all__ = ['umap', 'heat_map', 'context']
 # %% ../../nbs/09a_gene_context.ipynb #39c9be28
 import numpy as np, pandas as pd
 from ..data.cells import Cells
-from ..core import GeneformerError
+from ..core import check_columns, GeneformerError
 from ..evaluate.metrics import has_value, text_column, vectors_of
 from .embed import _occurrences, _some, _wanted
 from .bert import Geneformer
@@ -140,10 +140,7 @@ def context(
 )->pd.DataFrame: # by symbol, largest shift first: between, within, shift, ratio, intervals, ranks
     "How much more a gene's vector differs between states than within; raises `GeneformerError`"
     cells = _some(cells, where, max_cells, seed)
-    for c in [column, *([unit] if unit else [])]:
-        if c not in cells.obs:
-            raise GeneformerError(f"obs has no column {c!r} (it has "
-                                  f"{', '.join(map(str, cells.obs.columns)) or 'none'}).")
+    check_columns(cells.obs, column, *([unit] if unit else []))
     tokens = _wanted(model, None, genes)[0]
     cell, token, rank, x = _occurrences(cells, model, tokens, layer, **kwargs)
     u = x.astype(np.float64)

@@ -84,14 +84,11 @@ def embedding(
 
 # %% ../../nbs/12_plots.ipynb #365de40d
 def _by_label(ax, xy, label, order, s, name):
-    if len(label.categories) > 8:
-        import seaborn as sns
-        colors = np.array(sns.husl_palette(len(label.categories), s=.8, l=.55))
-    else:
-        from matplotlib.colors import to_rgb
-        colors = np.array([to_rgb(c) for c in palette])
-    rgb = np.where(label.codes[:, None] < 0, .8, colors[label.codes])
-    ax.scatter(*xy[order].T, s=s, lw=0, c=rgb[order])
-    for i, k in enumerate(label.categories):
-        ax.scatter([], [], s=35, lw=0, color=colors[i], label=k)
+    "Draw cells colored by a categorical, in the order given; cells without a label are gray"
+    import seaborn as sns
+    names = label.categories
+    colors = palette[:len(names)] if len(names) <= 8 else sns.husl_palette(len(names), s=.8, l=.55)
+    ax.scatter(*xy[label.codes < 0].T, s=s, lw=0, color='.8')
+    sns.scatterplot(x=xy[order, 0], y=xy[order, 1], hue=label[order], hue_order=names,
+                    palette=list(colors), s=s, linewidth=0, ax=ax)
     ax.legend(title=name, loc='center left', bbox_to_anchor=(1, .5), handletextpad=.2)
