@@ -86,15 +86,14 @@ def _ranked_blocks(X, gene, medians):
                             _repeated_columns(np.asarray(gene, np.int64)))
     turned, divisor = ~number, np.append(medians, np.inf)[number]
     step = max(1, 131_072 * X.shape[0] // max(1, X.nnz))
-    most = max((int(X.indptr[min(r + step, X.shape[0])] - X.indptr[r]) for r in range(0, X.shape[0],
-        step)), default=0)
-    buffer = (np.empty(most), np.empty(most, np.int64), np.empty(most, np.int64),
-            np.empty(most, np.int32))
-    for r in range(0, X.shape[0], step):
+    starts = range(0, X.shape[0], step)
+    most = max((int(X.indptr[min(r + step, X.shape[0])] - X.indptr[r]) for r in starts), default=0)
+    buffer = [np.empty(most, kind) for kind in (np.float64, np.int64, np.int64, np.int32)]
+    for r in starts:
         ends = X.indptr[r:r + step + 1]
         here, cuts = slice(ends[0], ends[-1]), (ends - ends[0]).tolist()
-        data = X.data[here] if several is None else _sum_repeated(X.data[here], X.indices[here],
-            cuts, number, several)
+        data = X.data[here]
+        if several is not None: data = _sum_repeated(data, X.indices[here], cuts, number, several)
         out, seen = _rank_rows(data, X.indices[here], cuts, turned, divisor, medians, low, buffer)
         yield out, cuts[:-1], seen
 
@@ -111,20 +110,20 @@ def rank_genes(
 class Sequences:
     "Collects ranked genes of cells, adds special tokens and truncates"
     def __init__(self,
-        lengths:np.ndarray, # entries of each cell: it will not have more genes
-        vocabulary:Vocabulary, # says the longest cell and whether <cls> and <eos> are there
-        special:bool=None, # frame cells by <cls> and <eos>? None as the vocabulary says
-        max_len:int=None, # longest cell in tokens, specials included; None as the vocabulary says
-        buffer:np.ndarray=None, # int32, memory to use where there is enough of it
+        lengths:np.ndarray, # entries of each cell, at least its number of genes
+        vocabulary:Vocabulary, # gives the longest cell, and whether it has <cls> and <eos>
+        special:bool=None, # True adds <cls> and <eos>; None follows the vocabulary
+        max_len:int=None, # longest cell in tokens, with specials; None follows the vocabulary
+        buffer:np.ndarray=None, # int32, memory to use if it is large enough
     ):
-        special, max_len = (vocabulary.cls if special is None else special, vocabulary.max_len
-                            if max_len is None else max_len)
-        self.k, self.extra, self.most, self.n = (len(vocabulary.specials), 2 * special,
-                                                 max_len - 2 * special, 0)
+        if special is None: special = vocabulary.cls
+        if max_len is None: max_len = vocabulary.max_len
+        self.k, self.extra, self.n = len(vocabulary.specials), 2 * special, 0
+        self.most = max_len - self.extra
         need = (np.minimum(np.asarray(lengths, np.int64), self.most) + self.extra).sum()
-        # what is not filled takes no memory
-        self.tokens = buffer if buffer is not None and len(buffer) >= need else np.empty(need,
-            np.int32)
+        # entries that are not filled take no memory
+        if buffer is None or len(buffer) < need: buffer = np.empty(need, np.int32)
+        self.tokens = buffer
         self.offsets = np.zeros(len(lengths) + 1, np.int64)
     def add(self,
         genes:np.ndarray, # gene numbers by rank, of the next cells
@@ -149,14 +148,14 @@ class Encoder:
     carry: dict # {obs column: name among the cells}
     gene_ids: str = None # column of var that names the genes
     keep: str = 'filter_pass' # obs column that says which cells to keep
-    special: bool = None # <cls> and <eos> around each cell? None as the vocabulary says
-    max_len: int = None # longest cell in tokens; None as the vocabulary says
+    special: bool = None # True adds <cls> and <eos>; None follows the vocabulary
+    max_len: int = None # longest cell in tokens; None follows the vocabulary
     counts: bool = False # also counts per 10,000
-    uncropped: bool = False # also all tokens, uncut
+    uncropped: bool = False # also all tokens, without truncation
     collapse: bool = True # sum rows of one gene
     orthologs: object = None # table of genes and human genes
     keep_empty: bool = False # keep cells without a known gene
-    file: bool = False # say in obs which input a cell is from
+    file: bool = False # add the name of the input to obs
 
     def __post_init__(self):
         v = self.vocabulary
@@ -181,12 +180,12 @@ class Encoder:
         return [*self.carry, *(c for c in (self.keep, 'n_counts') if c is not None
                                and c not in self.carry)]
     def match(self, var):
-        "Where the genes of some data stand; looked up once for all blocks of a file"
+        "The `GeneMatch` of a file, computed once for all its blocks"
         last = self.__dict__.get('_last')
         if last is None or last[0] is not var:
             m = match_genes(gene_names(var, self.gene_ids), self.vocabulary, self.orthologs)
             if m.summed and not self.collapse:
-                raise GeneMatchError(f"collapse=False, but {m.summed} genes stand in several rows, "
+                raise GeneMatchError(f"collapse=False, but {m.summed} genes have several rows, "
                                      f"such as {', '.join(m.repeated()[:5])}: give every gene one "
                                      "row, or let collapse sum them.")
             self._last = last = var, m
@@ -204,17 +203,17 @@ def orthologs_digest(self:Encoder):
 def _count_disagreeing(obs, totals, source):
     "Number of cells whose obs `n_counts` differs from the sum of their counts"
     if 'n_counts' not in obs or 'expm1' in source: return 0
-    said = obs['n_counts']
-    if getattr(getattr(said, 'dtype', None), 'kind', 'O') not in 'iuf':
-        said = pd.to_numeric(_frame(obs)['n_counts'], errors='coerce')
-    return int((~np.isclose(said, totals, rtol=1e-3)).sum())
+    given = obs['n_counts']
+    if getattr(getattr(given, 'dtype', None), 'kind', 'O') not in 'iuf':
+        given = pd.to_numeric(_frame(obs)['n_counts'], errors='coerce')
+    return int((~np.isclose(given, totals, rtol=1e-3)).sum())
 
 # %% ../../nbs/04_tokenizer.ipynb #43a6b268
 @patch
 def __call__(self:Encoder,
     b, # `Counts` of some cells
     buffer:np.ndarray=None, # int32, memory for the tokens; None gets new memory
-    frame:bool=True, # False leaves obs as it came, for who only writes it down
+    frame:bool=True, # True: obs as a DataFrame; False: as it was read
 )->tuple: # (Cells, tallies)
     "Tokenize a block of counts; raises `GeneformerError` for missing obs columns"
     m, v, X, obs = self.match(b._var), self.vocabulary, b.rows, b._obs
@@ -232,8 +231,7 @@ def __call__(self:Encoder,
                + ([Sequences(n, v, False, 2**31)] if self.uncropped else []))
     for some in _ranked_blocks(X, m.index, v.medians):
         for w in written: w.add(*some)
-    tokens, offsets = written[0]
-    lists = {}
+    (tokens, offsets), lists = written[0], {}
     if self.counts: lists['counts'] = _token_counts(X, m.index, totals, tokens, offsets, v), offsets
     if self.uncropped: lists['input_ids_uncropped'] = tuple(written[1])
     out, empty = (obs[list(self.carry)].rename(columns=self.carry).assign(n_counts=totals),
@@ -244,8 +242,9 @@ def __call__(self:Encoder,
                   lists=lists)
     if drop: cells = cells[~empty]
     return cells, dict(cells=len(b._obs), failed=len(b._obs) - len(obs), known=float(known),
-                       total=float(totals.sum()), source=b.source, off=_count_disagreeing(obs,
-        totals, b.source), n_empty=int(empty.sum()), empty=list(map(str, obs.index[empty][:5])))
+                       total=float(totals.sum()), source=b.source,
+                       off=_count_disagreeing(obs, totals, b.source), n_empty=int(empty.sum()),
+                       empty=list(map(str, obs.index[empty][:5])))
 
 # %% ../../nbs/04_tokenizer.ipynb #c579c04b
 def _token_counts(X, gene, totals, tokens, offsets, vocabulary):
@@ -372,25 +371,25 @@ def report_left_out(
 # %% ../../nbs/04_tokenizer.ipynb #203ec7db
 def tokenize(
     data, # AnnData of raw counts; file, folder, pattern; a list or an iterator of these
-    vocabulary:Vocabulary, # that of the model the cells are for
+    vocabulary:Vocabulary, # of the model, such as model.vocabulary
     *,
     gene_ids:str=None, # column of var with gene ids; None: ensembl_id, gene_ids or the index
     orthologs=None, # for another species: table of orthologs, as in `match_genes`
     counts_layer:str=None, # layer of counts; None: layers["counts"], X or raw.X
-    logged:bool=False, # True: the values are log1p of normalized counts, and are turned back first
+    logged:bool=False, # True: values are log1p of normalized counts, turned back by expm1
     fractional:bool=False, # True accepts estimated counts that are not whole numbers
     obs=None, # obs columns to keep: a list, or {name: new name}; None: all that every input has
     keep:str='filter_pass', # obs column that is 1 for cells to keep, if present; None: all cells
-    keep_empty:bool=False, # True keeps a cell without a known gene as a cell of no tokens
-    special:bool=None, # put <cls> and <eos> around each cell? None as the vocabulary says
-    max_len:int=None, # longest cell in tokens, specials included; None as the vocabulary says
+    keep_empty:bool=False, # True keeps cells without a known gene, with no tokens
+    special:bool=None, # True adds <cls> and <eos>; None follows the vocabulary
+    max_len:int=None, # longest cell in tokens, with specials; None follows the vocabulary
     counts:bool=False, # True: also counts per 10,000 of the tokens, in `lists["counts"]`
     uncropped:bool=False, # True: also all tokens, in `lists["input_ids_uncropped"]`
     collapse:bool=True, # sum rows of one gene; False makes them an error
     min_match:float=.2, # smallest share of counts on known genes; below it is an error
     block:int=2048, # cells read at a time
     workers:int=None, # threads; None: one a core, at most 4
-)->Cells: # cells in the order of the data; `.match` tells how the genes met the vocabulary
+)->Cells: # cells in the order of the data; `.match` is the match of the genes
     "Rank value encoding (`TranscriptomeTokenizer`); raises `CountsError`, `GeneMatchError`"
     check_options(min_match, block=block, workers=workers)
     inputs = None if hasattr(data, '__next__') else sources(data, counts_layer, logged, fractional)

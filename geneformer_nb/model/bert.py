@@ -19,13 +19,13 @@ from ..data.vocabulary import Vocabulary
 from .cpu_kernels import attend, fast_matmul, attend_is_faster
 
 # %% ../../nbs/07_bert.ipynb #5886dfe5
-presets = {'nano':    dict(num_hidden_layers=3, hidden_size=128, num_attention_heads=4,
-                           intermediate_size=256, dropout=.02), 'V1-10M':  dict(num_hidden_layers=6,
-    hidden_size=256, num_attention_heads=4, intermediate_size=512, dropout=.02),
-           'V2-104M': dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12,
-                           intermediate_size=3072, dropout=.1),
-           'V2-316M': dict(num_hidden_layers=18, hidden_size=1152, num_attention_heads=18,
-                           intermediate_size=4608, dropout=.1)}
+def _size(layers, width, heads, inner, dropout):
+    "Fields of `BertConfig` for one size"
+    return dict(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads,
+                intermediate_size=inner, dropout=dropout)
+
+presets = {'nano': _size(3, 128, 4, 256, .02), 'V1-10M': _size(6, 256, 4, 512, .02),
+           'V2-104M': _size(12, 768, 12, 3072, .1), 'V2-316M': _size(18, 1152, 18, 4608, .1)}
 
 def bert_config(
     preset:str, # "nano", "V1-10M", "V2-104M" or "V2-316M"
@@ -104,13 +104,13 @@ def _attend_within_cells(module, query, key, value, attention_mask, scaling=None
     if gate is not None: gates = gate.split(sizes)
     for i, (s, b, n) in enumerate(groups):
         q, k, v = (x[i].unflatten(1, (b, n)).transpose(0, 1) for x in pieces)  # b h n e
-        bias = None if gate is None else gates[i].clamp_min(1e-30).log().view(b, 1, n,
-            1).to(q.dtype)
+        bias = None
+        if gate is not None: bias = gates[i].clamp_min(1e-30).log().view(b, 1, n, 1).to(q.dtype)
         if plain and attend_is_faster(q): o = attend(q, k, v, scaling)
         elif observe is None: o = _biased(q, k, v, bias, dropout, scaling)
         else:
-            w = (q @ k.transpose(-1, -2) * scaling + (0 if bias is None else bias.transpose(-1,
-                -2))).softmax(-1)  # b h n n
+            added = 0 if bias is None else bias.transpose(-1, -2)
+            w = (q @ k.transpose(-1, -2) * scaling + added).softmax(-1)  # b h n n
             observe(module.layer_idx, s, w)
             o = w @ v
         parts.append(o.transpose(1, 2).flatten(0, 1))  # t h e
@@ -166,7 +166,7 @@ class Geneformer:
 @patch(cls_method=True)
 def new(cls:Geneformer,
     preset:str, # "nano", "V1-10M", "V2-104M" or "V2-316M"
-    vocabulary:Vocabulary, # the vocabulary to match
+    vocabulary:Vocabulary, # gives the number of tokens and the longest cell
     seed:int=0, # seed of the random weights
     **changes, # any field of `BertConfig`, such as num_hidden_layers=4
 )->Geneformer:
@@ -183,8 +183,7 @@ def n_run(self:Geneformer,
 )->int: # how many layers to run
     "Number of encoder layers below a layer's output; raises `GeneformerError`"
     n = self.config.num_hidden_layers
-    back = {'last': 0, 'second_to_last': -1}.get(layer, layer) if isinstance(layer,
-        (str, int, np.integer)) else layer
+    back = dict(last=0, second_to_last=-1).get(layer, layer) if isinstance(layer, str) else layer
     if not isinstance(back, (int, np.integer)) or not -n <= back <= 0:
         raise GeneformerError(f"layer {layer!r} is not 'last', 'second_to_last', or a number from "
                               f"0 (last) down to {-n} (the embeddings); -1 is the second to last, "
@@ -259,17 +258,16 @@ def pool_cells(
         x, n = x[inner], n - 2 * full
     if len(n) and (n == n[0]).all() and n[0] > 0: return x.view(len(n), int(n[0]), -1).mean(1)
     seg = torch.repeat_interleave(torch.arange(len(n), device=x.device), n)
-    return torch.zeros(len(n), x.shape[1], device=x.device, dtype=x.dtype).index_add(0, seg,
-        x) / n[:, None]
+    zeros = torch.zeros(len(n), x.shape[1], device=x.device, dtype=x.dtype)
+    return zeros.index_add(0, seg, x) / n[:, None]
 
 @patch
 def pooling(self:Geneformer, how=None):
     "The pooling given, or else that of the checkpoint; raises `GeneformerError`"
     if how is None: return 'cls' if self.vocabulary.cls else 'mean'
     if how not in ('cls', 'mean') or (how == 'cls' and not self.vocabulary.cls):
-        hint = " or 'cls'." if self.vocabulary.cls else ("; this vocabulary has no <cls> token, "
-                                                         "and the first token is simply the top "
-                                                         "gene.")
+        hint = (" or 'cls'." if self.vocabulary.cls
+                else "; this vocabulary has no <cls> token, and its first token is a gene.")
         raise GeneformerError(f"pool={how!r} is not possible here: use 'mean'{hint}")
     return how
 
@@ -290,8 +288,8 @@ def stream(self:Geneformer,
                                                 enabled=dtype != torch.float32):
         for rows in progress(cells.batches(budget), 'encoding', unit='batches', show=show):
             part = cells[rows]
-            yield rows, part.tokens, part.offsets, self.hidden(part.tokens, part.offsets,
-                layer=layer)
+            x = self.hidden(part.tokens, part.offsets, layer=layer)
+            yield rows, part.tokens, part.offsets, x
 
 # %% ../../nbs/07_bert.ipynb #39dccc83
 @patch
@@ -303,8 +301,8 @@ def encode(self:Geneformer,
     **kwargs, # budget, dtype, show as in `stream`
 )->np.ndarray: # (cells, d) float32, in the order of the cells; nan for an empty cell
     "One vector a cell (official `EmbExtractor`, modes cell and cls)"
-    how, out = self.pooling(pool), np.full((len(cells), self.config.hidden_size), np.nan,
-                                           np.float32)
+    how = self.pooling(pool)
+    out = np.full((len(cells), self.config.hidden_size), np.nan, np.float32)
     for rows, _, off, x in self.stream(cells, layer=layer, **kwargs):
         out[rows] = pool_cells(x, off, how, cells.special).float().cpu().numpy()
     return out
