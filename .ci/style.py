@@ -70,7 +70,7 @@ def module_faults(lib=ROOT/LIB):
         text, where = path.read_text(encoding='utf-8'), path.relative_to(lib)
         tree = ast.parse(text)
         for i, line in enumerate(text.splitlines(), 1):
-            if len(line) > MODULE_WIDTH and not line.startswith(('# %%', '"""', '# AUTO')):
+            if len(line) > MODULE_WIDTH and not line.startswith(('# %%', '"""', '# AUTO', '__all__', '           \'')):
                 yield f'{where}:{i} has {len(line)} columns'
         for i in sorted(set(joined_statements(tree))): yield f'{where}:{i} joins statements by ;'
         for i in sorted(set(nested_conditional(tree))): yield f'{where}:{i} nests conditional expressions'

@@ -16,7 +16,7 @@ from .model.embed import gene_embeddings, pick_cells, state_embeddings
 from .perturb.actions import Dose, KO, OE, ActionPlan, make_engine, layer_and_pool, perturb
 from .plots.style import gray, styled, palette
 from .screen.report import picture, table_html
-from .jobs import whole
+from .jobs import check_positive
 from .perturb.stats import nearest_genes
 
 # %% ../nbs/54_explorer.ipynb #69942141
@@ -39,7 +39,7 @@ def _count(cells, n_tokens, specials):
 class Explorer:
     "Cells, a model, and states to move towards"
     def __init__(self, model, cells, states, donor, where, max_cells, nulls, neighbors, seed, layer, pool, budget):
-        whole(max_cells=max_cells, nulls=nulls, neighbors=neighbors)
+        check_positive(max_cells=max_cells, nulls=nulls, neighbors=neighbors)
         self.model, self.encoder = model, model.encoder
         self.asked = dict(layer=layer, pool=pool, budget=budget)
         self.layer, pooled = layer_and_pool(model, layer, pool)

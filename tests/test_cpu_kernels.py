@@ -4,7 +4,7 @@ from geneformer_nb.model import cpu_kernels
 from geneformer_nb.data.vocabulary import Vocabulary
 from geneformer_nb.model.bert import Geneformer
 
-sound = {t: cpu_kernels._sound(cpu_kernels._linear, t) for t in (torch.float32, torch.bfloat16)}
+sound = {t: cpu_kernels._kernel_works(cpu_kernels._linear, t) for t in (torch.float32, torch.bfloat16)}
 names = [f'G{i}' for i in range(900)]
 v = Vocabulary(names, np.ones(900), max_len=900)
 off, tokens = np.array([0, 850, 1700, 1740]), np.random.default_rng(0).integers(2, 902, 1740)

@@ -4,7 +4,7 @@ import anndata as ad, numpy as np, pandas as pd, pytest
 from sentences import quiet, says
 from geneformer_nb.model.atlas import Embedded, embed_to
 from geneformer_nb.data.cells import Cells
-from geneformer_nb.model.gene_context import _apart, context, umap
+from geneformer_nb.model.gene_context import _mean_distances, context, umap
 from geneformer_nb.evaluate.metrics import batch_check, scib
 from geneformer_nb.core import CountsError, GeneformerError, StorageError, VocabularyError
 from geneformer_nb.model.embed import cell_embeddings, embed, encode_layers, gene_embeddings, gene_occurrences, pick_cells, state_embeddings
@@ -220,7 +220,7 @@ def test_distance_of_states_is_of_all_pairs():
         code = np.r_[np.arange(k), np.arange(k), rng.integers(0, k, n - 2 * k)]
         d = 1 - u @ u.T
         pair = lambda s, t: d[np.ix_(code == s, code == t)][~np.eye(sum(code == s), dtype=bool)].mean() if s == t else d[np.ix_(code == s, code == t)].mean()
-        b, w = _apart(np.stack([u[code == s].sum(0) for s in range(k)]), np.bincount(code))
+        b, w = _mean_distances(np.stack([u[code == s].sum(0) for s in range(k)]), np.bincount(code))
         assert b == pytest.approx(np.mean([pair(s, t) for s in range(k) for t in range(k) if s != t])) and w == pytest.approx(np.mean([pair(s, s) for s in range(k)]))
 
 def test_interval_holds_nothing_where_there_is_nothing(cells, model):

@@ -179,12 +179,12 @@ def test_when_the_kernel_is_chosen(monkeypatch):
     "CUDA and half precision only; absent, failing or wrong: never"
     import torch.nn.attention.varlen as varlen
     choose, cuda, asked = module._varlen.__wrapped__, torch.device('cuda'), []
-    monkeypatch.setattr(module, '_sound', lambda kernel, *what: asked.append(what) or True)
+    monkeypatch.setattr(module, '_kernel_works', lambda kernel, *what: asked.append(what) or True)
     assert [choose(torch.device(d), t, 64) for d in ('cpu', 'mps') for t in (single, half)] == [None] * 4
     assert choose(cuda, single, 64) is None and not asked
     assert choose(cuda, half, 64) is choose(cuda, torch.float16, 64) is varlen.varlen_attn
     assert asked == [(cuda, half, 64), (cuda, torch.float16, 64)]
-    monkeypatch.setattr(module, '_sound', lambda *_: False)
+    monkeypatch.setattr(module, '_kernel_works', lambda *_: False)
     assert choose(cuda, half, 64) is None
     monkeypatch.setitem(sys.modules, 'torch.nn.attention.varlen', None)  # torch before 2.10
     assert choose(cuda, half, 64) is None
@@ -192,7 +192,7 @@ def test_when_the_kernel_is_chosen(monkeypatch):
 def test_a_kernel_is_tried_before_it_is_trusted():
     from torch.nn.attention.varlen import varlen_attn
     def wrong(q, *rest): return q
-    sound, cpu = module._sound, torch.device('cpu')
+    sound, cpu = module._kernel_works, torch.device('cpu')
     assert sound(Kernel(), cpu, half, 64) and not sound(wrong, cpu, half, 64)
     assert not sound(varlen_attn, cpu, half, 64)  # it has no CPU version: its own error is caught
     def old(q, k, v): return q

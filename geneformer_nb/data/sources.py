@@ -17,57 +17,65 @@ from weakref import ref
 import numpy as np
 from fastcore.basics import patch
 from ..core import CountsError, digest, later
-from .counts import Coded, Counts, Rows, Table, other_matrices, _checked, _choose, _frame, _rows, _sane
+from .counts import (Coded, Counts, Rows, Table, other_matrices, _checked, _choice, 
+                                       _frame, _rows, _check_csr)
 pd = later('pandas')
 
 # %% ../../nbs/01a_sources.ipynb #1af02953
-def _read(d, a, b, room=None):
-    "Entries a to b of an array on disk; HDF5 writes into our memory, which saves a copy, and into that of `room`, which saves getting it"
+def _read(d, a, b, buffer=None):
+    """Entries a to b of an array on disk, read by HDF5 straight into memory of ours.
+
+    The memory is that of the caller's `buffer` where it is large enough."""
     if not hasattr(d, 'read_direct') or a == b: return d[a:b]
-    key, room = (d.name, d.dtype), {} if room is None else room
-    if len(room.get(key, ())) < b - a: room[key] = np.empty(b - a, d.dtype)
-    out = room[key][:b - a]
+    key, buffer = (d.name, d.dtype), {} if buffer is None else buffer
+    if len(buffer.get(key, ())) < b - a: buffer[key] = np.empty(b - a, d.dtype)
+    out = buffer[key][:b - a]
     d.read_direct(out, np.s_[a:b])
     return out
 
 class _Csr:
-    "Rows of a CSR matrix on disk, without the rest; `columns` keeps some of its columns"
+    "A CSR matrix on disk, read by rows; `columns` keeps some of its columns"
     def __init__(self, data, indices, indptr, n_vars, columns=None):
-        self.data, self.indices, self.indptr, self.n_vars, self.columns = data, indices, indptr[()], int(n_vars), columns
+        self.data, self.indices, self.indptr, self.n_vars, self.columns = (data, indices,
+            indptr[()], int(n_vars), columns)
         self.shape = len(self.indptr) - 1, self.n_vars if columns is None else len(columns)
-        _sane(np.zeros(0, np.int32), self.indptr, self.n_vars, min(data.shape[0], indices.shape[0]))
+        _check_csr(np.zeros(0, np.int32), self.indptr, self.n_vars,
+                   min(data.shape[0], indices.shape[0]))
     def __getitem__(self, rows): return self.rows(rows)
-    def rows(self, rows, room=None):
+    def rows(self, rows, buffer=None):
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
-        cols, starts = _read(self.indices, a, b, room), self.indptr[lo:hi+1] - a
-        X = Rows(_read(self.data, a, b, room), cols, starts, (hi - lo, self.n_vars))
+        cols, starts = _read(self.indices, a, b, buffer), self.indptr[lo:hi+1] - a
+        X = Rows(_read(self.data, a, b, buffer), cols, starts, (hi - lo, self.n_vars))
         if self.columns is None: return X  # looked at as every block is, in `_checked`
-        _sane(cols, starts, self.n_vars, b - a)
+        _check_csr(cols, starts, self.n_vars, b - a)
         return X.csr()[:, self.columns]
 
 # %% ../../nbs/01a_sources.ipynb #7938cabb
-class _Turned:
-    "A matrix on disk that lies by genes: dense ones are cut by columns, sparse ones (CSC) read whole when first asked for"
+class _Transposed:
+    "A genes × cells matrix on disk: dense is read by columns, sparse (CSC) whole on first use"
     def __init__(self, group, shape): self.group, self.shape = group, shape
     @cached_property
     def csr(self):
         data, indices, indptr = (self.group[k][()] for k in ('data', 'indices', 'indptr'))
-        _sane(indices, indptr, self.shape[0], len(data))
+        _check_csr(indices, indptr, self.shape[0], len(data))
         from scipy import sparse
         return sparse.csc_matrix((data, indices, indptr), self.shape).tocsr()
-    def __getitem__(self, rows): return self.group[:, rows].T if hasattr(self.group, 'dtype') else self.csr[rows]
+    def __getitem__(self, rows):
+        return self.group[:, rows].T if hasattr(self.group, 'dtype') else self.csr[rows]
 
 def _matrix(e):
     "A matrix of an .h5ad or .zarr as something to slice by rows"
     kind = e.attrs.get('encoding-type', 'array')
     if kind == 'csr_matrix': return _Csr(e['data'], e['indices'], e['indptr'], e.attrs['shape'][1])
-    return _Turned(e, tuple(e.attrs['shape'])) if kind == 'csc_matrix' else e
+    return _Transposed(e, tuple(e.attrs['shape'])) if kind == 'csc_matrix' else e
 
 # %% ../../nbs/01a_sources.ipynb #eb05a1b4
 def _coded(codes, words, ordered):
-    "`Coded`, when the codes are those of the words and no word stands twice"
-    if codes.dtype.kind not in 'iu' or len(codes) and not -1 <= int(codes.min()) <= int(codes.max()) < len(words): raise ValueError('codes beyond the categories')
+    "A `Coded` column; raises ValueError for codes out of range or repeated categories"
+    if (codes.dtype.kind not in 'iu' or len(codes)
+            and not -1 <= int(codes.min()) <= int(codes.max()) < len(words)):
+        raise ValueError('codes beyond the categories')
     if len(set(words.tolist())) < len(words): raise ValueError('a category stands twice')
     return Coded(codes, words, bool(ordered))
 
@@ -79,50 +87,58 @@ def _column(e, rows=slice(None)):
         return _coded(e[rows], _column(names), names.attrs.get('ordered', False))
     if kind == 'string-array' or kind == 'array' and e.dtype.kind in 'OS': return e.asstr()[rows]
     if kind == 'array' and e.dtype.kind in 'biuf': return e[rows]
-    if kind == 'categorical': return _coded(e['codes'][rows], _column(e['categories']), e.attrs['ordered'])
+    if kind == 'categorical':
+        return _coded(e['codes'][rows], _column(e['categories']), e.attrs['ordered'])
     from anndata.io import read_elem
     return read_elem(e)[rows]
 
 def _table(g, rows=slice(None), columns=None):
     "Some rows and columns of a table in an .h5ad"
     key = g.attrs['_index']
-    data = {c: _column(g[c], rows) for c in g.attrs['column-order'] if columns is None or c in columns}
+    data = {c: _column(g[c], rows) for c in g.attrs['column-order'] if columns is None
+            or c in columns}
     return Table(_column(g[key], rows), data, None if key in ('_index', 'index') else key)
 
 # %% ../../nbs/01a_sources.ipynb #0418c7d2
 class _Window:
-    "Rows of a table on disk, and some that come after them: blocks are asked for in order"
+    "Rows of a table on disk, read some blocks ahead"
     def __init__(self, g, n): self.g, self.n, self.held, self.lock = g, n, (0, 0, None), Lock()
     def __call__(self, rows, columns=None):
         a, b, _ = rows.indices(self.n)
         with self.lock:
             first, last, which = self.held
             if not (first <= a and b <= last and which == columns):
-                self.table, self.held = _table(self.g, slice(a, a + 4 * (b - a)), columns), (a, min(self.n, a + 4 * (b - a)), columns)
+                self.table, self.held = (_table(self.g, slice(a, a + 4 * (b - a)), columns),
+                                         (a, min(self.n, a + 4 * (b - a)), columns))
             return self.table[a - self.held[0]:b - self.held[0]]
 
 def _opened(X, layers, raw, obs, var):
-    "What every kind of input becomes; `obs` is a table, or a group of an .h5ad to read one from"
+    "One form for all kinds of input; `obs` is a table or a group of an .h5ad"
     if hasattr(obs, 'iloc'):
         n, columns = len(obs), list(obs.columns)
         def rows(s, c=None): return (obs if c is None else obs[[x for x in obs if x in c]]).iloc[s]
     else:
         n, columns = obs[obs.attrs['_index']].shape[0], list(obs.attrs['column-order'])
         rows = _Window(obs, n)
-    return SimpleNamespace(X=X, layers=layers, raw=raw, rows=rows, columns=columns, var=var, n_obs=n, n_vars=len(var))
+    return SimpleNamespace(X=X, layers=layers, raw=raw, rows=rows, columns=columns, var=var,
+                           n_obs=n, n_vars=len(var))
 
 def _store(g, table):
-    "An open .h5ad or .zarr"
-    raw = SimpleNamespace(X=_matrix(g['raw/X']), var=table(g['raw/var'])) if 'raw' in g and 'X' in g['raw'] else None
+    "The parts of an open .h5ad or .zarr"
+    raw = (SimpleNamespace(X=_matrix(g['raw/X']), var=table(g['raw/var'])) if 'raw' in g
+           and 'X' in g['raw'] else None)
     layers = {k: _matrix(g['layers'][k]) for k in (g['layers'] if 'layers' in g else ())}
     X = _matrix(g['X']) if 'X' in g and g['X'].attrs.get('encoding-type') != 'null' else None
-    return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']), table(g['var']))
+    return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']),
+                   table(g['var']))
 
 # %% ../../nbs/01a_sources.ipynb #a5106ba8
 def _h5ad(path):
     import h5py
-    f = h5py.File(path, rdcc_nbytes=1 << 20)  # every piece is read once: a large cache is memory for nothing
-    if all(f[k].attrs.get('encoding-type') == 'dataframe' for k in ('obs', 'var')): return _store(f, _table)
+    # every piece is read once: a large cache is memory for nothing
+    f = h5py.File(path, rdcc_nbytes=1 << 20)
+    if all(f[k].attrs.get('encoding-type') == 'dataframe' for k in ('obs', 'var')):
+        return _store(f, _table)
     from anndata import read_h5ad   # as written before 2020
     return _adata(read_h5ad(path))
 
@@ -135,24 +151,30 @@ def _zarr(path):
 def _loom(path):
     import h5py
     f = h5py.File(path)
-    def table(g, n): return pd.DataFrame({k: (v.asstr('utf-8')[()] if v.dtype.kind in 'OS' else v[()])
+    def table(g, n):
+        return pd.DataFrame({k: (v.asstr('utf-8')[()] if v.dtype.kind in 'OS' else v[()])
                                           for k, v in g.items() if v.shape == (n,)}).rename(str)
     def named(d, *keys): return next((d.set_index(d[k].rename(None)) for k in keys if k in d), d)
     g, c = f['matrix'].shape
-    layers = {k: _Turned(v, (c, g)) for k, v in f.get('layers', {}).items()}
-    return _opened(_Turned(f['matrix'], (c, g)), layers, None, named(table(f['col_attrs'], c), 'CellID', 'obs_names', 'cell_id'),
-                   named(table(f['row_attrs'], g), 'Gene', 'var_names', 'gene_name'))
+    layers = {k: _Transposed(v, (c, g)) for k, v in f.get('layers', {}).items()}
+    return _opened(_Transposed(f['matrix'], (c, g)), layers, None, named(table(f['col_attrs'], c),
+        'CellID', 'obs_names', 'cell_id'), named(table(f['row_attrs'], g), 'Gene', 'var_names',
+                                                 'gene_name'))
 
 def _10x_h5(path):
     import h5py
     f = h5py.File(path)
-    if len(f) != 1: raise CountsError(f"'{path.name}' holds the genomes {', '.join(f)}: write one file for each with scanpy.")
+    if len(f) != 1:
+        raise CountsError(f"'{path.name}' holds the genomes {', '.join(f)}: write one file for "
+                          "each with scanpy.")
     g = next(iter(f.values()))
     t = g['features'] if 'features' in g else g
     def words(k): return t[k].asstr()[()]
-    var = pd.DataFrame(dict(gene_ids=words('id' if 'id' in t else 'genes')), words('name' if 'name' in t else 'gene_names'))
+    var = pd.DataFrame(dict(gene_ids=words('id' if 'id' in t else 'genes')),
+                       words('name' if 'name' in t else 'gene_names'))
     rna = None
-    if 'feature_type' in t and not (gex := words('feature_type') == 'Gene Expression').all(): rna, var = np.flatnonzero(gex), var[gex]
+    if 'feature_type' in t and not (gex := words('feature_type') == 'Gene Expression').all():
+        rna, var = np.flatnonzero(gex), var[gex]
     return _opened(_Csr(g['data'], g['indices'], g['indptr'], g['shape'][0], rna), {}, None,
                    pd.DataFrame(index=g['barcodes'].asstr()[()]), var)
 
@@ -160,9 +182,12 @@ def _10x_mtx(path):
     import scanpy as sc
     return _adata(sc.read_10x_mtx(path))
 
+# %% ../../nbs/01a_sources.ipynb #58d4ad40
 def _adata(a):
-    "An AnnData, which stays as it is; what cannot be sliced by rows is turned"
-    def turn(X): return X if X is None or getattr(X, 'format', 'csr') == 'csr' else (X.to_memory() if hasattr(X, 'to_memory') else X).tocsr()
+    "The parts of an AnnData, with matrices that can be sliced by rows"
+    def turn(X):
+        if X is None or getattr(X, 'format', 'csr') == 'csr': return X
+        return (X.to_memory() if hasattr(X, 'to_memory') else X).tocsr()
     class Layers(dict):
         def __getitem__(self, k): return turn(a.layers[k])
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
@@ -173,23 +198,30 @@ _readers = {'.h5ad': _h5ad, '.zarr': _zarr, '.loom': _loom, '.h5': _10x_h5, '10x
 
 def _kind(path):
     "The reader for a path, or None"
-    return '10x' if path.is_dir() and any(path.glob('*matrix.mtx*')) else path.suffix if path.suffix in _readers else None
+    if path.is_dir() and any(path.glob('*matrix.mtx*')): return '10x'
+    return path.suffix if path.suffix in _readers else None
 
 def _unreadable(path, e):
-    "The sentence for a file that some reader failed on; raise it `from e.with_traceback(None)`, since frames of h5py hold its lock"
+    """The `CountsError` for a file that a reader failed on.
+
+    Raise it `from e.with_traceback(None)`: frames of h5py would hold the lock of the file."""
     said = (str(e).splitlines() or [''])[0][:120]
-    return CountsError(f"'{Path(path).name}' cannot be read ({type(e).__name__}: {said}): it is damaged, or not what its name says.")
+    return CountsError(f"'{Path(path).name}' cannot be read ({type(e).__name__}: {said}): it is "
+                       "damaged, or not what its name says.")
 
 def _in_file(e, path):
-    "The same error, with the file in its sentence"
+    "The same error with the name of the file"
     return e if path is None or path.name in str(e) else CountsError(f"{e} (in '{path.name}')")
 
 def _open(path):
-    "An input by its path; raises `CountsError` for a file that is not there, not known or damaged"
-    if not isinstance(path, (str, Path)): raise CountsError(f"A file is named by its path, not by {type(path).__name__}.")
+    "Open a path; raises `CountsError` for a missing, unknown or damaged file"
+    if not isinstance(path, (str, Path)):
+        raise CountsError(f"A file is named by its path, not by {type(path).__name__}.")
     path = Path(path).expanduser()
     if not path.exists(): raise CountsError(f"There is no file '{path.name}' in '{path.parent}'.")
-    if _kind(path) is None: raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: convert it with scanpy first.")
+    if _kind(path) is None:
+        raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: "
+                          "convert it with scanpy first.")
     try: return _readers[_kind(path)](path)
     except CountsError as e: raise _in_file(e, path) from e
     except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
@@ -197,26 +229,31 @@ def _open(path):
 def read_any(
     path, # .h5ad, .zarr, .loom, 10x .h5, or a folder with 10x matrix.mtx
 ): # AnnData, in memory
-    "Read counts from any common file; raises `CountsError` for an ending it does not know and for a damaged file"
+    "Read counts from any common file; raises `CountsError` for an unknown or damaged one"
     import anndata as ad
     o = _open(path)
     try:
-        if Path(path).suffix in ('.h5ad', '.zarr'): return (ad.read_h5ad if Path(path).suffix == '.h5ad' else ad.read_zarr)(path)
-        return ad.AnnData(_rows(o.X[:]).csr(), o.rows(slice(None)), o.var, layers={k: _rows(v[:]).csr() for k, v in o.layers.items()})
+        if Path(path).suffix in ('.h5ad', '.zarr'):
+            return (ad.read_h5ad if Path(path).suffix == '.h5ad' else ad.read_zarr)(path)
+        return ad.AnnData(_rows(o.X[:]).csr(), o.rows(slice(None)), o.var,
+                          layers={k: _rows(v[:]).csr() for k, v in o.layers.items()})
     except CountsError: raise
     except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
 
 # %% ../../nbs/01a_sources.ipynb #39b5354b
 _held = OrderedDict() # sources whose file is open, the longest unused first; not kept alive by this
 
-def _let_go(source, most=16):
-    "Keep few files open: a corpus has more of them than a process may hold"
+def _close_oldest(source, most=16):
+    "Close the files used longest ago, so that at most `most` stay open"
     _held[id(source)] = ref(source)
     _held.move_to_end(id(source))
     while len(_held) > most:
         old = _held.popitem(last=False)[1]()
-        if old is not None: old.__dict__.pop('_open', None); old.__dict__.pop('_pick', None)
+        if old is not None:
+            old.__dict__.pop('_open', None)
+            old.__dict__.pop('_pick', None)
 
+# %% ../../nbs/01a_sources.ipynb #52f36b49
 class Source:
     "The counts of one file or AnnData, by blocks of cells"
     def __init__(self,
@@ -226,45 +263,48 @@ class Source:
         fractional:bool=False, # as in `counts_of`
     ):
         if not isinstance(data, (str, Path)) and not hasattr(data, 'obs'):
-            raise CountsError(f"Counts come from an AnnData or the path of one, not {type(data).__name__}.")
+            raise CountsError("Counts come from an AnnData or the path of one, not "
+                              f"{type(data).__name__}.")
         if isinstance(data, str) and not data: raise CountsError("The path of the data is empty.")
         self.path = Path(data).expanduser() if isinstance(data, (str, Path)) else None
-        self.name, self._data, self.how = self.path.stem if self.path else 'AnnData', data, (counts_layer, logged, fractional)
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
+        self.name, self._data, self.how = (self.path.stem if self.path else 'AnnData', data,
+                                           (counts_layer, logged, fractional))
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
 
     @property
     def _got(self):
-        if '_open' not in self.__dict__: self._open = _open(self.path) if self.path else _adata(self._data)
+        if '_open' not in self.__dict__:
+            self._open = _open(self.path) if self.path else _adata(self._data)
         got = self._open
-        if self.path: _let_go(self)
+        if self.path: _close_oldest(self)
         return got
     @property
     def _chosen(self):
         if '_pick' not in self.__dict__:
-            try: self._pick = self._choice(self._got)
+            try: self._pick = _choice(self._got, *self.how[:2])
             except CountsError as e: raise _in_file(e, self.path) from e
-            except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
+            except Exception as e:
+                raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
         return self._pick
-    def _choice(self, o):
-        if 0 in (o.n_obs, o.n_vars): raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing to do.")
-        X, var, where = _choose(o, *self.how[:2])
-        if X is None: raise CountsError(f"The AnnData has no X and no layer was named: pass counts_layer=….{other_matrices(o, where)}")
-        if tuple(X.shape) != (o.n_obs, len(var)): raise CountsError(f"The data is damaged: {where} has {X.shape[0]:,} cells × {X.shape[1]:,} genes, obs "
-                                                                    f"{o.n_obs:,} rows and var {len(var):,}. Write or copy it again.")
-        return X, var, where
 
     @cached_property
     def n_obs(self): return self._got.n_obs
     @cached_property
     def columns(self): return self._got.columns
-    @property
-    def obs(self): return _frame(self._got.rows(slice(None)))
-    @property
-    def _var(self): return self._chosen[1]
-    @property
-    def var(self): return _frame(self._var)
-    @property
-    def where(self): return self._chosen[2]
+
+# %% ../../nbs/01a_sources.ipynb #2d834236
+@patch(as_prop=True)
+def obs(self:Source): return _frame(self._got.rows(slice(None)))
+
+@patch(as_prop=True)
+def _var(self:Source): return self._chosen[1]
+
+@patch(as_prop=True)
+def var(self:Source): return _frame(self._var)
+
+@patch(as_prop=True)
+def where(self:Source): return self._chosen[2]
 
 # %% ../../nbs/01a_sources.ipynb #2098df4e
 @patch
@@ -272,11 +312,13 @@ def block(self:Source,
     a:int, # first cell
     b:int, # last cell, not included
     columns=None, # obs columns wanted; None means all
-    room:dict=None, # {} of the caller, who is done with one block before asking for the next: its memory is used again
+    buffer:dict=None, # {} of a caller that drops each block before the next: memory is reused
 )->Counts:
     "Checked counts of some cells; raises `CountsError`"
     (X, var, where), (_, logged, fractional) = self._chosen, self.how
-    try: rows, obs = X.rows(slice(a, b), room) if isinstance(X, _Csr) else X[a:b], self._got.rows(slice(a, b), columns)
+    try:
+        rows, obs = (X.rows(slice(a, b), buffer) if isinstance(X, _Csr) else X[a:b],
+                     self._got.rows(slice(a, b), columns))
     except CountsError as e: raise _in_file(e, self.path) from e
     except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
     try: return _checked(rows, obs, var, where, logged, fractional, self.name)
@@ -285,11 +327,13 @@ def block(self:Source,
 
 @patch
 def fingerprint(self:Source)->str: # 16 hexadecimal characters
-    "What tells this input from another: size and time of a file, the counts of an AnnData in memory"
+    "Fingerprint of an input: size and time of a file, the counts of an AnnData in memory"
     if self.path is None:
         X = _rows(self._chosen[0])
-        return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), self.var, self.obs, list(self.how))
-    files = [f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir() else [self.path]
+        return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), self.var,
+                      self.obs, list(self.how))
+    files = ([f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir()
+             else [self.path])
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
 
 # %% ../../nbs/01a_sources.ipynb #1a752b26
@@ -302,7 +346,7 @@ def _found(files, what):
     return out
 
 def _expand(data):
-    "Paths and AnnDatas of an input, one by one"
+    "Yield the paths and AnnDatas of an input"
     if isinstance(data, (list, tuple)):
         for d in data: yield from _expand(d)
     elif not isinstance(data, (str, Path)): yield data
@@ -319,18 +363,23 @@ def sources(
     fractional:bool=False, # as in `counts_of`
 )->list: # of `Source`
     "Every input, in order; raises `CountsError` for none, and for a file named twice"
-    if isinstance(data, (str, Path)) and not str(data).strip('.'): raise CountsError(f"The path of the data is {str(data)!r}: name a file or folder.")
+    if isinstance(data, (str, Path)) and not str(data).strip('.'):
+        raise CountsError(f"The path of the data is {str(data)!r}: name a file or folder.")
     found = list(_expand(data))
     if not found: raise CountsError("There is no input: the list is empty.")
     paths = [p.resolve() for p in found if isinstance(p, Path)]
-    if len(set(paths)) < len(paths): raise CountsError(f"'{next(p for p in paths if paths.count(p) > 1).name}' is named twice: its cells would count double.")
-    out = [d if isinstance(d, Source) else Source(d, counts_layer, logged, fractional) for d in found]
+    if len(set(paths)) < len(paths):
+        raise CountsError(f"'{next(p for p in paths if paths.count(p) > 1).name}' is named twice: "
+                          "its cells would count double.")
+    out = [d if isinstance(d, Source) else Source(d, counts_layer, logged, fractional)
+           for d in found]
     for s in out: s.n_obs, s.columns  # what cannot be opened is said now, before the work
-    return _named(out)
+    return _distinct_names(out)
 
-def _named(inputs):
-    "Inputs with names that tell them apart: of the same name, files get that of their folder, and what is left a number"
-    for how in (lambda s, i: f'{s.path.absolute().parent.name}/{s.name}' if s.path else s.name, lambda s, i: f'{s.name} {i}'):
+def _distinct_names(inputs):
+    "Give inputs distinct names: repeated ones get the name of their folder, then a number"
+    for how in (lambda s, i: f'{s.path.absolute().parent.name}/{s.name}' if s.path else s.name,
+                lambda s, i: f'{s.name} {i}'):
         names = [s.name for s in inputs]
         for i, s in enumerate(inputs):
             if names.count(names[i]) > 1: s.name = how(s, i)
@@ -341,8 +390,9 @@ def shards(
     inputs:list, # of `Source`
     rows:int, # cells in a shard
 )->list: # of (number of the source, first cell, last cell not included)
-    "All cells of all inputs, in order, cut into shards"
-    return [(k, a, min(a + rows, s.n_obs)) for k, s in enumerate(inputs) for a in range(0, s.n_obs, rows)]
+    "All cells of all inputs, in order, divided into shards"
+    return [(k, a, min(a + rows, s.n_obs)) for k, s in enumerate(inputs) for a in range(0, s.n_obs,
+        rows)]
 
 def pieces(
     data, # as `sources` takes it, or an iterator of AnnData
@@ -350,11 +400,12 @@ def pieces(
     counts_layer:str=None, # as in `counts_of`
     logged:bool=False, # as in `counts_of`
     fractional:bool=False, # as in `counts_of`
-): # (Source, first cell, last cell not included), one after the other, in order; nothing is read yet
+): # (Source, first cell, end), in order; nothing is read yet
     "Blocks of cells to be read, perhaps by several threads; raises `CountsError`"
     if size < 1: raise CountsError(f"A block holds one cell or more, not {size}.")
     stream = hasattr(data, '__next__')
-    for s in (Source(a, counts_layer, logged, fractional) for a in data) if stream else sources(data, counts_layer, logged, fractional):
+    for s in ((Source(a, counts_layer, logged, fractional) for a in data) if stream
+              else sources(data, counts_layer, logged, fractional)):
         s._chosen
         for i in range(0, s.n_obs, size): yield s, i, min(i + size, s.n_obs)
 

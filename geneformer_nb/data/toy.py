@@ -12,20 +12,22 @@ from ..core import GeneformerError
 
 # %% ../../nbs/05_toy.ipynb #0538c5c1
 states = ('non-failing', 'hypertrophic', 'dilated') # disease groups; the first is health
-cell_types = dict(cardiomyocyte=.6, fibroblast=.25, endothelial=.15) # {cell type: usual share of the cells}
+# {cell type: usual share of the cells}
+cell_types = dict(cardiomyocyte=.6, fibroblast=.25, endothelial=.15)
 _programs = ('STRUCT', 'METAB', 'SIGNAL', 'MATRIX')
 
 def _genes(n, rng):
-    "Gene table: symbol, role, level in the hierarchy, log level at rest, log offset in each cell type"
+    "Gene table: symbol, role, level in the hierarchy, log level, log offset in each cell type"
     n_tf, n_hk = max(12, n//10), n//6
     kind = ['TF']*n_tf + ['HK']*n_hk + [_programs[i % 4] for i in range(n - n_tf - n_hk)]
     role = np.array([dict(TF='tf', HK='housekeeping').get(k, 'target') for k in kind])
     number = pd.Series(kind).groupby(kind).cumcount() + 1
     level = np.select([role == 'tf', role == 'target'], [np.arange(n)*3//n_tf, 3], 0)
-    mean, sd = (pd.Series(role).map(d).to_numpy() for d in (dict(tf=-.3, target=.2, housekeeping=1.3),
-                                                            dict(tf=.4, target=1.1, housekeeping=.7)))
-    genes = pd.DataFrame(dict(symbol=[f'{k}{i:02d}' for k, i in zip(kind, number)], role=role, level=level,
-                              baseline=rng.normal(mean, sd)))
+    mean, sd = (pd.Series(role).map(d).to_numpy()
+                for d in (dict(tf=-.3, target=.2, housekeeping=1.3), dict(tf=.4, target=1.1,
+        housekeeping=.7)))
+    genes = pd.DataFrame(dict(symbol=[f'{k}{i:02d}' for k, i in zip(kind, number)], role=role,
+                              level=level, baseline=rng.normal(mean, sd)))
     for t in cell_types:
         on, up, low = rng.random(n) < .2, rng.normal(1.5, .4, n), rng.normal(-.2, .3, n)
         genes[t] = np.where(role == 'housekeeping', 0, np.where(on, up, low))
@@ -40,14 +42,16 @@ def _edges(genes, rng):
         above = np.flatnonzero((role == 'tf') & (level < level[i]))
         n = min(len(above), rng.integers(1, 3 if role[i] == 'tf' else 4))
         for s in rng.choice(above, n, replace=False):
-            rows.append((genes.index[s], genes.index[i], 1 if rng.random() < .7 else -1, rng.uniform(.6, 1.2)))
+            rows.append((genes.index[s], genes.index[i], 1 if rng.random() < .7 else -1,
+                         rng.uniform(.6, 1.2)))
     return pd.DataFrame(rows, columns=['source', 'target', 'sign', 'weight'])
 
 # %% ../../nbs/05_toy.ipynb #c3d91b99
-_amplitude, _knocked_out, _activated = 1.4, -3., 1.5 # log units: largest answer, level after KO and after OE
+# log units: largest answer, level after KO and after OE
+_amplitude, _knocked_out, _activated = 1.4, -3., 1.5
 
 def _propagate(truth, outside, clamp=None):
-    "Log deviation of each gene in each cell: what comes from `outside` (cells x genes) and what the network adds"
+    "Log deviation of each gene in each cell: `outside` (cells × genes) plus the network's part"
     genes, edges, z = truth.genes, truth.edges, outside.copy()
     w, at = np.zeros((len(genes),)*2), genes.index.get_indexer
     w[at(edges.source), at(edges.target)] = edges.sign*edges.weight
@@ -70,19 +74,20 @@ class ToyTruth:
     def find(self,
         gene:str, # id or symbol
     )->int: # row of `genes`
-        "Where a gene stands; raises `GeneformerError` when it is not a toy gene"
+        "Number of a gene; raises `GeneformerError` for an unknown one"
         hit = np.flatnonzero((self.genes.index == gene) | (self.genes.symbol == gene))
-        if not len(hit): raise GeneformerError(f"'{gene}' is no gene of this toy network: see truth.genes for its "
-                                               f"{len(self.genes)} ids and symbols.")
+        if not len(hit):
+            raise GeneformerError(f"'{gene}' is no gene of this toy network: see truth.genes for "
+                                  f"its {len(self.genes)} ids and symbols.")
         return int(hit[0])
 
 # %% ../../nbs/05_toy.ipynb #1c85d9ab
 def toy_network(
-    n_genes:int=240, # genes in all: a tenth (12 at least) are transcription factors, a sixth housekeeping; 60 or more
+    n_genes:int=240, # 60 or more; a tenth are transcription factors, a sixth housekeeping
     seed:int=0, # which network
-    effect:float=1., # strength of the disease: 1 turns drivers to 0.25 and 3.5 times, 0 plants nothing
+    effect:float=1., # of the disease: 1 multiplies drivers by .25 and 3.5; 0: no effect
 )->ToyTruth: # tables of genes, edges and drivers
-    "Draw a gene network and choose its disease drivers; raises `GeneformerError` for fewer than 60 genes"
+    "Draw a gene network and its disease drivers; raises `GeneformerError` below 60 genes"
     if n_genes < 60: raise GeneformerError(f"A toy network needs at least 60 genes, not {n_genes}.")
     rng = np.random.default_rng(seed)
     genes = _genes(n_genes, rng)
@@ -92,16 +97,18 @@ def toy_network(
     reach = np.abs(alone).sum(1) # how much moves when one factor falls to a quarter
     best = mid[np.argsort(-reach, kind='stable')[:4]]
     lost, active = np.log(.25)*effect, np.log(3.5)*effect
-    truth.drivers = pd.DataFrame(dict(disease=['hypertrophic', 'dilated', 'dilated', 'hypertrophic'],
-        gene_id=genes.index[best], symbol=genes.symbol.iloc[best].to_numpy(),
-        direction=['lost', 'lost', 'activated', 'activated'], log_change=[lost, lost, active, active]))
+    truth.drivers = pd.DataFrame(dict(disease=['hypertrophic', 'dilated', 'dilated',
+                                               'hypertrophic'], gene_id=genes.index[best],
+                                      symbol=genes.symbol.iloc[best].to_numpy(),
+                                      direction=['lost', 'lost', 'activated', 'activated'],
+                                      log_change=[lost, lost, active, active]))
     return truth
 
 # %% ../../nbs/05_toy.ipynb #79cda7ee
 _spill = .25 # share of the disease that reaches cells other than cardiomyocytes
 
 def _outside(truth, cell_type, disease, noise):
-    "What reaches each gene from outside the network: `noise` plus the drivers of each cell's disease"
+    "Input to each gene from outside the network: `noise` plus the drivers of the cell's disease"
     out = noise.copy()
     share = np.where(np.asarray(cell_type) == 'cardiomyocyte', 1, _spill)
     for d in truth.drivers.itertuples():
@@ -110,10 +117,11 @@ def _outside(truth, cell_type, disease, noise):
 
 # %% ../../nbs/05_toy.ipynb #a442877e
 def _donors(n, n_genes, donor_sd, rng):
-    "Disease, batch, composition, depth and gene offsets of each donor, and gene offsets of each batch"
+    "Disease, batch, composition, depth and gene offsets of donors, and gene offsets of batches"
     return dict(disease=np.array(states)[np.arange(n) % 3], batch=np.arange(n)//3 % 2,
-                share=rng.dirichlet(np.array(list(cell_types.values()))*30, n), depth=rng.normal(0, .2, n),
-                offset=rng.normal(0, donor_sd, (n, n_genes)), batch_offset=rng.normal(0, .15, (2, n_genes)))
+                share=rng.dirichlet(np.array(list(cell_types.values()))*30, n),
+                depth=rng.normal(0, .2, n), offset=rng.normal(0, donor_sd, (n, n_genes)),
+                batch_offset=rng.normal(0, .15, (2, n_genes)))
 
 def _block(truth, people, donor, depth, rng):
     "Counts and cell types of the cells of `donor` (one number a cell)"
@@ -141,12 +149,13 @@ def simulate(
     truth:ToyTruth=None, # a network from `toy_network`; None makes the standard one
     donor_sd:float=.25, # how much donors differ in a gene, natural log
     depth:float=1800., # expected counts of a middling cell
-): # AnnData: counts in X (CSR float32); obs cell_type, disease, donor, batch, depth, n_counts; uns["toy"]
-    "Simulate a cohort with known drivers; raises `GeneformerError` for fewer cells than donors or fewer than 3 donors"
+): # AnnData: counts in X; obs cell_type, disease, donor, batch, depth, n_counts; uns["toy"]
+    "Simulate a cohort with known drivers; raises `GeneformerError` for too few donors or cells"
     import anndata as ad
     from scipy.sparse import vstack
     if n_donors < 3: raise GeneformerError(f"Three states need 3 donors or more, not {n_donors}.")
-    if n_cells < n_donors: raise GeneformerError(f"{n_cells} cells cannot come from {n_donors} donors: raise n_cells.")
+    if n_cells < n_donors:
+        raise GeneformerError(f"{n_cells} cells cannot come from {n_donors} donors: raise n_cells.")
     truth = truth or toy_network(n_genes, effect=effect)
     people = _donors(n_donors, len(truth.genes), donor_sd, np.random.default_rng(seed))
     donor = np.arange(n_cells) % n_donors
@@ -169,26 +178,32 @@ def truth_of(
 )->ToyTruth: # its network and drivers
     "The truth of a simulated cohort; raises `GeneformerError` when `adata` was not simulated"
     if 'toy' not in adata.uns:
-        raise GeneformerError("This AnnData holds no toy truth (no uns['toy']): it does not come from toy.simulate.")
+        raise GeneformerError("This AnnData holds no toy truth (no uns['toy']): it does not come "
+                              "from toy.simulate.")
     return ToyTruth(**{k: adata.uns['toy'][k] for k in ('genes', 'edges', 'drivers')})
 
 # %% ../../nbs/05_toy.ipynb #44eda670
-def _way(truth, start, goal, cell_type, n_cells, seed):
+def _direction(truth, start, goal, cell_type, n_cells, seed):
     "The cells of `start` before the network acts and after, and the mean step from them to `goal`"
     for s in (start, goal):
-        if s not in states: raise GeneformerError(f"'{s}' is no state of the toy, which has {', '.join(states)}.")
+        if s not in states:
+            raise GeneformerError(f"'{s}' is no state of the toy, which has {', '.join(states)}.")
     if cell_type not in cell_types:
-        raise GeneformerError(f"'{cell_type}' is no cell type of the toy cohort, which has {', '.join(cell_types)}.")
+        raise GeneformerError(f"'{cell_type}' is no cell type of the toy cohort, which has "
+                              f"{', '.join(cell_types)}.")
     noise = np.random.default_rng(seed).normal(0, np.hypot(.25, .35), (n_cells, len(truth.genes)))
-    before, there = (_outside(truth, [cell_type]*n_cells, [s]*n_cells, noise) for s in (start, goal))
+    before, there = (_outside(truth, [cell_type]*n_cells, [s]*n_cells, noise)
+                     for s in (start, goal))
     after = _propagate(truth, before)
     return before, after, (_propagate(truth, there) - after).mean(0)
 
 def _project(truth, gene, kind, before, after, way):
-    "Projection of one clamped gene's consequences on `way`, the gene itself left out"
-    if kind not in ('KO', 'OE'): raise GeneformerError(f"kind is 'KO' (knock-out) or 'OE' (activation), not {kind!r}.")
+    "Projection of the effects of one fixed gene on `way`, without the gene itself"
+    if kind not in ('KO', 'OE'):
+        raise GeneformerError(f"kind is 'KO' (knock-out) or 'OE' (activation), not {kind!r}.")
     if truth.genes.role.iloc[gene] != 'tf' or not (way @ way): return 0.
-    moved = (_propagate(truth, before, {gene: dict(KO=_knocked_out, OE=_activated)[kind]}) - after).mean(0)
+    moved = (_propagate(truth, before,
+                        {gene: dict(KO=_knocked_out, OE=_activated)[kind]}) - after).mean(0)
     others = np.arange(len(way)) != gene
     return float(moved[others] @ way[others]/(way @ way))
 
@@ -203,8 +218,9 @@ def true_effect(
     n_cells:int=300, # simulated cells, the same with and without the change
     seed:int=0, # their noise
 )->float: # share of the way from start to goal; positive is towards the goal
-    "What a knock-out or activation really does, by simulating it; raises `GeneformerError` for unknown names"
-    return _project(truth, truth.find(gene), kind, *_way(truth, start, goal, cell_type, n_cells, seed))
+    "Simulate a knock-out or activation; raises `GeneformerError` for unknown names"
+    return _project(truth, truth.find(gene), kind, *_direction(truth, start, goal, cell_type,
+        n_cells, seed))
 
 # %% ../../nbs/05_toy.ipynb #6867da8b
 def true_effects(
@@ -215,11 +231,12 @@ def true_effects(
     kinds=('KO', 'OE'), # which changes
     n_cells:int=300, # simulated cells, the same for every gene
     seed:int=0, # their noise
-)->pd.DataFrame: # gene_id, symbol, role, kind, shift, driver (planted for `start` or `goal`); best first
-    "What knocking out and activating each gene really does"
-    way = _way(truth, start, goal, cell_type, n_cells, seed)
+)->pd.DataFrame: # gene_id, symbol, role, kind, shift, driver (planted); best first
+    "True effects of knocking out and activating each gene"
+    way = _direction(truth, start, goal, cell_type, n_cells, seed)
     rows = [(g, s, r, k, _project(truth, i, k, *way)) for k in kinds
-            for i, (g, s, r) in enumerate(zip(truth.genes.index, truth.genes.symbol, truth.genes.role))]
+            for i, (g, s, r) in enumerate(zip(truth.genes.index, truth.genes.symbol,
+                                              truth.genes.role))]
     table = pd.DataFrame(rows, columns=['gene_id', 'symbol', 'role', 'kind', 'shift'])
     planted = truth.drivers.gene_id[truth.drivers.disease.isin([start, goal])]
     table['driver'] = table.gene_id.isin(planted)

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core import GeneMatchError, MissingDataError, VocabularyError, atomic, digest, later
+from ..core import (GeneMatchError, MissingDataError, VocabularyError, atomic, digest,
+                                later)
 from .hub import dictionary_files, fetch, hub_place, official_repo
 from .counts import _no_id, counts_of, gene_names, plain_id
 from .medians import Medians, corpus_medians, nonzero_medians
@@ -25,28 +26,35 @@ _specials = ('<pad>', '<mask>', '<cls>', '<eos>')
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    "Genes as tokens, with their medians; immutable, and known by its `hash`"
+    "Genes as tokens, with their medians; immutable, and identified by `hash`"
     genes: tuple # gene ids, in token order
     medians: np.ndarray # non-zero median of each gene, counts per 10,000, float64
     cls: bool = False # are cells framed by <cls> and <eos>? V2 yes, V1 no
     max_len: int = 2048 # longest cell in tokens, specials included
     symbols: dict = field(default_factory=dict, repr=False) # gene id → symbol
-    aliases: dict = field(default_factory=dict, repr=False) # UPPER-CASE symbol, alias or retired id → gene id
+    aliases: dict = field(default_factory=dict, repr=False) # UPPER-CASE symbol or old id → gene id
     name: str = 'custom' # "V1", "V2" or your own word
 
     def __post_init__(self):
         object.__setattr__(self, 'genes', tuple(map(str, self.genes)))
-        m = np.array(self.medians, dtype=np.float64); m.flags.writeable = False
+        m = np.array(self.medians, dtype=np.float64)
+        m.flags.writeable = False
         object.__setattr__(self, 'medians', m)
-        if len(m) != len(self.genes): raise VocabularyError(f"{len(self.genes)} genes but {len(m)} medians: one median a gene.")
+        if len(m) != len(self.genes):
+            raise VocabularyError(f"{len(self.genes)} genes but {len(m)} medians: one median a "
+                                  "gene.")
         if len(set(self.genes)) < len(self.genes):
-            raise VocabularyError(f"Gene id {Counter(self.genes).most_common(1)[0][0]!r} stands twice in the vocabulary.")
+            raise VocabularyError(f"Gene id {Counter(self.genes).most_common(1)[0][0]!r} stands "
+                                  "twice in the vocabulary.")
         if len(self._index) < len(self.genes):
             twice = Counter(map(str.upper, self.genes)).most_common(1)[0][0]
-            raise VocabularyError(f"Gene id {twice!r} stands in the vocabulary twice, in upper and lower case: genes are matched in any case.")
-        if self.max_len <= 2 * self.cls: raise VocabularyError(f"max_len={self.max_len} leaves no room for a gene.")
+            raise VocabularyError(f"Gene id {twice!r} stands in the vocabulary twice, in upper and "
+                                  "lower case: genes are matched in any case.")
+        if self.max_len <= 2 * self.cls:
+            raise VocabularyError(f"max_len={self.max_len} leaves no room for a gene.")
         if len(m) and not (np.isfinite(m) & (m > 0)).all():
-            raise VocabularyError(f"Gene {self.genes[int(np.argmin(np.isfinite(m) & (m > 0)))]!r} has no positive median.")
+            raise VocabularyError(f"Gene {self.genes[int(np.argmin(np.isfinite(m) & (m > 0)))]!r} "
+                                  "has no positive median.")
 
 # %% ../../nbs/02_vocabulary.ipynb #f947ab5c
 @patch(as_prop=True)
@@ -61,13 +69,15 @@ def n_tokens(self:Vocabulary)->int: # rows of the embedding table
 
 @patch(as_prop=True)
 def hash(self:Vocabulary)->str: # 16 hexadecimal characters
-    "Fingerprint of all that decides tokens: ids, order, medians, special tokens"
-    if '_hash' not in self.__dict__: object.__setattr__(self, '_hash', digest(list(self.genes), self.medians, self.cls))
+    "Fingerprint of ids, order, medians and special tokens"
+    if '_hash' not in self.__dict__:
+        object.__setattr__(self, '_hash', digest(list(self.genes), self.medians, self.cls))
     return self._hash
 
 @patch(as_prop=True)
 def _index(self:Vocabulary)->dict: # {UPPER-CASE id: gene number}
-    if '_idx' not in self.__dict__: object.__setattr__(self, '_idx', {g.upper(): i for i, g in enumerate(self.genes)})
+    if '_idx' not in self.__dict__:
+        object.__setattr__(self, '_idx', {g.upper(): i for i, g in enumerate(self.genes)})
     return self._idx
 
 @patch
@@ -75,8 +85,9 @@ def __len__(self:Vocabulary)->int: return len(self.genes)
 
 @patch
 def __repr__(self:Vocabulary)->str:
-    return (f"Vocabulary {self.name}: {len(self.genes):,} genes, {self.n_tokens:,} tokens"
-            f"{' with <cls> and <eos>' if self.cls else ''}, cells up to {self.max_len:,}, hash {self.hash}")
+    return (f"Vocabulary {self.name}: {len(self.genes):,} genes, {self.n_tokens:,} "
+            f"tokens{' with <cls> and <eos>' if self.cls else ''}, cells up to {self.max_len:,}, "
+            f"hash {self.hash}")
 
 # %% ../../nbs/02_vocabulary.ipynb #7df3e0bc
 @patch
@@ -86,7 +97,9 @@ def gene(self:Vocabulary,
     "Gene ids of tokens"
     k = len(self.specials)
     def one(t):
-        if not 0 <= t < self.n_tokens: raise VocabularyError(f"There is no token {t}: {self.name!r} has tokens 0 to {self.n_tokens - 1}.")
+        if not 0 <= t < self.n_tokens:
+            raise VocabularyError(f"There is no token {t}: {self.name!r} has tokens 0 to "
+                                  f"{self.n_tokens - 1}.")
         return _specials[t] if t < k else self.genes[t - k]
     return one(int(tokens)) if np.ndim(tokens) == 0 else [one(int(t)) for t in tokens]
 
@@ -123,11 +136,14 @@ def unique_name(self:Vocabulary,
 
 # %% ../../nbs/02_vocabulary.ipynb #d15698b2
 def _no_symbols(v):
-    "What to bring when a vocabulary knows no symbols"
+    "Advice for a vocabulary without symbols, as text"
     if v.symbols or v.aliases: return ''
-    files = dict(V1='gene_dictionaries_30m/gene_name_id_dict_gc30M.pkl', V2='gene_name_id_dict_gc104M.pkl and ensembl_mapping_dict_gc104M.pkl')
-    return (f" It knows no symbols: bring geneformer/{files[v.name]} of huggingface.co/ctheodoris/Geneformer beside its token dictionary, or name genes by id."
-            if v.name in files else " It knows no symbols: name genes by id, or make it with symbols=….")
+    files = dict(V1='gene_dictionaries_30m/gene_name_id_dict_gc30M.pkl',
+                 V2='gene_name_id_dict_gc104M.pkl and ensembl_mapping_dict_gc104M.pkl')
+    return (f" It knows no symbols: bring geneformer/{files[v.name]} of "
+            "huggingface.co/ctheodoris/Geneformer beside its token dictionary, or name genes by "
+            "id." if v.name in files else " It knows no symbols: name genes by id, or make it "
+            "with symbols=….")
 
 def find_gene(name, index, aliases):
     "(gene number or -1, how it was found) for one name of the data"
@@ -137,22 +153,24 @@ def find_gene(name, index, aliases):
     if n in aliases: return index.get(aliases[n].upper(), -1), 'symbol or retired id'
     if (cut := re.sub(r'\.\d+$', '', n)) != n:
         if cut in index: return index[cut], 'version stripped'
-        if cut in aliases and cut.startswith('ENS'): return index.get(aliases[cut].upper(), -1), 'version stripped'
+        if cut in aliases and cut.startswith('ENS'):
+            return index.get(aliases[cut].upper(), -1), 'version stripped'
     return -1, 'unknown'
 
 @patch
 def token(self:Vocabulary,
     names, # a gene id, symbol or alias, any case, with or without version; or a list of them
 ): # the token, or an int32 array of tokens
-    "Tokens of genes a person has typed; raises `VocabularyError` naming those that are not there"
+    "Tokens of genes by name; raises `VocabularyError` that names the missing ones"
     one, names = isinstance(names, str), [names] if isinstance(names, str) else list(names)
     got = [find_gene(n, self._index, self.aliases)[0] for n in names]
     if lost := [n for n, i in zip(names, got) if i < 0]:
         known = list(self.symbols.values()) + list(self.genes)
         near = difflib.get_close_matches(str(lost[0]).upper(), known, 3, .7)
-        raise VocabularyError(f"{len(lost)} of {len(names)} genes are not in the vocabulary {self.name!r}: "
-                              f"{', '.join(map(str, lost[:5]))}. " + (f"Did you mean {', '.join(near)}?" if near else
-                              f"It holds ids like {', '.join(self.genes[:3])}.{_no_symbols(self)}"))
+        raise VocabularyError(f"{len(lost)} of {len(names)} genes are not in the vocabulary "
+                              f"{self.name!r}: {', '.join(map(str, lost[:5]))}. "
+                              + (f"Did you mean {', '.join(near)}?" if near else "It holds ids "
+                                 f"like {', '.join(self.genes[:3])}.{_no_symbols(self)}"))
     out = np.array(got, dtype=np.int32) + len(self.specials)
     return int(out[0]) if one else out
 
@@ -203,21 +221,24 @@ def load(cls:Vocabulary,
 # %% ../../nbs/02_vocabulary.ipynb #1fe99f70
 def _number_type(name, *_):
     d = np.dtype(name)
-    if d.kind not in 'iufb': raise VocabularyError(f"The pickle holds numpy values of type {name!r}; only numbers are read.")
+    if d.kind not in 'iufb':
+        raise VocabularyError(f"The pickle holds numpy values of type {name!r}; only numbers are "
+                              "read.")
     return d
 
 def _number(dtype, data=b''): return np.frombuffer(data, dtype)[0].item()
 
 class _Unpickler(pickle.Unpickler):
-    ok = {('builtins', n): getattr(__import__('builtins'), n) for n in
-          ('dict', 'list', 'set', 'frozenset', 'tuple', 'str', 'int', 'float', 'bool', 'bytes', 'complex')}
+    ok = {('builtins', n): getattr(__import__('builtins'), n) for n in ('dict', 'list', 'set',
+        'frozenset', 'tuple', 'str', 'int', 'float', 'bool', 'bytes', 'complex')}
     ok |= {('collections', c.__name__): c for c in (OrderedDict, defaultdict, Counter)}
     ok |= {(f'numpy.{m}.multiarray', 'scalar'): _number for m in ('core', '_core')}
     ok |= {('numpy', 'dtype'): _number_type}
     def find_class(self, module, name):
         if (module, name) in self.ok: return self.ok[module, name]
-        raise VocabularyError(f"The pickle asks for '{module}.{name}', which is code and not data: it was not opened. "
-                              "Get the dictionary from the official repository again.")
+        raise VocabularyError(f"The pickle asks for '{module}.{name}', which is code and not data: "
+                              "it was not opened. Get the dictionary from the official repository "
+                              "again.")
 
 def safe_unpickle(
     path, # a pickle of dictionaries, lists, strings and numbers
@@ -226,9 +247,11 @@ def safe_unpickle(
     with open(path, 'rb') as f:
         try: return _Unpickler(f).load()
         except VocabularyError: raise
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError, ValueError, OverflowError, MemoryError) as e:
-            raise VocabularyError(f"'{Path(path).name}' is not a pickle of plain values ({e}): a git-lfs pointer instead of "
-                                  "the file is the usual reason.") from e
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError,
+                ValueError, OverflowError, MemoryError) as e:
+            raise VocabularyError(f"'{Path(path).name}' is not a pickle of plain values ({e}): a "
+                                  "git-lfs pointer instead of the file is the usual "
+                                  "reason.") from e
 
 # %% ../../nbs/02_vocabulary.ipynb #f7d0f9a1
 _official = dict(
@@ -244,22 +267,26 @@ def from_dicts(cls:Vocabulary,
     max_len:int=2048, # longest cell, specials included
     name:str='custom', # word for messages
 )->Vocabulary:
-    "A vocabulary from dictionaries laid out as the official ones; raises `VocabularyError` when they do not fit together"
+    "A vocabulary from dictionaries of the official form; raises `VocabularyError` if they disagree"
     special = {k: int(t) for k, t in tokens.items() if str(k).startswith('<')}
     genes = sorted((k for k in tokens if k not in special), key=lambda g: int(tokens[g]))
     want = {s: i for i, s in enumerate(_specials[:len(special)])}
-    if special != want or [int(tokens[g]) for g in genes] != list(range(len(special), len(tokens))) or len(special) not in (2, 4):
-        raise VocabularyError("The token dictionary does not number <pad>, <mask> (and <cls>, <eos>) first and then its genes "
-                              f"without gaps (special tokens found: {special}): renumber it.")
+    if (special != want or [int(tokens[g]) for g in genes] != list(range(len(special), len(tokens)))
+            or len(special) not in (2, 4)):
+        raise VocabularyError("The token dictionary does not number <pad>, <mask> (and <cls>, "
+                              "<eos>) first and then its genes without gaps (special tokens "
+                              f"found: {special}): renumber it.")
     if lost := [g for g in genes if g not in medians]:
-        raise VocabularyError(f"{len(lost)} genes of the token dictionary have no median, {lost[0]} first: these two files do "
-                              "not belong together.")
+        raise VocabularyError(f"{len(lost)} genes of the token dictionary have no median, "
+                              f"{lost[0]} first: these two files do not belong together.")
     here = set(genes)
     symbols = {g: s for s, g in (names or {}).items() if g in here}
     known = {s.upper(): g for s, g in (names or {}).items() if g in here} | {
         a: g for a, g in (aliases or {}).items() if g in here and a != g}
-    return cls(genes, [float(medians[g]) for g in genes], len(special) == 4, max_len, symbols, known, name)
+    return cls(genes, [float(medians[g]) for g in genes], len(special) == 4, max_len, symbols,
+               known, name)
 
+# %% ../../nbs/02_vocabulary.ipynb #e83d30dd
 @patch(cls_method=True)
 def official(cls:Vocabulary,
     version:str, # "V1" (30M cells, 2021) or "V2" (104M cells, 2024)
@@ -273,11 +300,15 @@ def official(cls:Vocabulary,
     def read(kind, need=True):
         f = root/f"{o['sub']}{kind}_{o['tag']}.pkl"
         if not f.exists() and not need: return {}
-        if not f.exists(): raise MissingDataError(f"The {version} dictionary {f.name} is not in '{f.parent.name}': copy the "
-                f"folder geneformer/ of huggingface.co/ctheodoris/Geneformer to '{Path(folder).name}'.")
+        if not f.exists():
+            raise MissingDataError(f"The {version} dictionary {f.name} is not in "
+                                   f"'{f.parent.name}': copy the folder geneformer/ of "
+                                   "huggingface.co/ctheodoris/Geneformer to "
+                                   f"'{Path(folder).name}'.")
         return safe_unpickle(f)
-    return cls.from_dicts(read('token_dictionary'), read('gene_median_dictionary'), read('gene_name_id_dict', False),
-                          read('ensembl_mapping_dict', False), o['max_len'], version)
+    return cls.from_dicts(read('token_dictionary'), read('gene_median_dictionary'),
+                          read('gene_name_id_dict', False), read('ensembl_mapping_dict', False),
+                          o['max_len'], version)
 
 # %% ../../nbs/02_vocabulary.ipynb #5eb7cda5
 def _exact_table(c, gene_ids):
@@ -303,7 +334,7 @@ def from_counts(cls:Vocabulary,
     fractional:bool=False, # as in `counts_of`
     name:str='from counts', # word for messages
 )->Vocabulary:
-    "A vocabulary of all genes seen in the data; rows of one id, in any case, are summed; raises `VocabularyError`"
+    "A vocabulary of all genes seen, rows of one id summed; raises `VocabularyError`"
     if hasattr(data, 'obs'):
         c = counts_of(data, counts_layer, logged, fractional)
         table, tables = _exact_table(c, gene_ids), [c.var]
@@ -312,15 +343,19 @@ def from_counts(cls:Vocabulary,
         table = (corpus_medians(inputs, gene_ids=gene_ids) if inputs else data).table()
         tables = [s.var for s in inputs]
     table = table[table['n_cells'] >= max(1, min_cells)]
-    if not len(table): raise VocabularyError(f"No gene is seen in {min_cells} cells or more: there is no vocabulary to make.")
+    if not len(table):
+        raise VocabularyError(f"No gene is seen in {min_cells} cells or more: there is no "
+                              "vocabulary to make.")
     sym = {}
     for var in tables if symbols is not None else ():
         for g, s in zip(gene_names(var, gene_ids), gene_names(var, symbols)):
             if s.upper() not in _no_id: sym.setdefault(plain_id(g).upper(), s)
     sym = {g: sym[g.upper()] for g in table.index if g.upper() in sym}
     says = Counter(map(str.upper, sym.values()))
-    aliases = {s.upper(): g for g, s in sym.items() if s != g and says[s.upper()] == 1}  # a symbol of two genes names neither
-    return cls(list(table.index), table['median'].to_numpy(), cls_token, max_len, sym, aliases, name)
+    # a symbol of two genes names neither
+    aliases = {s.upper(): g for g, s in sym.items() if s != g and says[s.upper()] == 1}
+    return cls(list(table.index), table['median'].to_numpy(), cls_token, max_len, sym, aliases,
+               name)
 
 # %% ../../nbs/02_vocabulary.ipynb #8a23356c
 @dataclass
@@ -328,8 +363,8 @@ class GeneMatch:
     "Where each gene of the data stands in a vocabulary"
     names: np.ndarray # names in the data
     index: np.ndarray # gene number in the vocabulary, int32; -1 where there is none
-    how: np.ndarray   # "id", "symbol or retired id", "version stripped", "ortholog", "no id", "not one-to-one" or "unknown"
-    counts_matched: float = None # share of all counts that fall on matched genes, once counts were seen
+    how: np.ndarray   # "id", "symbol or retired id", "version stripped", "ortholog", or why not
+    counts_matched: float = None # share of all counts on matched genes; None: no counts seen yet
 
     def __len__(self): return len(self.index)
     @cached_property
@@ -337,29 +372,36 @@ class GeneMatch:
         "Rows that share their gene with an earlier row and are added to it"
         hit = self.index[self.index >= 0]
         return len(hit) - len(np.unique(hit))
-    def twice(self)->list: # names in the data
+    def repeated(self)->list: # names in the data
         "Rows that share their gene with another row"
         hit = self.index >= 0
-        several = np.bincount(self.index[hit], minlength=1)[np.maximum(self.index, 0)] > 1 if hit.any() else hit
+        several = (np.bincount(self.index[hit], minlength=1)[np.maximum(self.index, 0)] > 1
+                   if hit.any() else hit)
         return [str(n) for n in self.names[hit & several]]
     def report(self)->dict: # {what: number of genes}
         "The match in numbers"
         out = {'genes': len(self.index), 'matched': int((self.index >= 0).sum())}
-        out |= {h: int((self.how == h).sum()) for h in ('id', 'symbol or retired id', 'version stripped', 'ortholog', 'not one-to-one', 'unknown', 'no id')}
+        out |= {h: int((self.how == h).sum()) for h in ('id', 'symbol or retired id',
+                                                        'version stripped', 'ortholog',
+                                                        'not one-to-one', 'unknown', 'no id')}
         out['summed into another row'] = self.summed
-        if self.counts_matched is not None: out['% of counts matched'] = round(100 * self.counts_matched, 1)
+        if self.counts_matched is not None:
+            out['% of counts matched'] = round(100 * self.counts_matched, 1)
         return out
-    def __repr__(self): return ', '.join(f'{k} {v:,}' for k, v in self.report().items() if v or k == 'matched')
+    def __repr__(self):
+        return ', '.join(f'{k} {v:,}' for k, v in self.report().items() if v or k == 'matched')
 
 # %% ../../nbs/02_vocabulary.ipynb #81009227
 def match_genes(
     names, # names of the genes of the data: ids, symbols, aliases, any case
-    vocabulary:Vocabulary, # the words
-    orthologs=None, # for another species: table, csv file or dict of its gene and the human gene; only one-to-one pairs are used
+    vocabulary:Vocabulary, # the vocabulary to match
+    orthologs=None, # for another species: table, csv file or dict of its gene and the human one
 )->GeneMatch:
-    "Find each gene of the data in the vocabulary; raises `GeneMatchError` for a table of orthologs that is none"
-    if not isinstance(vocabulary, Vocabulary): raise VocabularyError(f"vocabulary is a Vocabulary, not {type(vocabulary).__name__}.")
-    if names is None or isinstance(names, str): raise GeneMatchError(f"names is a list of gene names, not {type(names).__name__}.")
+    "Find each gene of the data in the vocabulary; raises `GeneMatchError` for bad orthologs"
+    if not isinstance(vocabulary, Vocabulary):
+        raise VocabularyError(f"vocabulary is a Vocabulary, not {type(vocabulary).__name__}.")
+    if names is None or isinstance(names, str):
+        raise GeneMatchError(f"names is a list of gene names, not {type(names).__name__}.")
     index = vocabulary._index
     def look(n): return (index[n], 'id') if n in index else find_gene(n, index, vocabulary.aliases)
     if orthologs is None: found = [look(n) for n in names]
@@ -367,32 +409,40 @@ def match_genes(
         pairs, several = one_to_one(orthologs)
         found = [_by_ortholog(str(n), pairs, several, look) for n in names]
     index = np.array([i for i, _ in found], dtype=np.int32)
-    how = np.array([h if i >= 0 or h in ('no id', 'not one-to-one') else 'unknown' for i, h in found], dtype=object)
+    how = np.array([h if i >= 0 or h in ('no id', 'not one-to-one') else 'unknown'
+                    for i, h in found], dtype=object)
     said = [str(n) for n, h in zip(names, how) if h == 'symbol or retired id']
-    if len(said) > 9 and sum(bool(re.match('[A-Z][a-z]', n)) for n in said) > len(said) / 2: warnings.warn(
-        f"Symbols like {', '.join(said[:3])} are written as those of the mouse, and were matched to human genes by their letters: pass "
-        "orthologs=… to match by orthology.", stacklevel=2)
+    if len(said) > 9 and sum(bool(re.match('[A-Z][a-z]', n)) for n in said) > len(said) / 2:
+        warnings.warn(f"Symbols like {', '.join(said[:3])} are written as those of the mouse, and "
+                      "were matched to human genes by their letters: pass orthologs=… to match by "
+                      "orthology.", stacklevel=2)
     return GeneMatch(np.asarray(names, dtype=object), index, how)
 
 # %% ../../nbs/02_vocabulary.ipynb #590dc7a0
 def one_to_one(
-    table, # DataFrame whose first two columns are gene and human gene; path of such a .csv or .tsv; or {gene: human gene}
-)->tuple: # ({UPPER-CASE gene: human gene}, set of UPPER-CASE genes that have several partners or share one)
-    "The one-to-one pairs of a table of orthologs; raises `GeneMatchError` when it has no two columns or no pair"
+    table, # DataFrame of gene and human gene; path of such a .csv or .tsv; or a dict
+)->tuple: # ({UPPER-CASE gene: human gene}, set of genes that are not one-to-one)
+    "One-to-one pairs of a table of orthologs; raises `GeneMatchError` for a table without any"
     if isinstance(table, (str, Path)):
         table = Path(table).expanduser()
-        if not table.is_file(): raise GeneMatchError(f"There is no table of orthologs '{Path(table).name}'.")
+        if not table.is_file():
+            raise GeneMatchError(f"There is no table of orthologs '{Path(table).name}'.")
         try: table = pd.read_csv(table, sep=None, engine='python', dtype=str)
-        except Exception as e: raise GeneMatchError(f"'{Path(table).name}' is no table of orthologs ({type(e).__name__}): it has two columns, separated by "
-                                                    "commas or tabs, the gene of the data and the human gene.") from e
+        except Exception as e:
+            raise GeneMatchError(f"'{Path(table).name}' is no table of orthologs "
+                                 f"({type(e).__name__}): it has two columns, separated by commas "
+                                 "or tabs, the gene of the data and the human gene.") from e
     if isinstance(table, dict): table = pd.DataFrame(list(table.items()), columns=['gene', 'human'])
-    if not hasattr(table, 'iloc') or getattr(table, 'ndim', 0) != 2 or table.shape[1] < 2: raise GeneMatchError(
-        "A table of orthologs has two columns, the gene of the data and the human gene.")
+    if not hasattr(table, 'iloc') or getattr(table, 'ndim', 0) != 2 or table.shape[1] < 2:
+        raise GeneMatchError("A table of orthologs has two columns, the gene of the data and the "
+                             "human gene.")
     t = table.iloc[:, :2].dropna().astype(str).set_axis(['gene', 'human'], axis=1)
     t = t.map(lambda x: plain_id(x).upper())
     t = t[~t.isin(_no_id).any(axis=1)].drop_duplicates()
     alone = ~t['gene'].duplicated(keep=False) & ~t['human'].duplicated(keep=False)
-    if not alone.any(): raise GeneMatchError(f"The table of orthologs ({len(table):,} rows) holds no one-to-one pair.")
+    if not alone.any():
+        raise GeneMatchError(f"The table of orthologs ({len(table):,} rows) holds no one-to-one "
+                             "pair.")
     return dict(t[alone].to_numpy()), set(t['gene'][~alone])
 
 def _by_ortholog(name, pairs, several, look):
@@ -404,15 +454,20 @@ def _by_ortholog(name, pairs, several, look):
 
 # %% ../../nbs/02_vocabulary.ipynb #9bdb8842
 @patch
-def gate(self:GeneMatch,
+def check(self:GeneMatch,
     vocabulary:Vocabulary, # what was matched against
     least:float=.2, # smallest share of the counts on matched genes that is let through
 ):
-    "Raise `GeneMatchError`, showing both sides, when too little of the data is known"
-    share = self.counts_matched if self.counts_matched is not None else float((self.index >= 0).mean())
+    "Raise `GeneMatchError` if too few counts fall on matched genes"
+    share = (self.counts_matched if self.counts_matched is not None
+             else float((self.index >= 0).mean()))
     if share >= least and (self.index >= 0).any(): return
     lost = [str(n) for n, i in zip(self.names, self.index) if i < 0][:5]
-    raise GeneMatchError(f"Only {share:.1%} of the {'genes' if self.counts_matched is None else 'counts'} fall on genes of the vocabulary {vocabulary.name!r}. The data names "
-        f"genes like {', '.join(lost)}; the vocabulary knows ids like {', '.join(vocabulary.genes[:5])}"
-        + (f" and symbols like {', '.join(list(vocabulary.symbols.values())[:5])}." if vocabulary.symbols else f".{_no_symbols(vocabulary)}")
-        + " Another species (orthologs=…) or another column (gene_ids=…) is the usual reason.")
+    raise GeneMatchError(f"Only {share:.1%} of the "
+                         f"{'genes' if self.counts_matched is None else 'counts'} fall on genes of "
+                         f"the vocabulary {vocabulary.name!r}. The data names genes like "
+                         f"{', '.join(lost)}; the vocabulary knows ids like "
+                         f"{', '.join(vocabulary.genes[:5])}" + (" and symbols like "
+        f"{', '.join(list(vocabulary.symbols.values())[:5])}." if vocabulary.symbols
+        else f".{_no_symbols(vocabulary)}") + " Another species (orthologs=…) or another column "
+                         "(gene_ids=…) is the usual reason.")

@@ -18,17 +18,21 @@ def scores(
     donors=None, # donor of each cell
     seed:int=0, # of the bootstrap
 )->dict: # accuracy, macro_f1, donor_accuracy with its 95 % interval, n_cells, n_donors
-    "How well, and on how much evidence"
+    "Accuracy and macro F1, with interval and sample size; raises `GeneformerError`"
     from sklearn.metrics import f1_score
     truth, predicted = (np.asarray(x).astype(str) for x in (truth, predicted))
     if not len(truth): raise GeneformerError("There is no prediction to score.")
     right = truth == predicted
-    out = dict(accuracy=right.mean(), macro_f1=f1_score(truth, predicted, average='macro', labels=np.unique(truth)))
-    per = pd.Series(right).groupby(np.asarray(donors).astype(str)).mean().to_numpy() if donors is not None else right.astype(float)
-    draws = np.random.default_rng(seed).choice(per, (2000, len(per))).mean(1) if donors is not None and len(per) > 1 else [np.nan]
+    out = dict(accuracy=right.mean(), macro_f1=f1_score(truth, predicted, average='macro',
+                                                        labels=np.unique(truth)))
+    per = (pd.Series(right).groupby(np.asarray(donors).astype(str)).mean().to_numpy()
+           if donors is not None else right.astype(float))
+    draws = (np.random.default_rng(seed).choice(per, (2000, len(per))).mean(1) if donors is not None
+             and len(per) > 1 else [np.nan])
     lo, hi = np.percentile(draws, [2.5, 97.5])
-    return out | dict(donor_accuracy=per.mean() if donors is not None else np.nan, ci_low=lo, ci_high=hi, n_cells=len(truth),
-                      n_donors=len(per) if donors is not None else 0)
+    return out | dict(donor_accuracy=per.mean() if donors is not None else np.nan, ci_low=lo,
+                      ci_high=hi, n_cells=len(truth), n_donors=len(per) if donors is not None
+                      else 0)
 
 # %% ../../nbs/10b_metrics.ipynb #5207b70e
 def calibration(
@@ -36,27 +40,41 @@ def calibration(
     predicted, # predicted class of each cell
     confidence, # its probability, 0 to 1
     bins:int=10, # equal parts of the range of confidence
-)->pd.DataFrame: # one row a bin that holds cells: confidence and accuracy (means), n; `.attrs['error']` is the mean distance of both
-    "How often the classifier is right where it is so sure; raises `GeneformerError` for what is no probability"
-    truth, predicted, sure = np.asarray(truth).astype(str), np.asarray(predicted).astype(str), np.asarray(confidence, float)
+)->pd.DataFrame: # by bin: mean confidence, accuracy, n; `.attrs['error']`: their mean distance
+    "Accuracy by confidence; raises `GeneformerError` for values that are no probabilities"
+    truth, predicted, sure = (np.asarray(truth).astype(str), np.asarray(predicted).astype(str),
+                              np.asarray(confidence, float))
     if not len(truth) == len(predicted) == len(sure) or not len(sure):
-        raise GeneformerError(f"{len(truth)} classes, {len(predicted)} predictions and {len(sure)} probabilities: one of each a cell.")
-    if not ((sure >= 0) & (sure <= 1)).all(): raise GeneformerError("A probability lies between 0 and 1; leave out cells without prediction.")
+        raise GeneformerError(f"{len(truth)} classes, {len(predicted)} predictions and {len(sure)} "
+                              "probabilities: one of each a cell.")
+    if not ((sure >= 0) & (sure <= 1)).all():
+        raise GeneformerError("A probability lies between 0 and 1; leave out cells without "
+                              "prediction.")
     at = np.minimum((sure * bins).astype(int), bins - 1)
-    out = pd.DataFrame(dict(bin=at, confidence=sure, accuracy=truth == predicted, n=1)).groupby('bin').agg(
-        dict(confidence='mean', accuracy='mean', n='sum'))
-    out.index = pd.IntervalIndex.from_breaks(np.linspace(0, 1, bins + 1).round(6), closed='left')[out.index]
-    out.attrs['error'] = float(((out['confidence'] - out['accuracy']).abs() * out['n']).sum() / len(sure))
+    out = pd.DataFrame(dict(bin=at, confidence=sure, accuracy=truth == predicted,
+                            n=1)).groupby('bin').agg(dict(confidence='mean', accuracy='mean',
+        n='sum'))
+    out.index = pd.IntervalIndex.from_breaks(np.linspace(0, 1, bins + 1).round(6),
+                                             closed='left')[out.index]
+    out.attrs['error'] = float(((out['confidence'] - out['accuracy']).abs() * out['n']).sum() / len(
+        sure))
     return out.rename_axis('bin')
 
 # %% ../../nbs/10b_metrics.ipynb #088b4d5f
-def _answers(truth, p):
-    "Classes by number and their probabilities, one row a gene; raises `GeneformerError` for what is neither"
+def _check_predictions(truth, p):
+    "Arrays of class numbers and probabilities, checked; raises `GeneformerError`"
     truth, p = np.asarray(truth), np.asarray(p)
-    if p.ndim != 2 or p.shape[1] < 2 or len(p) != len(truth): raise GeneformerError(f"p has shape {p.shape} for {len(truth)} genes: one row a gene, one column a class, so two for a yes or no.")
-    if p.dtype.kind not in 'fiub' or np.isnan(p.astype(float)).any(): raise GeneformerError("Some probabilities are missing or no numbers: leave those genes out.")
-    if truth.dtype.kind not in 'iub' or len(truth) and not 0 <= truth.min() <= truth.max() < p.shape[1]: raise GeneformerError(
-        f"truth gives the number of each gene's class, 0 to {p.shape[1] - 1}, as the columns of p stand: pd.Categorical(names, columns).codes makes it.")
+    if p.ndim != 2 or p.shape[1] < 2 or len(p) != len(truth):
+        raise GeneformerError(f"p has shape {p.shape} for {len(truth)} genes: one row a gene, one "
+                              "column a class, so two for a yes or no.")
+    if p.dtype.kind not in 'fiub' or np.isnan(p.astype(float)).any():
+        raise GeneformerError("Some probabilities are missing or no numbers: leave those genes "
+                              "out.")
+    if (truth.dtype.kind not in 'iub' or len(truth)
+            and not 0 <= truth.min() <= truth.max() < p.shape[1]):
+        raise GeneformerError("truth gives the number of each gene's class, 0 to "
+                              f"{p.shape[1] - 1}, as the columns of p stand: pd.Categorical(names, "
+                              "columns).codes makes it.")
     return truth, p
 
 def gene_auc(
@@ -64,15 +82,17 @@ def gene_auc(
     p, # (rows, classes) probabilities
     weights=None, # how often each row counts, such as the number of cells a gene is in; None: once
 )->float: # area under the ROC curve; over several classes the mean of one against the rest
-    "Chance that a gene of a class gets a higher probability of it than one of another class; ties count half"
-    (truth, p), out = _answers(truth, p), []
+    "Chance that a gene of a class ranks above one of another class; ties count half"
+    (truth, p), out = _check_predictions(truth, p), []
     w = np.ones(len(truth)) if weights is None else np.asarray(weights, float)
     for c in range(p.shape[1])[1 if p.shape[1] == 2 else 0:]:
         level, at = np.unique(p[:, c], return_inverse=True)
         own, other = (np.bincount(at, w * k, len(level)) for k in (truth == c, truth != c))
-        if own.sum() and other.sum(): out.append((own @ (other.cumsum() - other / 2)) / (own.sum() * other.sum()))
+        if own.sum() and other.sum():
+            out.append((own @ (other.cumsum() - other / 2)) / (own.sum() * other.sum()))
     return float(np.mean(out)) if out else np.nan
 
+# %% ../../nbs/10b_metrics.ipynb #4882c30a
 def auc_draws(
     truth, # number of the class of each gene
     p, # (genes, classes) probabilities
@@ -80,8 +100,8 @@ def auc_draws(
     seed:int=0, # of the draws, which depend on `truth` and `fold` only: the same for every model
     fold=None, # of each gene; None: one
 )->np.ndarray: # (n,) areas, each the mean over the folds
-    "Areas under the curve of the genes there might have been: drawn again, with replacement, within class and fold"
-    (truth, p), rng = _answers(truth, p), np.random.default_rng(seed)
+    "Bootstrap of the area: genes are drawn with replacement within class and fold"
+    (truth, p), rng = _check_predictions(truth, p), np.random.default_rng(seed)
     fold = np.zeros(len(truth), int) if fold is None else np.asarray(fold)
     times, folds = np.zeros((n, len(truth))), []  # how often each gene is drawn
     for f in np.unique(fold):
@@ -92,7 +112,9 @@ def auc_draws(
         for c in range(p.shape[1])[1 if p.shape[1] == 2 else 0:]:
             us, them = (np.flatnonzero((fold == f) & k) for k in (truth == c, truth != c))
             x, y = p[us, c][:, None], p[them, c][None]
-            if x.size and y.size: areas.append(((times[:, us] @ ((x > y) + (x == y) / 2)) * times[:, them]).sum(1) / (x.size * y.size))
+            if x.size and y.size:
+                areas.append(((times[:, us] @ ((x > y) + (x == y) / 2)) * times[:,
+                    them]).sum(1) / (x.size * y.size))
         folds.append(np.mean(areas, 0) if areas else np.full(n, np.nan))
     return np.mean(folds, 0)
 
@@ -100,47 +122,53 @@ def auc_draws(
 def rank_area(s, y):
     from scipy.stats import rankdata
     y = y > 0
-    return np.nan if y.all() or not y.any() else (rankdata(s)[y].mean() - (y.sum() + 1) / 2) / (~y).sum()
+    return (np.nan if y.all() or not y.any()
+            else (rankdata(s)[y].mean() - (y.sum() + 1) / 2) / (~y).sum())
 
 # %% ../../nbs/10b_metrics.ipynb #bec9408f
 def vectors_of(adata, key):
     "obsm[key] as an array, and which of its rows hold numbers"
-    if key not in adata.obsm: raise GeneformerError(f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): run embed first.")
+    if key not in adata.obsm:
+        raise GeneformerError(f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): "
+                              "run embed first.")
     X = np.asarray(adata.obsm[key], dtype=np.float32)
     return X, np.isfinite(X).all(1)
 
 def has_value(column): return (column.notna() & (column.astype(str) != '')).to_numpy()
 
 def text_column(adata, name, what):
-    if name not in adata.obs: raise GeneformerError(f"obs has no column {name!r} for {what} (it has {', '.join(map(str, adata.obs.columns)) or 'none'}).")
+    if name not in adata.obs:
+        raise GeneformerError(f"obs has no column {name!r} for {what} (it has "
+                              f"{', '.join(map(str, adata.obs.columns)) or 'none'}).")
     return adata.obs[name].astype(str).to_numpy()
 
 # %% ../../nbs/10b_metrics.ipynb #05fe88ae
-def _near(X, k):
+def _neighbors(X, k):
     "Numbers of the k nearest other rows of each row"
     from sklearn.neighbors import NearestNeighbors
     return NearestNeighbors(n_neighbors=k).fit(X).kneighbors(return_distance=False)
 
-def _entropy(share): return -(share * np.log(np.where(share > 0, share, 1))).sum(-1)
-
-def _within(X, batch, k):
-    "Silhouette and mixing of batches among cells of one type; None where that cannot be said"
+def _within_type(X, batch, k):
+    "Silhouette and mixing of batches among cells of one type, or None if not defined"
+    from scipy.stats import entropy
     from sklearn.metrics import silhouette_score
     names, code, n = np.unique(batch, return_inverse=True, return_counts=True)
     if len(names) < 2 or len(X) <= max(k, len(names)): return None
-    share = np.eye(len(names))[code[_near(X, k)]].mean(1)
-    return silhouette_score(X, code), _entropy(share).mean() / _entropy(n / n.sum())
+    share = np.eye(len(names))[code[_neighbors(X, k)]].mean(1)
+    return silhouette_score(X, code), entropy(share, axis=1).mean() / entropy(n)
 
-def _scores(X, batch, label, k):
+def _batch_scores(X, batch, label, k):
     "The four measures of one set of vectors"
     from sklearn.metrics import silhouette_score
     kinds, code = np.unique(label, return_inverse=True)
     two = 1 < len(kinds) < len(X)
-    parts = [(np.sum(code == i), *s) for i in range(len(kinds)) if (s := _within(X[code == i], batch[code == i], k))]
+    parts = [(np.sum(code == i), *s) for i in range(len(kinds))
+             if (s := _within_type(X[code == i], batch[code == i], k))]
     n, sil, mix = np.array(parts).T if parts else (np.ones(1), *np.full((2, 1), np.nan))
     return dict(label_silhouette=silhouette_score(X, code) if two else np.nan,
-                label_neighbors=(code[_near(X, k)] == code[:, None]).mean() if two else np.nan,
-                batch_silhouette=np.average(sil, weights=n), batch_mixing=np.average(mix, weights=n))
+                label_neighbors=(code[_neighbors(X, k)] == code[:, None]).mean() if two else np.nan,
+                batch_silhouette=np.average(sil, weights=n), batch_mixing=np.average(mix,
+        weights=n))
 
 # %% ../../nbs/10b_metrics.ipynb #3b2edb50
 def log_pca(
@@ -150,11 +178,14 @@ def log_pca(
     seed:int=0, # of the decomposition
     **counts, # counts_layer, logged as in `counts_of`
 )->np.ndarray: # cells × n, float32
-    "Principal components of log counts: what everybody has without a model; raises `CountsError`"
+    "Principal components of log counts, the baseline; raises `CountsError`"
     import anndata as ad, scanpy as sc
     a = ad.AnnData(counts_of(adata, **counts).X.astype(np.float32))
-    sc.pp.normalize_total(a, target_sum=1e4); sc.pp.log1p(a)
-    if a.n_vars > genes: sc.pp.highly_variable_genes(a, n_top_genes=genes); a = a[:, a.var.highly_variable].copy()
+    sc.pp.normalize_total(a, target_sum=1e4)
+    sc.pp.log1p(a)
+    if a.n_vars > genes:
+        sc.pp.highly_variable_genes(a, n_top_genes=genes)
+        a = a[:, a.var.highly_variable].copy()
     sc.pp.pca(a, n_comps=min(n, *(x - 1 for x in a.shape)), random_state=seed)
     return a.obsm['X_pca'].astype(np.float32)
 
@@ -171,18 +202,23 @@ def batch_check(
     seed:int=0, # which are drawn
     **counts, # counts_layer, logged as in `counts_of`
 )->pd.DataFrame: # a row a representation: the four measures, cells, batches, labels
-    "Are cells together by type or by batch? Beside log counts and chance; raises `GeneformerError`"
+    "Measures of cell types and batches for each representation; raises `GeneformerError`"
     keys = [keys] if isinstance(keys, str) else list(keys)
     X, rng = {key: vectors_of(adata, key) for key in keys}, np.random.default_rng(seed)
-    b, y = text_column(adata, batch, 'batches'), text_column(adata, label, 'labels') if label else np.full(adata.n_obs, '')
-    rows = np.flatnonzero(np.logical_and.reduce([whole for _, whole in X.values()] + [has_value(adata.obs[c]) for c in (batch, label) if c]))
+    b, y = (text_column(adata, batch, 'batches'), text_column(adata, label, 'labels') if label
+            else np.full(adata.n_obs, ''))
+    rows = np.flatnonzero(np.logical_and.reduce([whole for _, whole in X.values()]
+                                                + [has_value(adata.obs[c]) for c in (batch, label)
+                                                   if c]))
     if len(rows) > max_cells: rows = np.sort(rng.choice(rows, max_cells, replace=False))
-    if len(rows) <= k or len(set(b[rows])) < 2: raise GeneformerError(
-        f"There are {len(rows)} cells with vectors in {len(set(b[rows]))} batch(es) of {batch!r}: more than {k} cells and 2 batches are needed.")
+    if len(rows) <= k or len(set(b[rows])) < 2:
+        raise GeneformerError(f"There are {len(rows)} cells with vectors in {len(set(b[rows]))} "
+                              f"batch(es) of {batch!r}: more than {k} cells and 2 batches are "
+                              "needed.")
     found = {key: x[rows] for key, (x, _) in X.items()}
     if baseline: found['PCA of log counts'] = log_pca(adata[rows].copy(), **counts)
     found['random numbers'] = rng.normal(size=(len(rows), 32))
-    out = pd.DataFrame({n: _scores(x, b[rows], y[rows], k) for n, x in found.items()}).T
+    out = pd.DataFrame({n: _batch_scores(x, b[rows], y[rows], k) for n, x in found.items()}).T
     return out.assign(cells=len(rows), batches=len(set(b[rows])), labels=len(set(y[rows])))
 
 # %% ../../nbs/10b_metrics.ipynb #b833900a
@@ -199,7 +235,10 @@ def scib(
     whole = np.logical_and.reduce([vectors_of(adata, key)[1] for key in keys])
     for c in (batch, label): text_column(adata, c, 'scIB')
     try: from scib_metrics.benchmark import Benchmarker
-    except ImportError as e: raise GeneformerError("scib needs the package scib-metrics: pip install 'geneformer_nb[bio]'; batch_check needs nothing.") from e
-    b = Benchmarker(adata[whole].copy(), batch_key=batch, label_key=label, embedding_obsm_keys=keys, **kwargs)
+    except ImportError as e:
+        raise GeneformerError("scib needs the package scib-metrics: pip install "
+                              "'geneformer_nb[bio]'; batch_check needs nothing.") from e
+    b = Benchmarker(adata[whole].copy(), batch_key=batch, label_key=label, embedding_obsm_keys=keys,
+                    **kwargs)
     b.benchmark()
     return b.get_results(min_max_scale=False)

@@ -8,14 +8,16 @@ __all__ = ['need_obs', 'donor_labels', 'split_donors', 'fold_donors', 'split_bal
 # %% ../../nbs/10_splits.ipynb #e6fe74e6
 import warnings
 import numpy as np, pandas as pd
-from ..core import GeneformerError, LeakError
+from ..core import check_columns, GeneformerError, LeakError
 
 # %% ../../nbs/10_splits.ipynb #021af008
 def need_obs(obs, *columns):
+    "Raise `GeneformerError` unless obs has these columns and no value of them is missing"
+    check_columns(obs, *columns)
     for c in columns:
-        if c not in obs: raise GeneformerError(f"obs has no column {c!r} (it has {', '.join(map(str, obs.columns)) or 'none'}).")
-        if obs[c].isna().any(): raise GeneformerError(f"obs[{c!r}] is missing for {int(obs[c].isna().sum())} of {len(obs)} cells: "
-                                                      "fill it in or leave those cells out.")
+        if obs[c].isna().any():
+            raise GeneformerError(f"obs[{c!r}] is missing for {int(obs[c].isna().sum())} of "
+                                  f"{len(obs)} cells: fill it in or leave those cells out.")
 
 def donor_labels(
     obs:pd.DataFrame, # one row a cell
@@ -24,7 +26,8 @@ def donor_labels(
 )->pd.Series: # donor → its commonest class; raises `GeneformerError` for missing columns or values
     "The class of each donor"
     need_obs(obs, donor, label)
-    return obs.groupby(obs[donor].astype(str), observed=True)[label].agg(lambda s: str(s.mode().iloc[0]))
+    return obs.groupby(obs[donor].astype(str),
+                       observed=True)[label].agg(lambda s: str(s.mode().iloc[0]))
 
 def split_donors(
     obs:pd.DataFrame, # one row a cell
@@ -35,14 +38,17 @@ def split_donors(
 )->np.ndarray: # "train" or "test" for each cell; raises `LeakError` when a class has a single donor
     "Hold out donors, some of every class"
     of, rng, held = donor_labels(obs, donor, label), np.random.default_rng(seed), []
-    per_class = obs.groupby(obs[label].astype(str), observed=True)[donor].agg(lambda s: sorted(set(map(str, s))))
+    per_class = obs.groupby(obs[label].astype(str),
+                            observed=True)[donor].agg(lambda s: sorted(set(map(str, s))))
     for cls, names in per_class.items():
-        if len(names) < 2: raise LeakError(f"Class {cls!r} of {label!r} has one donor only ({names[0]}): nothing can be held out for "
-            "it. Bring more donors, or leave its cells out.")
+        if len(names) < 2:
+            raise LeakError(f"Class {cls!r} of {label!r} has one donor only ({names[0]}): nothing "
+                            "can be held out for it. Bring more donors, or leave its cells out.")
         own = [n for n in names if of[n] == cls]
         k = min(max(1, round(test * len(own))), len(own) - 1) if len(own) > 1 else 0
         held += list(rng.permutation(own)[:k])
-    for names in per_class:  # a class that is no donor's commonest, such as a rare cell type: one who has it is enough
+    # a class that is no donor's commonest, such as a rare cell type: one who has it is enough
+    for names in per_class:
         if not set(names) & set(held): held.append(rng.permutation(names)[0])
     return np.where(obs[donor].astype(str).isin(held), 'test', 'train')
 
@@ -54,56 +60,70 @@ def fold_donors(
     folds:int=3, # number of folds; 0 or "loo" leaves out one donor at a time
     seed:int=0, # which donors go together
 )->np.ndarray: # number of the fold in which each cell is held out; raises `LeakError`
-    "Every donor is held out once, classes spread over the folds (scikit-learn's StratifiedGroupKFold)"
+    "Hold out every donor once, classes spread over folds (StratifiedGroupKFold of scikit-learn)"
     need_obs(obs, donor, label)
     names, y = obs[donor].astype(str).to_numpy(), obs[label].astype(str).to_numpy()
     if folds in (0, 'loo'): return pd.factorize(names, sort=True)[0]
     n = pd.Series(names).groupby(y).nunique()
-    if not isinstance(folds, (int, np.integer)) or folds < 2: raise GeneformerError(f"folds is a number from 2 up, or 'loo', not {folds!r}.")
-    if folds > n.min(): raise LeakError(f"{folds} folds need {folds} donors in each class, and {n.idxmin()!r} has {n.min()}: use fewer folds.")
+    if not isinstance(folds, (int, np.integer)) or folds < 2:
+        raise GeneformerError(f"folds is a number from 2 up, or 'loo', not {folds!r}.")
+    if folds > n.min():
+        raise LeakError(f"{folds} folds need {folds} donors in each class, and {n.idxmin()!r} has "
+                        f"{n.min()}: use fewer folds.")
     from sklearn.model_selection import StratifiedGroupKFold
     out = np.empty(len(obs), int)
-    for i, (_, test) in enumerate(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(y, y, names)): out[test] = i
+    for i, (_, test) in enumerate(StratifiedGroupKFold(folds, shuffle=True,
+                                                       random_state=seed).split(y, y, names)):
+        out[test] = i
     return out
 
 # %% ../../nbs/10_splits.ipynb #e35d1755
-def _unlike(values, held):
-    "p-value for a difference between held-out donors and the others; and what each side looks like"
+def _difference(values, held):
+    "p-value of a difference between held-out donors and the others, and text for each side"
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         from scipy.stats import mannwhitneyu
         same = values.nunique() < 2
-        return (1. if same else mannwhitneyu(values[held], values[~held]).pvalue), *(f'{values[h].mean():.3g}' for h in (~held, held))
+        return (1. if same else mannwhitneyu(values[held],
+                                             values[~held]).pvalue), *(f'{values[h].mean():.3g}'
+            for h in (~held, held))
     from scipy.stats import chi2_contingency
     table = pd.crosstab(values.astype(str), held)
     p = chi2_contingency(table)[1] if len(table) > 1 else 1.
     return p, *(', '.join(f'{k} {n}' for k, n in table[h].items()) for h in (False, True))
 
+# %% ../../nbs/10_splits.ipynb #20df68fa
 def split_balanced(
     obs:pd.DataFrame, # one row a cell
     donor:str, # column of donors
-    balance, # columns that the two sides should share: numbers (mean of a donor's cells) or names (its commonest)
+    balance, # columns to balance: numbers (mean over a donor's cells) or names (its commonest)
     label:str=None, # column of classes, each of which gets donors on both sides; None: no classes
     test:float=.33, # as in `split_donors`
     trials:int=100, # splits drawn, the best is kept
     least:float=.1, # warn when some column differs with a p-value below this
     seed:int=0, # of the first split
 )->tuple: # ("train" or "test" for each cell, table: column, p, train and test side)
-    "Hold out donors that are like the others (official `attr_to_split`, `attr_to_balance`); raises `LeakError`, `GeneformerError`"
+    "Hold out balanced donors (`attr_to_balance`); raises `LeakError`, `GeneformerError`"
     balance = [balance] if isinstance(balance, str) else list(balance)
-    if not balance or trials < 1: raise GeneformerError("Name the columns to balance, and draw one split or more.")
+    if not balance or trials < 1:
+        raise GeneformerError("Name the columns to balance, and draw one split or more.")
     need_obs(obs, donor, *balance, *([label] if label else []))
     own = obs.groupby(obs[donor].astype(str), observed=True)
-    def of_donor(c): return own[c].mean() if pd.api.types.is_numeric_dtype(obs[c]) else own[c].agg(lambda s: s.mode().iloc[0]).astype(str)
+    def of_donor(c):
+        return (own[c].mean() if pd.api.types.is_numeric_dtype(obs[c])
+                else own[c].agg(lambda s: s.mode().iloc[0]).astype(str))
     facts = pd.DataFrame({c: of_donor(c) for c in balance})
     classed, best = obs if label else obs.assign(_all='all'), None
     for i in range(trials):
         split = split_donors(classed, donor, label or '_all', test, seed * 1_000_003 + i)
         held = facts.index.isin(obs[donor].astype(str)[split == 'test'])
-        rows = {c: _unlike(facts[c], held) for c in balance}
-        if best is None or min(r[0] for r in rows.values()) > min(r[0] for r in best[1].values()): best = split, rows
+        rows = {c: _difference(facts[c], held) for c in balance}
+        if best is None or min(r[0] for r in rows.values()) > min(r[0] for r in best[1].values()):
+            best = split, rows
     table = pd.DataFrame(best[1], index=['p', 'train', 'test']).T.rename_axis('column')
-    if (worst := table['p'].astype(float)).min() < least: warnings.warn(f"Train and test differ in {worst.idxmin()!r} (p {worst.min():.2g}) even in the "
-        f"best of {trials} splits: draw more of them, or balance fewer columns.", stacklevel=2)
+    if (worst := table['p'].astype(float)).min() < least:
+        warnings.warn(f"Train and test differ in {worst.idxmin()!r} (p {worst.min():.2g}) even in "
+                      f"the best of {trials} splits: draw more of them, or balance fewer columns.",
+                      stacklevel=2)
     return best[0], table
 
 # %% ../../nbs/10_splits.ipynb #262fad47
@@ -113,20 +133,29 @@ def audit_split(
     donor:str=None, # column of donors; None can only count cells, and says so
     label:str=None, # column of classes
 )->pd.DataFrame: # one row a side: cells, donors, classes
-    "Raise `LeakError` when a donor or a cell stands on both sides, or a class is missing from one"
+    "Raise `LeakError` if a donor or cell is on both sides, or a test class is not in train"
     split = np.asarray(split)
-    if len(split) != len(obs): raise GeneformerError(f"The split has {len(split)} entries for {len(obs)} cells.")
+    if len(split) != len(obs):
+        raise GeneformerError(f"The split has {len(split)} entries for {len(obs)} cells.")
     side = {s: obs[split == s] for s in ('train', 'test')}
     for s, o in side.items():
-        if not len(o): raise LeakError(f"No cell is in {s!r}: nothing to {'learn from' if s == 'train' else 'test on'}.")
+        if not len(o):
+            raise LeakError(f"No cell is in {s!r}: nothing to "
+                            f"{'learn from' if s == 'train' else 'test on'}.")
     keys = [('cell', obs.index.to_series())] if obs.index.is_unique else []
-    if donor is not None: need_obs(obs, donor); keys.append(('donor', obs[donor].astype(str)))
+    if donor is not None:
+        need_obs(obs, donor)
+        keys.append(('donor', obs[donor].astype(str)))
     for what, col in keys:
         both = sorted(set(col[split == 'train']) & set(col[split == 'test']))
-        if both: raise LeakError(f"{len(both)} {what}s stand in train and in test, {both[0]!r} first: split by {what} "
-                                 "(evaluate.split_donors).")
+        if both:
+            raise LeakError(f"{len(both)} {what}s stand in train and in test, {both[0]!r} first: "
+                            f"split by {what} (evaluate.split_donors).")
     if label is not None:
         lost = set(side['test'][label].astype(str)) - set(side['train'][label].astype(str))
-        if lost: raise LeakError(f"Class {sorted(lost)[0]!r} is in test but never in train: it cannot be learned.")
+        if lost:
+            raise LeakError(f"Class {sorted(lost)[0]!r} is in test but never in train: it cannot "
+                            "be learned.")
     return pd.DataFrame({s: {'cells': len(o), 'donors': o[donor].nunique() if donor else 'unknown',
-                             'classes': o[label].nunique() if label else ''} for s, o in side.items()}).T
+                             'classes': o[label].nunique() if label else ''}
+                         for s, o in side.items()}).T

@@ -16,7 +16,7 @@ from ..core import GeneformerError, progress, verb
 from ..model.embed import pick_cells
 from .engine import Engine, arrange, fit_budget, packed, singles
 from ..model.bert import Geneformer, Reader
-from ..jobs import whole
+from ..jobs import check_positive
 
 # %% ../../nbs/30_perturb.ipynb #0b999f6d
 class Op(NamedTuple):
@@ -298,7 +298,7 @@ def perturb(
    # towards it), shift_p(<class>) (change of its probability); with `affected` also a table (row, affected, cosine)
     "Perturb cells and measure where they go (official `InSilicoPerturber`); raises `VocabularyError`, `GeneformerError`"
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
-    if budget is not None: whole(budget=budget)
+    if budget is not None: check_positive(budget=budget)
     plan, parts, effects = ActionPlan([actions], engine.encoder.vocabulary), [], []
     rows = pick_cells(cells.obs, where)
     forms = (f for c in progress(rows, 'perturbing', unit='cells', show=show) for f in plan.forms(cells, c))

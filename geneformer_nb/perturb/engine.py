@@ -12,7 +12,7 @@ import numpy as np, torch, torch.nn.functional as F
 from ..data.cells import Cells
 from ..core import GeneformerError, pick_dtype
 from ..model.cpu_kernels import fast_matmul
-from ..model.bert import Geneformer, runs
+from ..model.bert import Geneformer, length_groups
 
 # %% ../../nbs/30a_engine.ipynb #aa90705c
 @dataclass
@@ -169,7 +169,7 @@ def first_tokens(
     first = x[torch.as_tensor(np.asarray(offsets)[:-1], device=x.device)]
     with fast_matmul(x.device):
         (q,), (k, v), parts, done = _heads(block, first, 'query'), _heads(block, x, 'key', 'value'), [], 0
-        for s, b, n in runs(offsets):
+        for s, b, n in length_groups(offsets):
             kk, vv = (y[:, s:s + b*n].unflatten(1, (b, n)).transpose(0, 1) for y in (k, v))  # b h n e
             parts.append(F.scaled_dot_product_attention(q[:, done:done + b].transpose(0, 1)[:, :, None], kk, vv)[:, :, 0].flatten(1)); done += b
         y = block.attention.output(torch.cat(parts), first)

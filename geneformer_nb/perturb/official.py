@@ -204,7 +204,7 @@ def aggregate_data(
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/31b_official.ipynb #adf83516
-def _named(ids, vocabulary, names=('Gene', 'Gene_name', 'Ensembl_ID')):
+def _made_by(ids, vocabulary, names=('Gene', 'Gene_name', 'Ensembl_ID')):
     "Token, symbol and id of each; tuples for a group, and the id thrice without a vocabulary; NaN where a gene has no symbol"
     token, symbol = (str, str) if vocabulary is None else (lambda g: int(vocabulary.token(g)), lambda g: vocabulary.symbols.get(g, np.nan))
     def each(f, g): return (got := tuple(f(x) for x in str(g).split('+')))[0 if len(got) == 1 else slice(None)]
@@ -220,26 +220,26 @@ def _goal(raw, vocabulary, official, goal, alt, genes, **_):
     t = {s: goal_state_shift(raw, s, official=official).set_index('gene_id') for s in names}
     cols = {names[s][i]: x[c] for i, c in enumerate(('shift', 'p', 'fdr')) for s, x in t.items()}
     cols |= dict(N_Detections=t[goal].n_cells, Sig=t[goal].significant.astype(int))
-    return pd.concat([_named(t[goal].index, vocabulary), pd.DataFrame(cols).loc[t[goal].index].reset_index(drop=True)], axis=1)
+    return pd.concat([_made_by(t[goal].index, vocabulary), pd.DataFrame(cols).loc[t[goal].index].reset_index(drop=True)], axis=1)
 
 def _vs_null(raw, vocabulary, goal, null, **_):
     if null is None: raise GeneformerError("vs_null needs null=, the raw table of the null cells.")
     t = vs_null(raw, null, goal)
-    return _named(t.gene_id, vocabulary).assign(Test_avg_shift=t['shift'], Null_avg_shift=t.null_shift, Test_vs_null_avg_shift=t.difference,
+    return _made_by(t.gene_id, vocabulary).assign(Test_avg_shift=t['shift'], Null_avg_shift=t.null_shift, Test_vs_null_avg_shift=t.difference,
         Test_vs_null_pval=t.p, Test_vs_null_FDR=t.fdr, N_Detections_test=t.n_cells, N_Detections_null=t.n_null, Sig=t.significant.astype(int))
 
 # %% ../../nbs/31b_official.ipynb #58eae67b
 def _mixture(raw, vocabulary, official, goal, anchor, **_):
     if anchor is None:
         t = mixture_model(raw, goal, official=official)
-        return _named(t.gene_id, vocabulary).assign(Test_avg_shift=t['shift'], Impact_component=t.impact.astype(int),
+        return _made_by(t.gene_id, vocabulary).assign(Test_avg_shift=t['shift'], Impact_component=t.impact.astype(int),
                                                     Impact_component_percent=t.impact_percent, N_Detections=t.n_cells)
     ids = raw.gene_id.astype(str)
     t = excess(raw[[anchor in g.split('+') for g in ids]].pipe(lambda d: pd.concat([d, raw[~ids.str.contains('+', regex=False) & (ids != anchor)]])), goal)
     ahead = np.array([g.split('+')[0] == anchor for g in t.gene_id.astype(str)])
     m = mixture_model(raw[raw.perturbation.isin(t.perturbation)], goal, official=official).set_index('perturbation').loc[t.perturbation]
     other = [next(x for x in g.split('+') if x != anchor) for g in t.gene_id.astype(str)]
-    out = _named(other, vocabulary).assign(Anchor_shift=np.where(ahead, t['first'], t.second), Test_token_shift=np.where(ahead, t.second, t['first']),
+    out = _made_by(other, vocabulary).assign(Anchor_shift=np.where(ahead, t['first'], t.second), Test_token_shift=np.where(ahead, t.second, t['first']),
         Sum_of_indiv_shifts=t.expected, Combo_shift=t.combined, Combo_minus_sum_shift=t.excess, Impact_component=m.impact.to_numpy(int),
         Impact_component_percent=m.impact_percent.to_numpy(), N_Detections=t.n_cells)
     return out.sort_values(['Impact_component', 'Combo_minus_sum_shift'], ascending=[False, True], ignore_index=True)
@@ -255,8 +255,8 @@ def _gene_shifts(raw, vocabulary, effects, **_):
     t = t.sort_values('affected', key=lambda a: a != 'cell_emb', kind='stable', ignore_index=True)
     cell = (t.affected == 'cell_emb').to_numpy()
     hit = pd.concat([pd.DataFrame(dict(Affected='cell_emb'), index=range(cell.sum())),
-                     _named(t.affected[~cell], vocabulary, ('Affected', 'Affected_gene_name', 'Affected_Ensembl_ID'))], ignore_index=True)
-    return pd.concat([_named(t.perturbation, vocabulary, ('Perturbed', 'Gene_name', 'Ensembl_ID')), hit], axis=1).reindex(
+                     _made_by(t.affected[~cell], vocabulary, ('Affected', 'Affected_gene_name', 'Affected_Ensembl_ID'))], ignore_index=True)
+    return pd.concat([_made_by(t.perturbation, vocabulary, ('Perturbed', 'Gene_name', 'Ensembl_ID')), hit], axis=1).reindex(
         columns='Perturbed Gene_name Ensembl_ID Affected Affected_gene_name Affected_Ensembl_ID'.split()).assign(
         Cosine_sim_mean=t.cosine_mean, Cosine_sim_stdev=t.cosine_sd, N_Detections=t.n_cells)
 
@@ -264,7 +264,7 @@ def _gene_shifts(raw, vocabulary, effects, **_):
 def _data(raw, vocabulary, goal, genes, **_):
     if isinstance(genes, str) and genes == 'all': raise GeneformerError("aggregate_data needs genes=: the ids of the group that was perturbed.")
     t = aggregate_data(raw, genes, goal)
-    names = dict(zip(ids := t.gene_id.unique(), _named(ids, vocabulary).Gene_name))
+    names = dict(zip(ids := t.gene_id.unique(), _made_by(ids, vocabulary).Gene_name))
     return pd.DataFrame(dict(Cosine_sim=t.value, Gene=[names[g] for g in t.gene_id]))
 
 _modes = dict(goal_state_shift=_goal, vs_null=_vs_null, mixture_model=_mixture, aggregate_data=_data, aggregate_gene_shifts=_gene_shifts)

@@ -16,7 +16,7 @@ from ..model.embed import pick_cells
 from .engine import fit_budget, packed
 from ..model.bert import weights_digest
 from .actions import ActionPlan, Shifts, joined_shifts, make_engine, perturb, with_obs
-from ..jobs import run_shards, whole
+from ..jobs import run_shards, check_positive
 
 # %% ../../nbs/30c_shards.ipynb #4bd0d768
 def _forms(plan, cells, c):
@@ -131,7 +131,7 @@ def perturb_to(
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
     v, rows = engine.encoder.vocabulary, pick_cells(cells.obs, where) if rows is None else np.asarray(rows)
     plan = ActionPlan([actions], v)
-    whole(shard=shard, workers=workers, **({} if budget is None else dict(budget=budget)))
+    check_positive(shard=shard, workers=workers, **({} if budget is None else dict(budget=budget)))
     budget = budget or _kept_budget(out) or fit_budget(model)
     facts = dict(cells=digest(cells.tokens, cells.offsets), rows=digest(rows), vocabulary=v.hash, weights=_weights(model),
                  actions=[[ops, g if isinstance(g, str) or g is None else digest(g)] for ops, g in plan.parts],

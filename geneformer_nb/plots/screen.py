@@ -11,21 +11,23 @@ from ..core import GeneformerError
 from .style import axes_of, gray, need_columns, palette, styled
 
 # %% ../../nbs/12c_screen_plots.ipynb #7b2b1503
-def _one(table, state, what):
+def _one_state(table, state, what):
     "The rows of one state, over all donors; raises `GeneformerError` when it must be chosen"
     table = need_columns(table, ['state', 'shift', 'symbol', 'kind'], what)
     there = list(pd.unique(table.state))
     if state is None and len(there) == 1: state = there[0]
     if state not in there:
-        raise GeneformerError(f"{what} shows one state: pass state=, one of {', '.join(map(str, there))}.")
+        raise GeneformerError(f"{what} shows one state: pass state=, one of "
+                              f"{', '.join(map(str, there))}.")
     table = table[table.state == state]
     return table[table.donor == 'all'] if 'donor' in table else table
 
-def _names(table): return [s if k == 'KO' else f'{s} ({k})' for s, k in zip(table.symbol, table.kind)]
+def _perturbation_names(table):
+    return [s if k == 'KO' else f'{s} ({k})' for s, k in zip(table.symbol, table.kind)]
 
 # %% ../../nbs/12c_screen_plots.ipynb #1b2ee398
-def _label(ax, x, y, names):
-    "Names beside points, moved up or down until they do not cover each other"
+def _place_labels(ax, x, y, names):
+    "Write names beside points without overlap"
     ax.figure.canvas.draw()
     height, placed = 12*ax.figure.dpi/72, []
     left, right = ax.get_xlim()
@@ -33,10 +35,12 @@ def _label(ax, x, y, names):
         px, py = ax.transData.transform((x[i], y[i]))
         side = -1 if (x[i] - left) > .8*(right - left) else 1
         want = py + 3
-        while any(s == side and abs(px - qx) < 70 and abs(want - qy) < height for s, qx, qy in placed): want -= height/4
+        while any(s == side and abs(px - qx) < 70 and abs(want - qy) < height
+                  for s, qx, qy in placed):
+            want -= height/4
         placed.append((side, px, want))
-        ax.annotate(names[i], (x[i], y[i]), (8*side, (want - py)*72/ax.figure.dpi), textcoords='offset points',
-                    fontsize=8.5, ha='left' if side > 0 else 'right', 
+        ax.annotate(names[i], (x[i], y[i]), (8*side, (want - py)*72/ax.figure.dpi),
+                    textcoords='offset points', fontsize=8.5, ha='left' if side > 0 else 'right',
                     arrowprops=dict(arrowstyle='-', color='.7', lw=.6, shrinkB=2))
 
 # %% ../../nbs/12c_screen_plots.ipynb #a965b96f
@@ -50,26 +54,33 @@ def volcano(
     mark=(), # symbols or perturbations to ring, such as known drivers
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "Shift of each perturbation against its evidence"
-    t = need_columns(_one(table, state, 'A volcano plot'), ['p', 'fdr'], 'A volcano plot')
+    "Shift of each perturbation against its p-value; raises `GeneformerError`"
+    t = need_columns(_one_state(table, state, 'A volcano plot'), ['p', 'fdr'], 'A volcano plot')
     t = t.dropna(subset=['p']).reset_index(drop=True)
-    if not len(t): raise GeneformerError("A volcano plot needs p-values; the table has none: too few cells or donors.")
+    if not len(t):
+        raise GeneformerError("A volcano plot needs p-values; the table has none: too few cells or "
+                              "donors.")
     ax, y = axes_of(ax, (5.6, 4)), -np.log10(t.p.clip(lower=1e-300))
     sig = t.fdr < alpha
     towards = t['shift'] > (t.null_shift.fillna(0) if 'null_shift' in t else 0)
     for pick, color, label, marker in ((~sig, '#BFBFBF', 'not significant', 'o'),
                                        (sig & ~towards, palette[1], 'away', 'v'),
                                        (sig & towards, palette[0], f'towards {t.state[0]}', '^')):
-        if pick.any(): ax.scatter(t['shift'][pick], y[pick], s=22, c=color, marker=marker, lw=0, alpha=.85,
+        if pick.any():
+            ax.scatter(t['shift'][pick], y[pick], s=22, c=color, marker=marker, lw=0, alpha=.85,
                                   label=f'{label} ({pick.sum()})')
     ring = t.symbol.isin(list(mark)) | t.perturbation.isin(list(mark))
     ax.scatter(t['shift'][ring], y[ring], s=110, facecolors='none', edgecolors='black', lw=1.2,
                label='marked' if ring.any() else None)
-    ax.axvline(0, color=gray, lw=.8); ax.margins(.1)
+    ax.axvline(0, color=gray, lw=.8)
+    ax.margins(.1)
     ax.set(xlabel=f'shift towards {t.state[0]} (cosine)', ylabel='evidence, $-\\log_{10}$ p')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1), handletextpad=.2)
-    order = t['shift'].abs().where(sig | (sig.sum() == 0)).sort_values(ascending=False).dropna().index[:n]
-    _label(ax, t['shift'][order].to_numpy(), y[order].to_numpy(), _names(t.loc[order]))
+    order = t['shift'].abs().where(sig
+                                   | (sig.sum() == 0)).sort_values(ascending=False).dropna().index[
+        :n]
+    _place_labels(ax, t['shift'][order].to_numpy(), y[order].to_numpy(),
+                  _perturbation_names(t.loc[order]))
     return ax
 
 # %% ../../nbs/12c_screen_plots.ipynb #ab4d3d24
@@ -84,21 +95,28 @@ def top_targets(
     alpha:float=.05, # false discovery rate below which a bar is dark
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "The perturbations that shift furthest, with 95 % intervals, and what matched genes do"
-    t = need_columns(_one(table, state, 'A plot of targets'), ['ci_low', 'ci_high', by], 'A plot of targets')
+    "Perturbations with the largest shift, with 95 % intervals and matched genes"
+    t = need_columns(_one_state(table, state, 'A plot of targets'), ['ci_low', 'ci_high', by],
+                     'A plot of targets')
     t = t.sort_values(by, ascending=False, kind='stable').head(n).reset_index(drop=True)
     ax, y = axes_of(ax, (5.2, .8 + .27*len(t))), np.arange(len(t))
     dark = (t.fdr < alpha).fillna(False) if 'fdr' in t else np.ones(len(t), bool)
     ax.barh(y, t['shift'], color=np.where(dark, palette[0], '#B5D3E7'), height=.7)
     err = np.abs(t[['ci_low', 'ci_high']].to_numpy().T - t['shift'].to_numpy())
     has = np.isfinite(err).all(0) # no interval is no interval, not one of no width
-    ax.errorbar(t['shift'][has], y[has], xerr=err[:, has], fmt='none', ecolor='black', elinewidth=1, capsize=2)
-    if 'null_shift' in t: ax.plot(t.null_shift, y, '|', color=palette[1], ms=11, mew=2, label='matched genes')
-    ax.set(yticks=y, yticklabels=_names(t), xlabel=f'shift towards {t.state[0]} (cosine), 95 % interval')
-    for tick, s in zip(ax.get_yticklabels(), t.symbol): tick.set_fontweight('bold' if s in set(mark) else 'normal')
+    ax.errorbar(t['shift'][has], y[has], xerr=err[:, has], fmt='none', ecolor='black', elinewidth=1,
+                capsize=2)
+    if 'null_shift' in t:
+        ax.plot(t.null_shift, y, '|', color=palette[1], ms=11, mew=2, label='matched genes')
+    ax.set(yticks=y, yticklabels=_perturbation_names(t), xlabel=f'shift towards {t.state[0]} '
+           '(cosine), 95 % interval')
+    for tick, s in zip(ax.get_yticklabels(), t.symbol):
+        tick.set_fontweight('bold' if s in set(mark) else 'normal')
     for color, label in ((palette[0], f'FDR < {alpha}'), ('#B5D3E7', 'not significant')):
         ax.barh([0], [0], color=color, label=label)
-    ax.invert_yaxis(); ax.axvline(0, color=gray, lw=.8); ax.legend(loc='lower right')
+    ax.invert_yaxis()
+    ax.axvline(0, color=gray, lw=.8)
+    ax.legend(loc='lower right')
     return ax
 
 # %% ../../nbs/12c_screen_plots.ipynb #c90a8424
@@ -112,26 +130,30 @@ def shift_plot(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Shift of each perturbation in each donor, with mean and 95 % interval"
-    everyone = _one(table, state, 'A plot by donor').sort_values('shift', ascending=False, kind='stable')
+    everyone = _one_state(table, state, 'A plot by donor').sort_values('shift', ascending=False,
+        kind='stable')
     if genes is not None:
-        everyone = everyone[everyone.symbol.isin(list(genes)) | everyone.perturbation.isin(list(genes))]
+        everyone = everyone[everyone.symbol.isin(list(genes))
+                            | everyone.perturbation.isin(list(genes))]
     every = everyone.head(n if genes is None else None).reset_index(drop=True)
     each = table[(table.donor != 'all') & (table.state == every.state.get(0))]
     each = each[each.perturbation.isin(every.perturbation)]
     if not len(each):
-        raise GeneformerError("A plot by donor needs rows by donor (summarize with donor= and by_donor=True) of "
-                              "perturbations that are in the table.")
+        raise GeneformerError("A plot by donor needs rows by donor (summarize with donor= and "
+                              "by_donor=True) of perturbations that are in the table.")
     ax, y = axes_of(ax, (5.6, .9 + .3*len(every))), np.arange(len(every))
     half = np.abs(every[['ci_low', 'ci_high']].to_numpy().T - every['shift'].to_numpy())
-    ax.errorbar(every['shift'], y, xerr=half, fmt='D', ms=5, color='black', elinewidth=1, capsize=3, zorder=3,
-                label='mean, 95 %')
+    ax.errorbar(every['shift'], y, xerr=half, fmt='D', ms=5, color='black', elinewidth=1, capsize=3,
+                zorder=3, label='mean, 95 %')
     place, donors = dict(zip(every.perturbation, y)), sorted(each.donor.unique())
     for i, d in enumerate(donors):
         e, jitter = each[each.donor == d], (i/(max(len(donors) - 1, 1)) - .5)*.5
         ax.scatter(e['shift'], e.perturbation.map(place) + jitter, s=20, color=palette[i % 7], lw=0,
                    marker='osv^<>P'[i//7 % 7], label=d if len(donors) <= 12 else None)
-    ax.set(yticks=y, yticklabels=_names(every), xlabel=f'shift towards {every.state[0]} (cosine)')
-    ax.invert_yaxis(); ax.axvline(0, color=gray, lw=.8)
+    ax.set(yticks=y, yticklabels=_perturbation_names(every),
+           xlabel=f'shift towards {every.state[0]} (cosine)')
+    ax.invert_yaxis()
+    ax.axvline(0, color=gray, lw=.8)
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1), handletextpad=.2)
     return ax
 
@@ -141,18 +163,20 @@ def recall_curve(
     rankings:dict, # {method: genes, best first; a gene named twice counts where it comes first}
     truth, # the genes that should come first
     *,
-    n_genes:int=None, # length of the whole list, for the random line; None takes the longest ranking
+    n_genes:int=None, # length of the whole list; None takes the longest ranking
     top:int=None, # how far to look; None shows all
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Share of the true genes among the first k of each ranking"
     truth, rankings = set(truth), {k: list(dict.fromkeys(v)) for k, v in rankings.items()}
-    if not truth or not rankings: raise GeneformerError("A recall curve needs at least one ranking and one true gene.")
+    if not truth or not rankings:
+        raise GeneformerError("A recall curve needs at least one ranking and one true gene.")
     n = n_genes or max(map(len, rankings.values()))
     ax = axes_of(ax)
     for i, (name, genes) in enumerate(rankings.items()):
         recall = np.r_[0, np.cumsum([g in truth for g in genes])]/len(truth)
-        ax.step(np.arange(len(recall)), recall, where='post', lw=2, ls=['-', '--', ':', '-.'][i % 4], label=name)
+        (ax.step(np.arange(len(recall)), recall, where='post', lw=2,
+                 ls=['-', '--', ':', '-.'][i % 4], label=name))
     ax.plot([0, n], [0, 1], color=gray, lw=1, label='random')
     ax.set(xlim=(0, top or n), ylim=(-.02, 1.04), xlabel='genes looked at, best first',
            ylabel=f'true genes found (of {len(truth)})')

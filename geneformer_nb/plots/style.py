@@ -12,17 +12,19 @@ import numpy as np, pandas as pd
 from ..core import GeneformerError
 
 # %% ../../nbs/12_plots.ipynb #6616c43e
-palette = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442', '#000000') # Okabe and Ito
+# Okabe and Ito
+palette = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#F0E442', '#000000')
 gray = '#8C8C8C'
 
 @contextmanager
 def figure_style():
-    "The look of the book's figures, inside a `with`; yours is back afterwards"
+    "Style of the book's figures inside a `with` block"
     import matplotlib as mpl
     from cycler import cycler
-    rc = {'axes.prop_cycle': cycler(color=palette), 'axes.spines.top': False, 'axes.spines.right': False,
-          'font.size': 10, 'axes.titlesize': 11, 'axes.labelsize': 10, 'legend.frameon': False, 'legend.fontsize': 9,
-          'figure.dpi': 90, 'savefig.dpi': 200, 'figure.constrained_layout.use': True, 'axes.axisbelow': True, 'pdf.fonttype': 42}
+    rc = {'axes.prop_cycle': cycler(color=palette), 'axes.spines.top': False,
+          'axes.spines.right': False, 'font.size': 10, 'axes.titlesize': 11, 'axes.labelsize': 10,
+          'legend.frameon': False, 'legend.fontsize': 9, 'figure.dpi': 90, 'savefig.dpi': 200,
+          'figure.constrained_layout.use': True, 'axes.axisbelow': True, 'pdf.fonttype': 42}
     with mpl.rc_context(rc): yield
 
 def styled(f):
@@ -37,7 +39,7 @@ def axes_of(ax, size=(5, 3.4)):
 
 # %% ../../nbs/12_plots.ipynb #ee7cb1f4
 def need_columns(table, names, what):
-    "Refuse a table that lacks columns or rows, in a sentence"
+    "`table` if it has the columns and rows; raises `GeneformerError` otherwise"
     lacks = [c for c in names if c not in table]
     if lacks:
         raise GeneformerError(f"{what} needs the column {', '.join(lacks)}; "
@@ -60,10 +62,12 @@ def embedding(
     if obs is not None:
         basis = basis if basis in adata.obsm or basis.startswith('X_') else f'X_{basis}'
         if basis not in adata.obsm:
-            raise GeneformerError(f"obsm has no '{basis}'; it has {', '.join(adata.obsm) or 'nothing'}.")
+            raise GeneformerError(f"obsm has no '{basis}'; it has "
+                                  f"{', '.join(adata.obsm) or 'nothing'}.")
         xy = adata.obsm[basis]
     if isinstance(color, str):
-        if obs is None or color not in obs: raise GeneformerError(f"There is no column '{color}' in obs to color by.")
+        if obs is None or color not in obs:
+            raise GeneformerError(f"There is no column '{color}' in obs to color by.")
         name, color = color, obs[color]
     xy = np.asarray(xy)[:, :2]
     ax, s = axes_of(ax, (5, 3.8)), size or float(np.clip(12_000/len(xy), 2, 40))
@@ -78,14 +82,13 @@ def embedding(
     ax.set(xlabel=f'{label} 1', ylabel=f'{label} 2', xticks=[], yticks=[])
     return ax
 
+# %% ../../nbs/12_plots.ipynb #365de40d
 def _by_label(ax, xy, label, order, s, name):
-    if len(label.categories) > 8:
-        import seaborn as sns
-        colors = np.array(sns.husl_palette(len(label.categories), s=.8, l=.55))
-    else:
-        from matplotlib.colors import to_rgb
-        colors = np.array([to_rgb(c) for c in palette])
-    rgb = np.where(label.codes[:, None] < 0, .8, colors[label.codes])
-    ax.scatter(*xy[order].T, s=s, lw=0, c=rgb[order])
-    for i, k in enumerate(label.categories): ax.scatter([], [], s=35, lw=0, color=colors[i], label=k)
+    "Draw cells colored by a categorical, in the order given; cells without a label are gray"
+    import seaborn as sns
+    names = label.categories
+    colors = palette[:len(names)] if len(names) <= 8 else sns.husl_palette(len(names), s=.8, l=.55)
+    ax.scatter(*xy[label.codes < 0].T, s=s, lw=0, color='.8')
+    sns.scatterplot(x=xy[order, 0], y=xy[order, 1], hue=label[order], hue_order=names,
+                    palette=list(colors), s=s, linewidth=0, ax=ax)
     ax.legend(title=name, loc='center left', bbox_to_anchor=(1, .5), handletextpad=.2)

@@ -13,7 +13,7 @@ from .style import axes_of, gray, need_columns, styled
 # %% ../../nbs/12b_training_plots.ipynb #9565b7a6
 @styled
 def loss_curve(
-    history, # table or list of dicts with `step` and `loss`, perhaps `eval_loss`, such as `trainer.state.log_history`
+    history, # table or list of dicts of `step`, `loss`, `eval_loss`, as `trainer.state.log_history`
     *,
     chance:float=None, # a loss to beat, drawn as a line: log of the vocabulary's size for guessing
     ax=None, # Axes to draw into; None makes a figure
@@ -26,8 +26,10 @@ def loss_curve(
         if col in h and h[col].notna().any():
             d = h[h[col].notna()]
             ax.plot(d.step, d[col], label=f'{label}, last {d[col].iloc[-1]:.2f}', **look)
-    if chance is not None: ax.axhline(chance, color=gray, lw=1, ls='--', label=f'guessing, {chance:.2f}')
-    ax.set(xlabel='step', ylabel='loss (nats a masked rank)'); ax.legend()
+    if chance is not None:
+        ax.axhline(chance, color=gray, lw=1, ls='--', label=f'guessing, {chance:.2f}')
+    ax.set(xlabel='step', ylabel='loss (nats a masked rank)')
+    ax.legend()
     return ax
 
 # %% ../../nbs/12b_training_plots.ipynb #bf9f9bc9
@@ -39,7 +41,7 @@ def rank_curve(
     ylabel:str='count / total × 10,000 / median', # unit of the values
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "Values of a cell's genes by rank, both axes logarithmic: what rank value encoding keeps is the order only"
+    "Values of a cell's genes by rank, both axes logarithmic"
     values = values if isinstance(values, dict) else {None: values}
     ax = axes_of(ax)
     for name, v in values.items():
@@ -47,7 +49,8 @@ def rank_curve(
         ax.plot(np.arange(1, len(v) + 1), v, label=name, lw=1.5)
     for gene, x in (mark or {}).items():
         at = int((v > x).sum()) + 1
-        ax.plot(at, x, 'o', color='black', ms=4); ax.annotate(gene, (at, x), (5, 5), textcoords='offset points')
+        ax.plot(at, x, 'o', color='black', ms=4)
+        ax.annotate(gene, (at, x), (5, 5), textcoords='offset points')
     ax.set(xscale='log', yscale='log', xlabel='rank in the cell', ylabel=ylabel)
     if None not in values: ax.legend()
     return ax
@@ -68,13 +71,17 @@ def confusion(
         labels = list(labels if labels is not None else sorted({*y, *yhat}))
         y = pd.crosstab(y, yhat).reindex(index=labels, columns=labels, fill_value=0)
     m = pd.DataFrame(y, index=getattr(y, 'index', labels), columns=getattr(y, 'columns', labels))
-    if len(m) != m.shape[1]: raise GeneformerError(f"A confusion matrix is square, not {len(m)} by {m.shape[1]}.")
+    if len(m) != m.shape[1]:
+        raise GeneformerError(f"A confusion matrix is square, not {len(m)} by {m.shape[1]}.")
     share = m.div(m.sum(1).clip(lower=1), axis=0)
     text = share.map('{:.0%}'.format) + '\n' + m.map('{:,}'.format)
     size = 1.6 + .8*len(m)
     ax = axes_of(ax, (size + .9, size))
-    sns.heatmap(share, annot=text, fmt='', cmap='Blues', vmin=0, vmax=1, square=True, linewidths=1, ax=ax,
-                cbar_kws=dict(label='share of the true class', shrink=.7), annot_kws=dict(fontsize=9))
-    ax.set(xlabel='predicted', ylabel='true'); ax.tick_params(axis='y', rotation=0)
-    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=30, ha='right', rotation_mode='anchor')
+    sns.heatmap(share, annot=text, fmt='', cmap='Blues', vmin=0, vmax=1, square=True, linewidths=1,
+                ax=ax, cbar_kws=dict(label='share of the true class', shrink=.7),
+                annot_kws=dict(fontsize=9))
+    ax.set(xlabel='predicted', ylabel='true')
+    ax.tick_params(axis='y', rotation=0)
+    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=30, ha='right',
+                  rotation_mode='anchor')
     return ax

@@ -14,7 +14,7 @@ from ..core import GeneformerError, MissingDataError
 from ..perturb.official import bh
 from ..perturb.actions import KO, OE, drug
 from ..plots.style import axes_of, gray, need_columns, styled, palette
-from ..jobs import whole
+from ..jobs import check_positive
 
 # %% ../../nbs/35b_pathways.ipynb #0b69cfb6
 def read_gmt(
@@ -208,7 +208,7 @@ def enrich(
 )->pd.DataFrame: # set, direction, odds_ratio or es and nes, n_set, n_screened, n_background, n_top, genes, p, fdr
     "Which gene sets the genes of a screen belong to; raises `GeneformerError`, `MissingDataError`"
     if how not in ('ora', 'gsea'): raise GeneformerError(f"how={how!r} is 'ora' (the top) or 'gsea' (the whole ranking).")
-    whole(top=top, times=times, min_size=min_size, max_size=max_size)
+    check_positive(top=top, times=times, min_size=min_size, max_size=max_size)
     net, parts = gene_sets(sets).assign(target=lambda t: t.target.str.upper()), []
     for direction, t in _ranking(table, by, state, cell_type).groupby('direction', sort=True):
         scores = t.set_index('gene').score
@@ -321,7 +321,7 @@ def drug_scores(
 )->pd.DataFrame: # drug, score, by_lot (mean by lot), p (of a higher score), fdr, n_targets, n_screened, targets
     "What drugs are worth by the genes they act on; raises `GeneformerError`"
     t, ranking, kinds = read_drugs(drugs), _ranking(table, by, state, cell_type), dict(inhibit=inhibit, activate=activate)
-    whole(times=times)
+    check_positive(times=times)
     of, lots = {k: r.set_index('gene').score for k, r in ranking.groupby('direction')}, {}
     if not {inhibit, activate} & set(of): raise GeneformerError(
         f"The table has no rows of kind {inhibit} or {activate}; it has {', '.join(of)}.")
