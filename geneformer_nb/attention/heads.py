@@ -40,8 +40,10 @@ def _elteren(x, member, strata):
         r, m, w = rankdata(x[:, own], axis=1), a * (n - a), 1 / (n + 1)
         u = r[:, member[own]].sum(1) - a * (a + 1) / 2
         won, pairs, diff = won + w * u, pairs + w * m, diff + w * (u - m / 2)
-        var, used = var + w**2 * m / n * r.var(axis=1, ddof=1), used + a  # ties are in the variance of the ranks
-        ours, theirs = ours + x[:, own[member[own]]].sum(1), theirs + a * x[:, own[~member[own]]].mean(1)
+        # ties are in the variance of the ranks
+        var, used = var + w**2 * m / n * r.var(axis=1, ddof=1), used + a
+        ours, theirs = ours + x[:, own[member[own]]].sum(1), theirs + a * x[:,
+            own[~member[own]]].mean(1)
     if not used: return *np.full((3, len(x)), np.nan), 0
     z = diff / np.sqrt(np.where(var > 0, var, np.inf))
     return won / pairs, 2 * norm.sf(np.abs(z)), ours / np.maximum(theirs, 1e-300), used
@@ -60,15 +62,20 @@ def _members(t, genes, vocabulary):
 
 def _by_head(table):
     "Heads, genes, attention and expected attention (heads × genes) of the first table of `received`"
-    if isinstance(table, tuple): raise GeneformerError("received gives two tables, of genes and of ranks: pass the first, received(…)[0].")
-    t = need_columns(table, ['layer', 'head', 'gene_id', 'attention', 'expected', 'rank', 'n_cells'], 'A test of heads')
+    if isinstance(table, tuple):
+        raise GeneformerError(
+            "received gives two tables, of genes and of ranks: pass the first, received(…)[0].")
+    t = need_columns(table, ['layer', 'head', 'gene_id', 'attention', 'expected', 'rank',
+        'n_cells'], 'A test of heads')
     code, names = pd.factorize(t.gene_id)
     order = np.lexsort((code, t['head'], t.layer))
     heads = t[['layer', 'head']].drop_duplicates().sort_values(['layer', 'head'], ignore_index=True)
     if len(t) > len(heads) * len(names):
         raise GeneformerError("This table is of several groups of cells: choose the rows of one.")
-    if len(t) < len(heads) * len(names) or (code[order].reshape(len(heads), -1) != np.arange(len(names))).any():
-        raise GeneformerError("This table lacks genes for some heads: pass it as `received` gives it.")
+    if len(t) < len(heads) * len(names) or (code[order].reshape(len(heads),
+            -1) != np.arange(len(names))).any():
+        raise GeneformerError(
+            "This table lacks genes for some heads: pass it as `received` gives it.")
     both = (t[c].to_numpy(float)[order].reshape(len(heads), -1) for c in ('attention', 'expected'))
     return heads, t.iloc[order[:len(names)]].reset_index(drop=True), *both
 
@@ -78,12 +85,14 @@ def _sides(g, genes, against, keep, least, vocabulary):
     member, lost = _members(g, genes, vocabulary)
     rest = ~member if against is None else _members(g, against, vocabulary)[0]
     if both := list(g.gene_id[member & rest]):
-        raise GeneformerError(f"{len(both)} genes stand on both sides, {both[0]} first: leave them out of one.")
+        raise GeneformerError(
+            f"{len(both)} genes stand on both sides, {both[0]} first: leave them out of one.")
     for ok, what in ((member, 'the set'), (rest, 'the genes to compare with')):
         if (ok & keep).any(): continue
         why = f". The cells hold {keep.sum():,} such genes, like {', '.join(g.gene_id[:3])}."
         if member.all(): why = ", since the set holds all genes."
-        raise GeneformerError(f"No gene of {what} is in {least} or more of these cells: nothing can be compared{why}")
+        raise GeneformerError(
+            f"No gene of {what} is in {least} or more of these cells: nothing can be compared{why}")
     return member, rest, lost
 
 # %% ../../nbs/40a_attention_heads.ipynb #0e5ec09f
@@ -107,7 +116,8 @@ def head_tests(
         area, p, ratio, used = _elteren(x, member, strata)
         t = dict(auc=area, ratio=ratio, p=p, fdr=(fdr := bh(p)), favors=(fdr < alpha) & (area > .5))
         return {k + end: c for k, c in t.items()}, used
-    out = out.assign(n=int(member.sum()), n_rest=int((~member).sum()), **tested(x, np.zeros(len(at), int))[0])
+    out = out.assign(n=int(member.sum()), n_rest=int((~member).sum()),
+        **tested(x, np.zeros(len(at), int))[0])
     if matched:
         strata = _strata(g['rank'].to_numpy(), g.n_cells.to_numpy())
         more, used = tested(x / np.maximum(expected[:, at], 1e-12), strata, '_matched')
@@ -122,13 +132,17 @@ def layer_test(
 )->pd.Series: # heads, of, layer (their mean), layer_others, p (chance of so low a mean layer or a lower one)
     "Do these heads sit in earlier layers than the others (paper: P < .05)? Exact; raises `GeneformerError`"
     t = need_columns(tests, ['layer', which], 'A test of layers')
-    if t[which].dtype != bool: raise GeneformerError(f"Column {which!r} does not say which heads are meant, true or false (it holds {t[which].dtype}): pass which='favors' or 'favors_matched'.")
+    if t[which].dtype != bool:
+        raise GeneformerError(
+            f"Column {which!r} does not say which heads are meant, true or false (it holds "
+            f"{t[which].dtype}): pass which='favors' or 'favors_matched'.")
     layer, yes = t.layer.to_numpy(int), t[which].to_numpy(bool)
     k, low = int(yes.sum()), int(layer[yes].sum())
     def mean(x): return x.mean() if len(x) else np.nan
     out = dict(heads=k, of=len(t), layer=mean(layer[yes]), layer_others=mean(layer[~yes]), p=np.nan)
     if 0 < k < len(t):
-        ways = np.zeros((k + 1, layer.sum() + 1))  # ways to choose so many heads with such a sum of layers
+        # ways to choose so many heads with such a sum of layers
+        ways = np.zeros((k + 1, layer.sum() + 1))
         ways[0, 0] = 1
         for l in layer: ways[1:, l:] += ways[:-1, :ways.shape[1] - l].copy()
         out['p'] = ways[k, :low + 1].sum() / ways[k].sum()
@@ -138,15 +152,20 @@ def layer_test(
 def _heads(model, heads):
     "Pairs (layer, head), each there in the model; raises `GeneformerError`"
     if hasattr(heads, 'columns'):
-        if lacks := [c for c in ('layer', 'head') if c not in heads]: raise GeneformerError(f"A table of heads has columns layer and head; {lacks[0]} is not there.")
+        if lacks := [c for c in ('layer', 'head') if c not in heads]:
+            raise GeneformerError(
+                f"A table of heads has columns layer and head; {lacks[0]} is not there.")
         heads = heads[['layer', 'head']].to_numpy()
     try: out = sorted({(index(l), index(h)) for l, h in heads})
     except (TypeError, ValueError) as e:
-        raise GeneformerError("heads are pairs (layer, head), counted from 0, such as [(0, 2), (1, 3)].") from e
+        raise GeneformerError(
+            "heads are pairs (layer, head), counted from 0, such as [(0, 2), (1, 3)].") from e
     c = model.config
     for l, h in out:
         if 0 <= l < c.num_hidden_layers and 0 <= h < c.num_attention_heads: continue
-        raise GeneformerError(f"There is no head {h} in layer {l}: the model has layers 0 to {c.num_hidden_layers - 1} "
+        raise GeneformerError(
+            f"There is no head {h} in layer {l}: the model has layers 0 to "
+            f"{c.num_hidden_layers - 1} "
                               f"of heads 0 to {c.num_attention_heads - 1}.")
     return out
 
@@ -158,7 +177,8 @@ def ablate(
     "Within the block these heads bring nothing; raises `GeneformerError` for heads that are not there"
     e, off, hooks = model.config.hidden_size // model.config.num_attention_heads, {}, []
     for l, h in _heads(model, heads): off.setdefault(l, []).extend(range(h * e, (h + 1) * e))
-    def without(own): return lambda module, x: (x[0].index_fill(-1, torch.tensor(own, device=x[0].device), 0.),)
+    def without(own):
+        return lambda module, x: (x[0].index_fill(-1, torch.tensor(own, device=x[0].device), 0.),)
     try:
         for l, own in off.items():
             join = model.hf.base_model.encoder.layer[l].attention.output.dense
@@ -180,17 +200,21 @@ def ablation(
     from itertools import combinations
     from math import comb
     own, c, rng = _heads(model, heads), model.config, np.random.default_rng(seed)
-    rest = [(l, h) for l in range(c.num_hidden_layers) for h in range(c.num_attention_heads) if (l, h) not in own]
+    rest = [(l, h) for l in range(c.num_hidden_layers) for h in range(c.num_attention_heads)
+        if (l, h) not in own]
     if not own: raise GeneformerError("There are no heads to take out.")
     if len(rest) < len(own):
-        raise GeneformerError(f"{len(own)} of {len(own) + len(rest)} heads leave too few others to compare with.")
+        raise GeneformerError(
+            f"{len(own)} of {len(own) + len(rest)} heads leave too few others to compare with.")
     if comb(len(rest), len(own)) <= draws: others = list(combinations(rest, len(own)))
     else:
         found = {}
-        while len(found) < draws: found[tuple(sorted(rest[i] for i in rng.permutation(len(rest))[:len(own)]))] = 1
+        while len(found) < draws:
+            found[tuple(sorted(rest[i] for i in rng.permutation(len(rest))[:len(own)]))] = 1
         others = list(found)
     rows = {}
-    for name, off in [('none', []), ('these heads', own), *((f'other heads {i + 1}', o) for i, o in enumerate(others))]:
+    for name, off in [('none', []), ('these heads', own), *((f'other heads {i + 1}', o)
+            for i, o in enumerate(others))]:
         with ablate(model, off): got = {k: float(f(model)) for k, f in measures.items()}
         rows[name] = dict(heads=', '.join(f'{l}.{h}' for l, h in off)) | got
     return pd.DataFrame(rows).T.rename_axis('without').astype({k: float for k in measures})

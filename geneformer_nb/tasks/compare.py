@@ -26,12 +26,18 @@ def fold_genes(
     seed:int=0, # which genes go together (paper: 0)
 )->pd.Series: # number of the fold in which each gene is held out, by gene id; raises `LeakError`
     "Every gene is held out once, classes spread over the folds (official: StratifiedKFold over genes)"
-    if not isinstance(folds, (int, np.integer)) or folds < 2: raise GeneformerError(f"folds is a number from 2 up, not {folds!r}.")
+    if not isinstance(folds, (int, np.integer)) or folds < 2:
+        raise GeneformerError(f"folds is a number from 2 up, not {folds!r}.")
     n = labels.value_counts()
-    if folds > n.min(): raise LeakError(f"{folds} folds need {folds} genes in each class, and {n.idxmin()!r} has {n.min()}: use fewer folds.")
+    if folds > n.min():
+        raise LeakError(
+            f"{folds} folds need {folds} genes in each class, and {n.idxmin()!r} has {n.min()}: "
+            "use fewer folds.")
     from sklearn.model_selection import StratifiedKFold
     out = pd.Series(-1, labels.index)
-    for k, (_, test) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)): out.iloc[test] = k
+    for k, (_, test) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(
+            labels, labels)):
+        out.iloc[test] = k
     return out
 
 def _fold_cells(cells, by, folds, seed):
@@ -47,7 +53,8 @@ class Comparison:
     "The answers of several models to one question, over the same folds"
     unit: str # "gene" or "cell"
     classes: list # in order
-    predictions: pd.DataFrame # model, fold, id (gene or barcode), truth, probability a class "p(…)"; n (cells) of a gene, donor of a cell
+    # model, fold, id (gene or barcode), truth, probability a class "p(…)"; n (cells) of a gene, donor of a cell
+    predictions: pd.DataFrame
     folds: pd.DataFrame # model, fold, and the size and scores of the fold
     about: dict = field(default_factory=dict) # how it was made: what was split, seed, cells
     @property
@@ -55,16 +62,21 @@ class Comparison:
     @property
     def witness(self): # "gene", "donor", or "cell" where there are no donors
         "What an interval draws again"
-        return 'donor' if self.unit == 'cell' and self.predictions['donor'].notna().all() else self.unit
+        return 'donor' if self.unit == 'cell' and self.predictions[
+            'donor'].notna().all() else self.unit
     def of(self, model, fold=None): # answers of one model, perhaps of one fold
         "The rows of a model; raises `GeneformerError` for an unknown one"
-        if model not in self.models: raise GeneformerError(f"No model is called {model!r}: choose from {', '.join(self.models)}.")
+        if model not in self.models:
+            raise GeneformerError(
+                f"No model is called {model!r}: choose from {', '.join(self.models)}.")
         rows = self.predictions[self.predictions['model'] == model]
         return rows if fold is None else rows[rows['fold'] == fold]
-    def class_probabilities(self, rows): return rows[[f'p({c})' for c in self.classes]].to_numpy(float)
+    def class_probabilities(self, rows):
+        return rows[[f'p({c})' for c in self.classes]].to_numpy(float)
     def truth(self, rows): return pd.Index(self.classes).get_indexer(rows['truth'])
     def __repr__(self):
-        return (f"Comparison of {len(self.models)} models on {self.predictions['id'].nunique():,} {self.unit}s in "
+        return (f"Comparison of {len(self.models)} models on {self.predictions['id'].nunique():,} "
+                f"{self.unit}s in "
                 f"{self.predictions['fold'].nunique()} folds: {', '.join(self.models)}")
 
 # %% ../../nbs/11f_compare.ipynb #a7d4f6ae
@@ -72,19 +84,23 @@ def _gene_draws(c, model, n, seed):
     "Mean area of a model over the folds, and of the genes drawn again: the same draws for every model"
     rows = c.of(model).sort_values(['fold', 'id'])
     truth, p, fold = c.truth(rows), c.class_probabilities(rows), rows['fold'].to_numpy()
-    return np.mean([gene_auc(truth[fold == k], p[fold == k]) for k in np.unique(fold)]), auc_draws(truth, p, n, seed, fold)
+    return np.mean([gene_auc(truth[fold == k], p[fold == k]) for k in np.unique(fold)]), auc_draws(
+        truth, p, n, seed, fold)
 
 def _donor_draws(c, model, n, seed):
     "Mean accuracy over donors (over cells where there are none), and over donors drawn again"
     rows = c.of(model)
-    right = (rows['predicted'] == rows['truth']).groupby(rows['donor'].fillna(rows['id'])).mean().sort_index().to_numpy()
-    draws = np.random.default_rng(seed).choice(right, (n, len(right))).mean(1) if len(right) > 1 else np.full(n, np.nan)
+    right = (rows['predicted'] == rows['truth']).groupby(rows['donor'].fillna(
+        rows['id'])).mean().sort_index().to_numpy()
+    draws = np.random.default_rng(seed).choice(right, (n, len(right))).mean(1) if len(
+        right) > 1 else np.full(n, np.nan)
     return right.mean(), draws
 
 def _draws(c, model, *how): # n, seed
     "Score of a model, and scores of genes or donors drawn again; kept, since a model is held against many"
     kept = c.__dict__.setdefault('_drawn', {})
-    if (model, *how) not in kept: kept[model, *how] = (_gene_draws if c.unit == 'gene' else _donor_draws)(c, model, *how)
+    if (model, *how) not in kept:
+        kept[model, *how] = (_gene_draws if c.unit == 'gene' else _donor_draws)(c, model, *how)
     return kept[model, *how]
 
 def _score(c, model, seed=0):
@@ -93,18 +109,23 @@ def _score(c, model, seed=0):
     if c.unit == 'gene':
         w, (auc, draws) = per['n_tokens'], _draws(c, model, 2000, seed)
         mean = np.average(per['auc_tokens'], weights=w)
-        return dict(auc_genes=auc, ci_low=np.percentile(draws, 2.5), ci_high=np.percentile(draws, 97.5), auc_tokens=mean,
-                    sd_tokens=np.average((per['auc_tokens'] - mean)**2, weights=w)**.5, n_genes=len(rows), n_folds=len(per))
+        return dict(auc_genes=auc, ci_low=np.percentile(draws, 2.5), ci_high=np.percentile(draws,
+            97.5), auc_tokens=mean,
+                    sd_tokens=np.average((per['auc_tokens'] - mean)**2, weights=w)**.5,
+                    n_genes=len(rows), n_folds=len(per))
     p = c.class_probabilities(rows)
-    out = scores(rows['truth'], rows['predicted'], rows['donor'] if c.witness == 'donor' else None, seed)
+    out = scores(rows['truth'], rows['predicted'], rows['donor'] if c.witness == 'donor' else None,
+        seed)
     sure = calibration(rows['truth'], rows['predicted'], p.max(1)).attrs['error']
-    return {k: x for k, x in out.items() if k[0] != 'n'} | dict(calibration_error=sure, n_cells=len(rows), n_donors=out['n_donors'],
+    return {k: x for k, x in out.items() if k[0] != 'n'} | dict(calibration_error=sure,
+        n_cells=len(rows), n_donors=out['n_donors'],
                                                                 n_folds=len(per))
 
 @patch(as_prop=True)
 def scores(self:Comparison)->pd.DataFrame: # one row a model
     "How well each did, with 95 % intervals over genes or donors"
-    if '_scores' not in self.__dict__: self._scores = pd.DataFrame({m: _score(self, m) for m in self.models}).T
+    if '_scores' not in self.__dict__:
+        self._scores = pd.DataFrame({m: _score(self, m) for m in self.models}).T
     return self._scores
 
 # %% ../../nbs/11f_compare.ipynb #ab12fa0e
@@ -119,7 +140,8 @@ def difference(self:Comparison,
     if n < 1: raise GeneformerError(f"n={n} should be a whole number from 1 up.")
     (x, dx), (y, dy) = (_draws(self, m, n, seed) for m in (a, b))
     lo, hi = np.percentile(dx - dy, [2.5, 97.5]) if np.isfinite(dx).all() else (np.nan, np.nan)
-    return dict(difference=x - y, ci_low=lo, ci_high=hi, n=self.of(a)['donor' if self.witness == 'donor' else 'id'].nunique(), unit=self.witness)
+    return dict(difference=x - y, ci_low=lo, ci_high=hi,
+        n=self.of(a)['donor' if self.witness == 'donor' else 'id'].nunique(), unit=self.witness)
 
 # %% ../../nbs/11f_compare.ipynb #e6b95362
 @patch
@@ -129,14 +151,19 @@ def table(self:Comparison,
     seed:int=0, # of the draws
 )->pd.DataFrame: # by model: score and interval; `better_by`: `of` less this one, and its interval; paper; n; score_of
     "All rivals beside each other; raises `GeneformerError` for unknown models"
-    if odd := set(paper or {}) - set(self.models): raise GeneformerError(f"No model is called {sorted(odd)[0]!r}: choose from {', '.join(self.models)}.")
+    if odd := set(paper or {}) - set(self.models):
+        raise GeneformerError(
+            f"No model is called {sorted(odd)[0]!r}: choose from {', '.join(self.models)}.")
     what, rows = dict(gene='auc_genes', donor='donor_accuracy', cell='accuracy')[self.witness], {}
     for m, s in self.scores.iterrows():
         d = self.difference(of, m, seed=seed)
-        rows[m] = dict(score=s[what], ci_low=s['ci_low'], ci_high=s['ci_high'], **({} if m == of else dict(better_by=d['difference'],
-            better_low=d['ci_low'], better_high=d['ci_high'])), paper=(paper or {}).get(m, np.nan), n=d['n'])
+        rows[m] = dict(score=s[what], ci_low=s['ci_low'], ci_high=s['ci_high'],
+            **({} if m == of else dict(better_by=d['difference'],
+            better_low=d['ci_low'], better_high=d['ci_high'])), paper=(paper or {}).get(m, np.nan),
+            n=d['n'])
     out = pd.DataFrame(rows).T
-    return out.reindex(columns=['score', 'ci_low', 'ci_high', 'better_by', 'better_low', 'better_high', 'paper', 'n']).astype(float).astype(dict(n=int)).assign(score_of=what)
+    return out.reindex(columns=['score', 'ci_low', 'ci_high', 'better_by', 'better_low',
+        'better_high', 'paper', 'n']).astype(float).astype(dict(n=int)).assign(score_of=what)
 
 # %% ../../nbs/11f_compare.ipynb #6728cae4
 def untrained(
@@ -174,32 +201,41 @@ def cross_validate_genes(
     cells = replace(cells, vocabulary=v)
     labels = gene_labels(v, classes, overlap)
     labels = labels[np.isin(v.token(list(labels.index)), cells.tokens)]
-    fold, of_cell, names, got, per = fold_genes(labels, folds, seed), _fold_cells(cells, cells_by, folds, seed), list(map(str, classes)), [], []
-    if empty := [c for c in names if c not in set(labels)]: raise GeneformerError(f"No gene of class {empty[0]!r} occurs in these cells.")
+    fold, of_cell, names, got, per = fold_genes(labels, folds, seed), _fold_cells(cells, cells_by,
+        folds, seed), list(map(str, classes)), [], []
+    if empty := [c for c in names if c not in set(labels)]:
+        raise GeneformerError(f"No gene of class {empty[0]!r} occurs in these cells.")
     donor = cells_by if cells_by not in (None, 'cells') else None
     listed = {c: list(labels.index[labels == c]) for c in names}
     for k in progress(range(folds), 'cross-validating', unit='folds', show=show):
         side = pd.Series(np.where(fold == k, 'test', 'train'), fold.index)
         apart = None if of_cell is None else np.where(of_cell == k, 'test', 'train')
         for name, enc in _rivals(model, blank, seed).items():
-            clf = finetune_genes(enc, cells, listed, split=side, donor=donor, cell_split=apart, seed=seed, **kwargs)
+            clf = finetune_genes(enc, cells, listed, split=side, donor=donor, cell_split=apart,
+                seed=seed, **kwargs)
             t = clf.tested
-            got.append(_rows(name, k, t.index, t['label'], t[[f'p({c})' for c in names]].to_numpy(), names, n=t['n_cells'].to_numpy()))
+            got.append(_rows(name, k, t.index, t['label'], t[[f'p({c})' for c in names]].to_numpy(),
+                names, n=t['n_cells'].to_numpy()))
             per.append(dict(model=name, fold=k, **clf.scores.iloc[0]))
         seen = cells if apart is None else cells[apart == 'train']
         for name, p in gene_baselines(seen, labels, side, baselines, seed).items():
             p = p.loc[t.index, names].to_numpy()
             got.append(_rows(name, k, t.index, t['label'], p, names, n=t['n_cells'].to_numpy()))
             at = pd.Index(names).get_indexer(t['label'])
-            per.append(per[-1] | dict(model=name, auc_tokens=gene_auc(at, p, t['n_cells']), auc_genes=gene_auc(at, p)))
-    how = dict(folds=folds, cells_by=cells_by, seed=seed, n_cells=len(cells), training={k: str(x) for k, x in kwargs.items()})
+            per.append(per[-1] | dict(model=name, auc_tokens=gene_auc(at, p, t['n_cells']),
+                auc_genes=gene_auc(at, p)))
+    how = dict(folds=folds, cells_by=cells_by, seed=seed, n_cells=len(cells),
+        training={k: str(x) for k, x in kwargs.items()})
     keep = ['model', 'fold', 'auc_tokens', 'auc_genes', 'n_genes', 'n_tokens', 'n_cells']
-    return Comparison('gene', names, pd.concat(got, ignore_index=True), pd.DataFrame(per)[keep], how)
+    return Comparison('gene', names, pd.concat(got, ignore_index=True), pd.DataFrame(per)[keep],
+        how)
 
 def _rows(model, fold, ids, truth, p, classes, **more):
     "Answers of one model in one fold"
-    return pd.DataFrame(dict(model=model, fold=fold, id=np.asarray(ids).astype(str), truth=np.asarray(truth).astype(str), **more,
-                             predicted=np.array(classes, dtype=object)[p.argmax(1)], **{f'p({c})': p[:, i] for i, c in enumerate(classes)}))
+    return pd.DataFrame(dict(model=model, fold=fold, id=np.asarray(ids).astype(str),
+        truth=np.asarray(truth).astype(str), **more,
+                             predicted=np.array(classes, dtype=object)[p.argmax(1)],
+                             **{f'p({c})': p[:, i] for i, c in enumerate(classes)}))
 
 # %% ../../nbs/11f_compare.ipynb #b1e52ad7
 def cross_validate_cells(
@@ -219,53 +255,77 @@ def cross_validate_cells(
     **kwargs, # as in `finetune`: classes, epochs, lr, freeze_layers, balance …
 )->Comparison: # "pretrained", "not pretrained" and the baselines, over the same folds
     "Every donor is held out once (official `Classifier.validate`, cells); raises `LeakError`, `GeneformerError`"
-    need_cells(cells).check_vocabulary(model.vocabulary); need_obs(cells.obs, label)
+    need_cells(cells).check_vocabulary(model.vocabulary)
+    need_obs(cells.obs, label)
     if adata is not None and list(adata.obs_names) != list(cells.obs.index):
-        raise GeneformerError("adata and cells are not the same cells in the same order: pass adata[cells.obs.index].")
-    names, got = _cell_classes(cells.obs[label].astype(str), kwargs.pop('classes', None), drop_rare), []
+        raise GeneformerError(
+            "adata and cells are not the same cells in the same order: pass adata[cells.obs.index].")
+    names, got = _cell_classes(cells.obs[label].astype(str), kwargs.pop('classes', None),
+        drop_rare), []
     used = cells.obs[label].astype(str).isin(names).to_numpy()
     at = _cell_folds(cells.obs, used, label, donor, folds, seed)
     used &= at >= 0
     for k in progress(sorted(set(at[used])), 'cross-validating', unit='folds', show=show):
         split = np.where(used, np.where(at == k, 'test', 'train'), '')
         for name, enc in _rivals(model, blank, seed).items():
-            clf = finetune(enc, cells, label, donor, split=split, classes=names, seed=seed, **kwargs)
+            clf = finetune(enc, cells, label, donor, split=split, classes=names, seed=seed,
+                **kwargs)
             held = cells[clf.split == 'test']
-            got.append(_cell_rows(name, k, held.obs, clf.predict(held).rename(columns=dict(zip(clf.task.columns, clf.classes))), label, donor, names))
+            got.append(_cell_rows(name, k, held.obs,
+                clf.predict(held).rename(columns=dict(zip(clf.task.columns, clf.classes))), label,
+                donor, names))
         if adata is None: continue
-        for name, p in cell_baselines(adata[used], label, split[used], donor, which=baselines, seed=seed, **counts or {})[1].items():
+        for name, p in cell_baselines(adata[used], label, split[used], donor, which=baselines,
+                seed=seed, **counts or {})[1].items():
             got.append(_cell_rows(name, k, adata.obs.loc[p.index], p, label, donor, names))
     got = pd.concat(got, ignore_index=True)
-    per = got.groupby(['model', 'fold'], sort=False).apply(lambda t: pd.Series(dict(n_cells=len(t), accuracy=(t['predicted'] == t['truth']).mean(),
+    per = got.groupby(['model', 'fold'], sort=False).apply(lambda t: pd.Series(dict(n_cells=len(t),
+        accuracy=(t['predicted'] == t['truth']).mean(),
         donors=', '.join(sorted(set(t['donor'].dropna()))))), include_groups=False).reset_index()
-    return Comparison('cell', names, got, per, dict(label=label, donor=donor, folds=len(set(at[used])), seed=seed, n_cells=int(used.sum()),
-                                                    training={k: str(x) for k, x in kwargs.items()}))
+    return Comparison('cell', names, got, per, dict(label=label, donor=donor,
+        folds=len(set(at[used])), seed=seed, n_cells=int(used.sum()),
+                                                    training={k: str(x)
+                                                    for k, x in kwargs.items()}))
 
 def _cell_classes(labels, classes, drop_rare):
     "Names of the classes that take part, in order"
     classes = sorted(set(labels)) if classes is None else list(map(str, classes))
     share = labels[labels.isin(classes)].value_counts(normalize=True)
     kept = [c for c in classes if share.get(c, 0) >= drop_rare]
-    if len(kept) < 2: raise GeneformerError(f"{len(kept)} classes hold {drop_rare:.0%} of the cells or more: two are needed, so lower drop_rare.")
+    if len(kept) < 2:
+        raise GeneformerError(
+            f"{len(kept)} classes hold {drop_rare:.0%} of the cells or more: two are needed, so "
+            "lower drop_rare.")
     return kept
 
 def _cell_folds(obs, used, label, donor, folds, seed):
     "Fold of each cell, given or dealt by donor; -1 for a cell that takes no part"
     if not isinstance(folds, (str, int, np.integer)):
-        if not hasattr(folds, '__len__'): raise GeneformerError(f"folds={folds!r} is a whole number, 'loo', or the number of a fold for each cell.")
-        if len(folds) != len(obs): raise GeneformerError(f"folds has {len(folds)} entries for {len(obs)} cells.")
+        if not hasattr(folds, '__len__'):
+            raise GeneformerError(
+                f"folds={folds!r} is a whole number, 'loo', or the number of a fold for each cell.")
+        if len(folds) != len(obs):
+            raise GeneformerError(f"folds has {len(folds)} entries for {len(obs)} cells.")
         at = np.asarray(folds)
-        if at.dtype.kind not in 'iu': raise GeneformerError(f"folds holds {at.dtype}: give the number of a fold to each cell, -1 for one that takes no part.")
+        if at.dtype.kind not in 'iu':
+            raise GeneformerError(
+                f"folds holds {at.dtype}: give the number of a fold to each cell, -1 for one that "
+                "takes no part.")
         return at
-    if donor is None: raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors are held out; or deal the "
-                                            "cells yourself (folds=, one number a cell) and call the result what it is.")
+    if donor is None:
+        raise GeneformerError(
+            "Name the obs column of donors (donor=…), so that whole donors are held out; or deal "
+            "the "
+                                            "cells yourself (folds=, one number a cell) and call "
+                                            "the result what it is.")
     out = np.full(len(obs), -1)
     out[used] = fold_donors(obs[used], donor, label, folds, seed)
     return out
 
 def _cell_rows(model, fold, obs, table, label, donor, classes):
     "Answers of one model in one fold, donors beside them"
-    return _rows(model, fold, table.index, obs[label], table.reindex(columns=classes, fill_value=0.).to_numpy(float), classes,
+    return _rows(model, fold, table.index, obs[label], table.reindex(columns=classes,
+        fill_value=0.).to_numpy(float), classes,
                  donor=obs[donor].astype(str).to_numpy() if donor else None)
 
 # %% ../../nbs/11f_compare.ipynb #ad3cd982
@@ -273,8 +333,11 @@ def _cell_rows(model, fold, obs, table, label, donor, classes):
 def by_donor(self:Comparison)->pd.DataFrame: # donors × models: accuracy; the class that most of the donor's cells have; n_cells
     "Accuracy in each donor; raises `GeneformerError` where there are none"
     t = self.predictions
-    if self.witness != 'donor': raise GeneformerError("This comparison has no donors: it is about genes, or donor was None.")
-    out = (t['predicted'] == t['truth']).groupby([t['donor'], t['model']]).mean().unstack()[self.models]
+    if self.witness != 'donor':
+        raise GeneformerError(
+            "This comparison has no donors: it is about genes, or donor was None.")
+    out = (t['predicted'] == t['truth']).groupby([t['donor'], t['model']]).mean().unstack()[
+        self.models]
     one = t[t['model'] == self.models[0]].groupby('donor')['truth']
     return out.assign(truth=one.agg(lambda s: s.mode().iloc[0]), n_cells=one.size())
 
@@ -287,7 +350,8 @@ def save(self:Comparison,
     with atomic(Path(folder)) as tmp:
         tmp.mkdir()
         for name in ('predictions', 'folds'): getattr(self, name).to_parquet(tmp/f'{name}.parquet')
-        write_json(tmp/'comparison.json', dict(unit=self.unit, classes=self.classes, about=self.about))
+        write_json(tmp/'comparison.json', dict(unit=self.unit, classes=self.classes,
+            about=self.about))
     return Path(folder)
 
 @patch(cls_method=True)
@@ -296,6 +360,8 @@ def load(cls:Comparison,
 )->Comparison:
     "Read what `save` wrote; raises `MissingDataError`"
     folder = Path(folder)
-    if not (folder/'comparison.json').exists(): raise MissingDataError(f"There is no comparison in '{folder.name}' (no comparison.json).")
+    if not (folder/'comparison.json').exists():
+        raise MissingDataError(f"There is no comparison in '{folder.name}' (no comparison.json).")
     said = json.loads((folder/'comparison.json').read_text())
-    return cls(predictions=pd.read_parquet(folder/'predictions.parquet'), folds=pd.read_parquet(folder/'folds.parquet'), **said)
+    return cls(predictions=pd.read_parquet(folder/'predictions.parquet'),
+        folds=pd.read_parquet(folder/'folds.parquet'), **said)

@@ -115,7 +115,8 @@ def answers(self:CellModel):
 def read(self:CellModel, x, offsets, pool=None):
     "(cell vectors, answers), as `Reader.read`; the pooling is always its own"
     v = self.cell_vectors(x, offsets)
-    told = [t.link(head(v).cpu().double()) for t, head in zip(self.tasks.values(), self.heads)]
+    told = [t.link(head(v).cpu().double()) for t, head in zip(self.tasks.values(),
+        self.heads)]
     return v, torch.cat(told, 1)
 
 # %% ../../nbs/11_finetuning.ipynb #33d12dc4
@@ -149,7 +150,8 @@ def _tables(self:CellModel, cells, budget):
         for rows, _, off, x in self.encoder.stream(cells, layer='last', budget=budget):
             for got, task, out in zip(p, tasks, self.outputs(x, off)):
                 got[rows] = task.link(out).float().cpu().numpy()
-    return {k: t.table(got, cells.obs.index) for got, (k, t) in zip(p, self.tasks.items())}
+    return {k: t.table(got, cells.obs.index) for got, (k, t) in zip(p,
+        self.tasks.items())}
 
 @patch
 def predict(self:CellModel,
@@ -167,8 +169,10 @@ def freeze(
     "Freeze the lowest layers and the embeddings under them; raises `GeneformerError` for more layers than there are"
     bert, lora = encoder.hf.base_model, getattr(encoder, 'lora', None)
     if not isinstance(layers, (int, np.integer)) or not 0 <= layers <= len(bert.encoder.layer):
-        raise GeneformerError(f"Cannot freeze {layers} layers: the encoder has {len(bert.encoder.layer)}.")
-    for n, p in encoder.hf.named_parameters(): p.requires_grad_(not lora or 'lora_' in n)  # of adapters only themselves
+        raise GeneformerError(
+            f"Cannot freeze {layers} layers: the encoder has {len(bert.encoder.layer)}.")
+    for n, p in encoder.hf.named_parameters():
+        p.requires_grad_(not lora or 'lora_' in n)  # of adapters only themselves
     for part in ([bert.embeddings] if layers else []) + list(bert.encoder.layer[:layers]):
         for p in part.parameters(): p.requires_grad_(False)
 
@@ -176,16 +180,20 @@ def freeze(
 def _usable(obs, label, task, drop_rare):
     "Which cells have an answer: a label, one of the classes asked for, and a class that is not rare"
     if label not in obs:
-        raise GeneformerError(f"obs has no column {label!r} (it has {', '.join(map(str, obs.columns))}).")
+        raise GeneformerError(
+            f"obs has no column {label!r} (it has {', '.join(map(str, obs.columns))}).")
     ok, names = obs[label].notna().to_numpy().copy(), obs[label].astype(str).to_numpy()
     if not ok.any(): raise GeneformerError(f"obs[{label!r}] is missing for every cell.")
     if not ok.all():
-        warnings.warn(f"{(~ok).sum():,} of {len(ok):,} cells have no {label!r}: they are neither learned from nor "
+        warnings.warn(
+            f"{(~ok).sum():,} of {len(ok):,} cells have no {label!r}: they are neither learned "
+            "from nor "
                       "tested on.", stacklevel=3)
     if not isinstance(task, Classes): return ok
     if task.classes:
         if lost := [c for c in task.classes if c not in names[ok]]: raise GeneformerError(
-            f"No cell has {label} = {lost[0]!r}; the column holds {', '.join(sorted(set(names[ok]))[:8])}.")
+            f"No cell has {label} = {lost[0]!r}; the column holds "
+            f"{', '.join(sorted(set(names[ok]))[:8])}.")
         ok &= np.isin(names, task.classes)
     share = pd.Series(names[ok]).value_counts(normalize=True)
     if rare := set(share.index[share < drop_rare]):
@@ -196,10 +204,12 @@ def _usable(obs, label, task, drop_rare):
 def _sides(obs, label, donor, split, classes, ok, seed):
     "(train, test or neither for each cell; the audit)"
     if split is None:
-        if donor is None: raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors "
+        if donor is None:
+            raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors "
                                                 "are held out; or pass a split of your own.")
         part, split = obs[ok], np.full(len(obs), '', dtype='<U5')
-        split[ok] = split_donors(part if classes else part.assign(**{label: 'all'}), donor, label, seed=seed)
+        split[ok] = split_donors(part if classes else part.assign(**{label: 'all'}), donor, label,
+            seed=seed)
     split = np.asarray(split)
     if len(split) != len(obs) or not ok.any(): audit_split(obs, split)
     split = np.where(ok, split, '')
@@ -237,13 +247,16 @@ class Schedule:
         return self.steps or max(1, int(np.ceil(n / self.batch) * self.epochs))
     def fields(self, total):
         "Fields of `TrainingArguments` for so many steps"
-        return dict(per_device_train_batch_size=self.batch, learning_rate=self.lr, weight_decay=self.weight_decay,
-            max_steps=total, warmup_steps=.1, logging_steps=max(1, total // 20), save_strategy='no') | self.args
+        return dict(per_device_train_batch_size=self.batch, learning_rate=self.lr,
+            weight_decay=self.weight_decay,
+            max_steps=total, warmup_steps=.1, logging_steps=max(1, total // 20),
+            save_strategy='no') | self.args
 
 class _Labeled:
     "Collator: cell numbers in; flat tokens, offsets and labels out"
     def __init__(self, cells, labels):
-        self.cells, self.labels = cells, labels # labels: function(cell numbers, those cells) → numbers
+        # labels: function(cell numbers, those cells) → numbers
+        self.cells, self.labels = cells, labels
     def __call__(self, rows):
         part = self.cells[rows := np.asarray(rows)]
         return dict(tokens=torch.from_numpy(part.tokens), offsets=torch.from_numpy(part.offsets),
@@ -254,22 +267,26 @@ def _learn(self:FineTuned, loss, cells, rows, labels, how, total, seed, desc):
     "Train encoder and parts in place for `total` steps of the cells `rows`; the history"
     with tempfile.TemporaryDirectory() as d:
         given = dict(use_cpu=self.encoder.device.type == 'cpu') | how.fields(total)
-        log = train_loop(self.encoder, loss, rows, _Labeled(cells, labels), trainer_args(d, seed, **given),
+        log = train_loop(self.encoder, loss, rows, _Labeled(cells, labels), trainer_args(d, seed,
+            **given),
                          parts=self.parts, desc=desc)
     self.history = pd.DataFrame([h for h in log if 'loss' in h])
 
 # %% ../../nbs/11_finetuning.ipynb #78d26f1f
 def _check(model, cells, args, function):
     "Raise `GeneformerError` for a model, cells or arguments that cannot be fine-tuned with"
-    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
+    if not isinstance(model, Geneformer):
+        raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
     known = [*inspect.signature(function).parameters, *training_fields()]
-    check_names(args, known, f'an argument of {function.__name__}, and no field of TrainingArguments')
+    check_names(args, known,
+        f'an argument of {function.__name__}, and no field of TrainingArguments')
     need_cells(cells).check_vocabulary(model.vocabulary)
 
 def _learner(model, freeze_layers, lora, seed):
     "A copy of the encoder that is ready to learn"
     if getattr(model, 'quantized', None) and not lora:
-        raise GeneformerError("Quantized weights cannot learn: pass lora=dict(r=8) to train adapters beside them.")
+        raise GeneformerError(
+            "Quantized weights cannot learn: pass lora=dict(r=8) to train adapters beside them.")
     if getattr(model, 'lora', None):
         raise GeneformerError("This encoder has adapters: merge them first (adapters.merge_lora).")
     encoder = copy.deepcopy(model)
@@ -286,7 +303,9 @@ def _class_weights(task, y, device):
 def _baseline_rows(adata, cells, label, donor, split, classes):
     "Scores of the baselines, before any training, so that counts which are none fail at once"
     if list(adata.obs_names) != list(cells.obs.index):
-        raise GeneformerError("adata and cells are not the same cells in the same order: pass adata[cells.obs.index], "
+        raise GeneformerError(
+            "adata and cells are not the same cells in the same order: pass "
+            "adata[cells.obs.index], "
                               "or tokenize with keep_empty=True.")
     used = np.isin(split, ['train', 'test'])
     if not used.all(): adata, split = adata[used], split[used]
@@ -321,22 +340,29 @@ def finetune(
     "Fine-tune on donors it is not tested on; raises `GeneformerError`, `LeakError`"
     _check(model, cells, args, finetune)
     if balance not in (True, False, None, 'weights', 'sampling'):
-        raise GeneformerError(f"balance is 'weights', 'sampling' or None, not {balance!r}.")
-    task, how = make_head(head, classes), Schedule(epochs, steps, batch, lr, weight_decay, args)
+        raise GeneformerError(
+            f"balance is 'weights', 'sampling' or None, not {balance!r}.")
+    task, how = make_head(head, classes), Schedule(epochs, steps, batch, lr,
+        weight_decay, args)
     obs, named = cells.obs, isinstance(task, Classes)
     ok = _usable(obs, label, task, drop_rare)
     split, audit = _sides(obs, label, donor, split, named, ok, seed)
     y = np.full(len(obs), np.nan)
     y[ok] = task.fit(obs[label][split == 'train']).encode(obs[label][ok])
-    if named and max_per_class: split = _capped(split, obs[label].astype(str).to_numpy(), max_per_class, seed)
+    if named and max_per_class:
+        split = _capped(split, obs[label].astype(str).to_numpy(), max_per_class, seed)
     train = _training_cells(cells, label, task, split, y)
     rows, total = train, how.total(len(train))
     if named and balance == 'sampling': rows = _drawn(train, y, total * batch, seed)
-    scores = {} if adata is None else _baseline_rows(adata, cells, label, donor, split, named)
+    scores = {} if adata is None else _baseline_rows(adata, cells, label, donor, split,
+        named)
     clf = _cell_model(_learner(model, freeze_layers, lora, seed), task, pool, seed)
-    w = _class_weights(task, y[train], model.device) if balance in (True, 'weights') else None
-    def loss(tokens, offsets, labels): return task.loss(clf.logits(tokens, offsets.cpu()), labels, w)
-    clf._learn(loss, cells, rows, lambda r, _: y[r].astype(np.float32), how, total, seed, 'fine-tuning')
+    w = _class_weights(task, y[train], model.device) if balance in (True,
+        'weights') else None
+    def loss(tokens, offsets, labels):
+        return task.loss(clf.logits(tokens, offsets.cpu()), labels, w)
+    clf._learn(loss, cells, rows, lambda r, _: y[r].astype(np.float32), how, total,
+        seed, 'fine-tuning')
     clf.label, clf.donor, clf.split, clf.audit = label, donor, split, audit
     clf.scores = pd.DataFrame({'Geneformer, fine-tuned': _score(clf, cells)} | scores).T
     return clf
@@ -347,14 +373,16 @@ def _training_cells(cells, label, task, split, y):
     train = np.flatnonzero((split == 'train') & (cells.lengths > 0) & np.isfinite(y))
     names = task.classes if isinstance(task, Classes) else []
     if lost := [c for i, c in enumerate(names) if not (y[train] == i).any()]: raise LeakError(
-        f"Class {lost[0]!r} of {label!r} has no training cell: leave it out (classes=…), or choose another split.")
+        f"Class {lost[0]!r} of {label!r} has no training cell: leave it out (classes=…), or choose "
+        "another split.")
     return train
 
 def _score(clf, cells):
     "Scores of a fine-tuned model on the cells of its test side"
     test = np.flatnonzero(clf.split == 'test')
     obs = cells.obs.iloc[test]
-    return clf.task.score(obs[clf.label], clf.predict(cells[test]), obs[clf.donor] if clf.donor else None)
+    return clf.task.score(obs[clf.label], clf.predict(cells[test]), obs[clf.donor]
+        if clf.donor else None)
 
 # %% ../../nbs/11_finetuning.ipynb #9bb238a0
 @patch
@@ -382,7 +410,8 @@ def load(cls:FineTuned,
     "Read what `save` wrote; raises `MissingDataError`, `VocabularyError`, `GeneformerError`"
     folder = Path(folder)
     if not (folder/cls.file).exists(): raise MissingDataError(
-        f"There is no {cls.kind} in '{folder.name}' (no {cls.file}): {cls.__name__}.save writes one.")
+        f"There is no {cls.kind} in '{folder.name}' (no {cls.file}): "
+        f"{cls.__name__}.save writes one.")
     record = json.loads((folder/cls.file).read_text())
     out = cls.from_record(record, _saved_encoder(folder, device, encoder))
     _load_parts(out, folder)
@@ -398,10 +427,13 @@ def merge(self:FineTuned)->FineTuned: # a copy without adapters
 # %% ../../nbs/11_finetuning.ipynb #0a0739f8
 def _saved_encoder(folder, device, encoder):
     "The encoder of a saved model, with its adapters where it has some"
-    if not (folder/'adapter.json').exists(): return Geneformer.from_pretrained(folder, device=device)
+    if not (folder/'adapter.json').exists():
+        return Geneformer.from_pretrained(folder, device=device)
     if encoder is None:
         about = json.loads((folder/'adapter.json').read_text())
-        raise MissingDataError(f"'{folder.name}' holds adapters only: pass the encoder they were trained on (encoder=…, "
+        raise MissingDataError(
+            f"'{folder.name}' holds adapters only: pass the encoder they were trained on "
+            "(encoder=…, "
                                f"weights {about['base']}, vocabulary {about['vocabulary']!r}).")
     return load_lora(folder, encoder).to(device)
 
@@ -411,9 +443,12 @@ def _load_parts(model, folder):
     if 'weight' in state: # of the first edition, when the head was the only part
         state = {f'cell_head.{k}': v for k, v in state.items()}
     for k, m in model.parts.items():
-        try: m.load_state_dict({n.removeprefix(f'{k}.'): v for n, v in state.items() if n.startswith(f'{k}.')})
+        try:
+            m.load_state_dict({n.removeprefix(f'{k}.'): v for n, v in state.items()
+                if n.startswith(f'{k}.')})
         except RuntimeError as e: raise MissingDataError(
-            f"head.safetensors in '{folder.name}' does not fit {model.file}: save the classifier again.") from e
+            f"head.safetensors in '{folder.name}' does not fit {model.file}: save the classifier "
+            "again.") from e
 
 @patch
 def record(self:CellModel):
@@ -436,14 +471,17 @@ def predict_adata(self:CellModel,
 )->pd.DataFrame: # the table of `predict`; adds obs[key], for classes also obs[key + "_probability"]
     "Predict for every cell of an AnnData; raises `CountsError`, `GeneMatchError`"
     table = self.predict(_cells_of(adata, self.encoder, kwargs))
-    _add_columns(adata, key or f"geneformer_{self.label or 'predicted'}", self.task, table)
+    _add_columns(adata, key or f"geneformer_{self.label or 'predicted'}", self.task,
+        table)
     return table
 
 def _cells_of(adata, encoder, how):
     "Every cell of an AnnData, in its order, tokenized for an encoder"
-    cells = tokenize(adata, encoder.vocabulary, **(dict(obs=[], keep=None, keep_empty=True) | how))
+    cells = tokenize(adata, encoder.vocabulary,
+        **(dict(obs=[], keep=None, keep_empty=True) | how))
     if n := int((cells.lengths == 0).sum()): warnings.warn(
-        f"{n} of {len(cells)} cells hold no gene of the vocabulary: they get no prediction.", stacklevel=3)
+        f"{n} of {len(cells)} cells hold no gene of the vocabulary: they get no "
+        "prediction.", stacklevel=3)
     return cells
 
 def _add_columns(adata, key, task, table):

@@ -25,7 +25,8 @@ class AttentionPool(torch.nn.Module):
         n = torch.as_tensor(np.diff(np.asarray(offsets)), device=x.device)
         seg = torch.repeat_interleave(torch.arange(len(n), device=x.device), n)
         s = self.score(x)[:, 0].float()
-        top = torch.full((len(n),), -torch.inf, device=x.device).scatter_reduce(0, seg, s.detach(), 'amax')
+        top = torch.full((len(n),), -torch.inf, device=x.device).scatter_reduce(0, seg, s.detach(),
+            'amax')
         e = (s - top[seg]).exp()
         return e / torch.zeros(len(n), device=x.device).index_add(0, seg, e)[seg], seg
 
@@ -33,7 +34,8 @@ class AttentionPool(torch.nn.Module):
         "(b, d); nan for a cell without tokens"
         w, seg = self.weights(x, offsets)
         n = len(offsets) - 1
-        out = torch.zeros(n, x.shape[1], device=x.device, dtype=w.dtype).index_add(0, seg, x * w[:, None])
+        out = torch.zeros(n, x.shape[1], device=x.device, dtype=w.dtype).index_add(0, seg,
+            x * w[:, None])
         return torch.where(torch.bincount(seg, minlength=n)[:, None] > 0, out, torch.nan)
 
 # %% ../../nbs/11a_heads.ipynb #b4bfd733
@@ -47,7 +49,8 @@ class Head:
         return m
     def link(self, out): return out # outputs as they are told: probabilities, a number in its unit
     def weights(self, y): return None # of the classes, for a balanced loss
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state().items())})"
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state().items())})"
 
 # %% ../../nbs/11a_heads.ipynb #7a637cc4
 _reserved = ('predicted', 'expected_step') # columns of an answer beside one a class
@@ -62,7 +65,8 @@ class Classes(Head):
         else: self.classes = None
     def _set(self, classes):
         self.classes = list(dict.fromkeys(map(str, classes)))
-        if len(self.classes) < 2: raise GeneformerError(f"A classifier needs two classes or more, not {self.classes}.")
+        if len(self.classes) < 2:
+            raise GeneformerError(f"A classifier needs two classes or more, not {self.classes}.")
     @property
     def n(self): return len(self.classes)
     @property
@@ -77,7 +81,8 @@ class Classes(Head):
         "Number of the class; nan for a missing or unknown one"
         code = pd.Index(self.classes).get_indexer(labels.astype(str)).astype(float)
         return np.where((code < 0) | labels.isna().to_numpy(), np.nan, code)
-    def weights(self, y): return len(y) / (n := np.bincount(y.astype(int), minlength=self.n)) / len(n)
+    def weights(self, y):
+        return len(y) / (n := np.bincount(y.astype(int), minlength=self.n)) / len(n)
 
 # %% ../../nbs/11a_heads.ipynb #ef7bab42
 @patch
@@ -90,7 +95,8 @@ def link(self:Classes, out): return out.softmax(-1)
 def table(self:Classes, p, index): # probabilities (b, classes), and barcodes
     "One row a cell: a probability a class, and `predicted`; missing where the probabilities are"
     lost = np.isnan(p[:, 0])
-    best = np.array(self.classes + [None], dtype=object)[np.where(lost, self.n, np.nan_to_num(p).argmax(1))]
+    best = np.array(self.classes + [None], dtype=object)[np.where(lost, self.n,
+        np.nan_to_num(p).argmax(1))]
     return pd.DataFrame(p, index, self.columns).assign(predicted=best)
 @patch
 def score(self:Classes, truth, table, donors=None): # labels, what `table` gave, and the donor of each cell
@@ -101,19 +107,22 @@ def score(self:Classes, truth, table, donors=None): # labels, what `table` gave,
 class Regression(Head):
     "How much? A number, learned in units of the training labels' spread (squared error)"
     kind, n, columns = 'regression', 1, ['predicted']
-    def __init__(self, mean:float=None, sd:float=None): self.mean, self.sd = mean, sd # of the training labels
+    def __init__(self, mean:float=None, sd:float=None):
+        self.mean, self.sd = mean, sd # of the training labels
     def state(self): return dict(mean=self.mean, sd=self.sd)
     def fit(self, labels):
         "Mean and spread of the training labels; raises `GeneformerError` for what is no number or does not vary"
         y = self._numbers(labels)
         self.mean, self.sd = float(np.nanmean(y)), float(np.nanstd(y))
         if not self.sd > 0:
-            raise GeneformerError(f"All training cells have the same label ({self.mean:g}): nothing to learn.")
+            raise GeneformerError(
+                f"All training cells have the same label ({self.mean:g}): nothing to learn.")
         return self
     def _numbers(self, labels):
         y = pd.to_numeric(labels.astype(object), errors='coerce').to_numpy(float)
         if lost := int((np.isnan(y) & labels.notna().to_numpy()).sum()): raise GeneformerError(
-            f"{lost} labels are no numbers, {labels[np.isnan(y) & labels.notna()].iloc[0]!r} first: "
+            f"{lost} labels are no numbers, {labels[np.isnan(y) & labels.notna()].iloc[0]!r} "
+            "first: "
             "use head='classes' or 'ordinal'.")
         return y
     def encode(self, labels): return (self._numbers(labels) - self.mean) / self.sd
@@ -124,7 +133,8 @@ class Regression(Head):
 # %% ../../nbs/11a_heads.ipynb #8edd096c
 def _spearman(a, b):
     from scipy.stats import spearmanr
-    return float(spearmanr(a, b).statistic) if len(a) > 2 and min(np.ptp(a), np.ptp(b)) > 1e-9 else np.nan
+    return float(spearmanr(a, b).statistic) if len(a) > 2 and min(np.ptp(a),
+        np.ptp(b)) > 1e-9 else np.nan
 
 @patch
 def score(self:Regression, truth, table, donors=None): # labels, what `table` gave, and the donor of each cell
@@ -135,7 +145,8 @@ def score(self:Regression, truth, table, donors=None): # labels, what `table` ga
     if donors is not None: per = per.groupby(np.asarray(donors).astype(str)[ok]).mean()
     t, p = t[ok], p[ok]
     r2 = float(1 - ((t - p)**2).sum() / ((t - t.mean())**2).sum())
-    return dict(r2=r2, mean_error=float(np.abs(t - p).mean()), spearman=_spearman(per['t'], per['p']),
+    return dict(r2=r2, mean_error=float(np.abs(t - p).mean()), spearman=_spearman(per['t'],
+        per['p']),
                 n_cells=int(ok.sum()), n_donors=len(per) if donors is not None else 0)
 
 # %% ../../nbs/11a_heads.ipynb #0db4f980
@@ -166,16 +177,19 @@ class _Steps(torch.nn.Module):
     def __init__(self, d, n):
         super().__init__()
         self.score = torch.nn.Linear(d, 1, bias=False)
-        self.first, self.gaps = torch.nn.Parameter(torch.tensor(-(n - 2) / 2)), torch.nn.Parameter(torch.full((n - 2,
+        self.first, self.gaps = torch.nn.Parameter(torch.tensor(-(n - 2) / 2)), torch.nn.Parameter(
+            torch.full((n - 2,
             ), .5413))  # softplus: 1 apart
-    def cuts(self): return torch.cat([self.first[None], self.first + F.softplus(self.gaps).cumsum(0)])
+    def cuts(self):
+        return torch.cat([self.first[None], self.first + F.softplus(self.gaps).cumsum(0)])
     def forward(self, x): return self.score(x) - self.cuts()  # b n-1, falling
 
 def _log_steps(out):
     "Log probability of each step, from the logits of lying above each threshold; never log of a difference"
     up = torch.cat([torch.full_like(out[:, :1], 60.), out], 1)      # above the floor: certain
     down = torch.cat([out, torch.full_like(out[:, :1], -60.)], 1)   # above the ceiling: impossible
-    return F.logsigmoid(up) + F.logsigmoid(-down) + torch.log(-torch.expm1((down - up).clamp(max=-1e-6)))
+    return F.logsigmoid(up) + F.logsigmoid(-down) + torch.log(
+        -torch.expm1((down - up).clamp(max=-1e-6)))
 
 # %% ../../nbs/11a_heads.ipynb #e23cb874
 class Ordinal(Classes):
@@ -188,14 +202,17 @@ class Ordinal(Classes):
             if isinstance(labels.dtype, pd.CategoricalDtype) and labels.cat.ordered:
                 known = [c for c in labels.cat.categories if (known == c).any()]
             elif pd.api.types.is_numeric_dtype(labels): known = sorted(known.unique())
-            else: raise GeneformerError("An ordinal head must know the order of the steps: pass classes=[lowest, …, "
+            else:
+                raise GeneformerError(
+                    "An ordinal head must know the order of the steps: pass classes=[lowest, …, "
                                         "highest], or make the column an ordered category.")
             self._set(known)
         return self
     def module(self, d): return _Steps(d, self.n)
     def link(self, out): return _log_steps(out).exp()
     def loss(self, out, y, weight=None): return F.nll_loss(_log_steps(out), y.long(), weight=weight)
-    def table(self, p, index): return Classes.table(self, p, index).assign(expected_step=p @ np.arange(self.n))
+    def table(self, p, index):
+        return Classes.table(self, p, index).assign(expected_step=p @ np.arange(self.n))
     def score(self, truth, table, donors=None):
         y, p = self.encode(pd.Series(np.asarray(truth))), table['expected_step'].to_numpy(float)
         per = pd.DataFrame(dict(y=y, p=p))
