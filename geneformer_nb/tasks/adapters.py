@@ -17,7 +17,7 @@ from ..model.bert import Geneformer, weights_digest
 # %% ../../nbs/11d_adapters.ipynb #26ec13f1
 @contextmanager
 def _hushed():
-    "Without the log lines and warnings that these packages give while they are imported"
+    "Within the block, log lines and warnings of these packages are silent"
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -51,7 +51,7 @@ def add_lora(
     dropout:float=0., # on what goes into the adapters
     seed:int=0, # of their random half
 )->Geneformer: # a copy with adapters, `.lora` says which; everything else is frozen
-    "Low-rank adapters in every layer (LoRA, by peft); raises `GeneformerError`, `MissingDataError` without peft"
+    "Low-rank adapters in every layer (LoRA, by peft); raises `GeneformerError`, `MissingDataError`"
     peft = need_package('peft', 'tune')
     if getattr(model, 'lora', None):
         raise GeneformerError("This model has adapters already: merge them first (merge_lora).")
@@ -82,7 +82,7 @@ def save_lora(
     model:Geneformer, # with adapters
     folder, # gets adapter.safetensors and adapter.json
 )->Path: # the folder
-    "Write the adapters only, and the fingerprint of their encoder; raises `GeneformerError`, `StorageError`"
+    "Write adapters and the fingerprint of their encoder; raises `GeneformerError`, `StorageError`"
     if not getattr(model, 'lora', None):
         raise GeneformerError("This model has no adapters: save it with save_pretrained.")
     folder = check_folder(folder)
@@ -95,7 +95,7 @@ def load_lora(
     folder, # as written by `save_lora`, or by `save` of a classifier with adapters
     model:Geneformer, # the encoder they were trained on; stays as it is
 )->Geneformer: # a copy with the adapters
-    "Read adapters and put them into their encoder; raises `MissingDataError`, `GeneformerError` for another encoder"
+    "Read adapters into their encoder; raises `MissingDataError`, `GeneformerError`"
     f = Path(folder)/'adapter.json'
     if not f.exists():
         raise MissingDataError(f"There are no adapters in '{f.parent.name}' (no adapter.json).")
@@ -153,7 +153,7 @@ def quantize(
     model:Geneformer, # stays as it is
     bits:int=8, # 8 or 4
 )->Geneformer: # a copy with small weights, frozen; `.quantized` says how
-    "Keep the weights of the layers in 8 or 4 bits (official `quantize`); raises `GeneformerError`, `MissingDataError`"
+    "Keep the weights of the layers in 8 or 4 bits; raises `GeneformerError`, `MissingDataError`"
     if bits not in (8, 4): raise GeneformerError(f"bits is 8 or 4, not {bits!r}.")
     if getattr(model, 'lora', None) or getattr(model, 'quantized', None): raise GeneformerError(
         "Quantize a plain model: this one has adapters or is quantized already.")
@@ -173,9 +173,9 @@ def quantize(
 
 # %% ../../nbs/11d_adapters.ipynb #da2fe43c
 def _bytes(t):
-    "Bytes that a tensor takes, with its scales"
-    scale = getattr(t, 'SCB', None) if getattr(t, 'quant_state',
-        None) is None else t.quant_state.absmax  # of bitsandbytes
+    "Bytes that a tensor takes, with its scales in bitsandbytes"
+    state = getattr(t, 'quant_state', None)
+    scale = state.absmax if state is not None else getattr(t, 'SCB', None)
     return t.numel() * t.element_size() + (0 if scale is None else _bytes(scale))
 
 def weight_bytes(
@@ -184,6 +184,8 @@ def weight_bytes(
     "Memory of the weights by part"
     out = dict(embeddings=0, layers=0, rest=0)
     for n, p in model.hf.named_parameters():
-        out['embeddings' if '.embeddings.' in n else 'layers'
-            if '.layer.' in n else 'rest'] += _bytes(p)
+        part = 'rest'
+        if '.layer.' in n: part = 'layers'
+        if '.embeddings.' in n: part = 'embeddings'
+        out[part] += _bytes(p)
     return out

@@ -38,13 +38,8 @@ class FineTuned(Reader):
     def predict(self, cells, budget=16_384):
         "Answers for cells of the encoder's vocabulary, as a table"
         raise NotImplementedError
-    def record(self)->dict:
-        "What `load` needs to know, beside the weights"
-        raise NotImplementedError
-    @classmethod
-    def from_record(cls, record, encoder):
-        "A model over an encoder, from what `record` gave; its parts have random weights"
-        raise NotImplementedError
+    # a kind of model also has `record`, a dict of what `load` needs beside the weights,
+    # and `from_record(record, encoder)`, which makes a model with random weights
 
 # %% ../../nbs/11_finetuning.ipynb #87778930
 class CellModel(FineTuned):
@@ -79,7 +74,8 @@ class CellModel(FineTuned):
     def _pool_part(self): return dict(cell_pool=self.attend) if self.attend else {}
     def __repr__(self):
         what = getattr(self.task, 'classes', None) or [self.label or 'a number']
-        return f"{type(self).__name__} of {', '.join(what)} ({self.pool}) over {self.encoder}"
+        about = f"{', '.join(what)} ({self.pool})"
+        return f"{type(self).__name__} of {about} over {self.encoder}"
 
 # %% ../../nbs/11_finetuning.ipynb #00561dbd
 @patch
@@ -99,7 +95,10 @@ def outputs(self:CellModel, x, offsets): # as in `cell_vectors`
     return [head(v) for head in self.heads]
 
 @patch
-def logits(self:CellModel, tokens, offsets): # flat tokens of several cells, and where each begins
+def logits(self:CellModel,
+    tokens, # tokens of several cells, back to back
+    offsets, # where each cell begins
+): # (b, outputs)
     "Outputs of the head for each cell, differentiable"
     return self.outputs(self.encoder.hidden(tokens, offsets, layer='last'), offsets)[0]
 
@@ -157,7 +156,7 @@ def _tables(self:CellModel, cells, budget):
 def predict(self:CellModel,
     cells:Cells, # tokenized with the encoder's vocabulary
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # a row a cell, by barcode: `predicted`, and the probability of each class
+)->pd.DataFrame: # a row a cell, by barcode: `predicted`, and a probability a class
     "Classes and probabilities, or numbers"
     return next(iter(self._tables(cells, budget).values()))
 
@@ -166,7 +165,7 @@ def freeze(
     encoder:Geneformer, # changed in place
     layers:int=0, # number of encoder layers, from below, that stay as they are; 0 trains everything
 ):
-    "Freeze the lowest layers and the embeddings under them; raises `GeneformerError` for more layers than there are"
+    "Freeze the lowest layers and the embeddings under them; raises `GeneformerError`"
     bert, lora = encoder.hf.base_model, getattr(encoder, 'lora', None)
     if not isinstance(layers, (int, np.integer)) or not 0 <= layers <= len(bert.encoder.layer):
         raise GeneformerError(
@@ -178,7 +177,7 @@ def freeze(
 
 # %% ../../nbs/11_finetuning.ipynb #6649d4cf
 def _usable(obs, label, task, drop_rare):
-    "Which cells have an answer: a label, one of the classes asked for, and a class that is not rare"
+    "Cells with a label that is one of the classes asked for and not rare, as a mask"
     if label not in obs:
         raise GeneformerError(
             f"obs has no column {label!r} (it has {', '.join(map(str, obs.columns))}).")
@@ -201,6 +200,7 @@ def _usable(obs, label, task, drop_rare):
         if task.classes: task._set([c for c in task.classes if c not in rare])
     return ok
 
+# %% ../../nbs/11_finetuning.ipynb #25ff30bd
 def _sides(obs, label, donor, split, classes, ok, seed):
     "(train, test or neither for each cell; the audit)"
     if split is None:
@@ -321,16 +321,16 @@ def finetune(
     *,
     head='classes', # "classes", "regression", "ordinal", or a `Head` of your own
     classes=None, # classes or steps to tell apart, in this order; None: all, sorted
-    split=None, # "train", "test" or "" for each cell; None: a third of the donors is test
+    split=None, # "train", "test" or "" for each cell; None: holds out donors
     adata=None, # the same cells as AnnData with counts: puts baselines beside the score
     freeze_layers:int=0, # lowest layers left as they are
-    lora=None, # dict(r=8, alpha=16) trains adapters only, as in `add_lora`; True: defaults
+    lora=None, # dict(r=8, alpha=16) trains adapters only, see `add_lora`; or True
     epochs:float=2, # passes over the training cells (paper: about one)
     steps:int=None, # optimizer steps, instead of epochs
     batch:int=16, # cells a step (paper: 12)
-    lr:float=5e-4, # peak learning rate, linear decay; the paper's 5e-5 suits larger models
+    lr:float=5e-4, # peak learning rate, linear decay; larger models: 5e-5 (paper)
     weight_decay:float=.001, # of AdamW
-    balance=True, # "weights" (True): rare classes weigh more; "sampling": drawn more; None
+    balance=True, # "weights" (True), "sampling", or None; see "Which cells"
     max_per_class:int=None, # most training cells of a class
     drop_rare:float=0., # classes below this share of the labeled cells are left out
     pool:str=None, # as in `CellModel`
@@ -407,7 +407,7 @@ def load(cls:FineTuned,
     device=None, # as in `pick_device`
     encoder:Geneformer=None, # only for adapters: the encoder they were trained on
 )->FineTuned:
-    "Read what `save` wrote; raises `MissingDataError`, `VocabularyError`, `GeneformerError`"
+    "Read what `save` wrote; raises `MissingDataError`, `VocabularyError`"
     folder = Path(folder)
     if not (folder/cls.file).exists(): raise MissingDataError(
         f"There is no {cls.kind} in '{folder.name}' (no {cls.file}): "
@@ -468,7 +468,7 @@ def predict_adata(self:CellModel,
     adata, # AnnData with counts; gets the columns
     key:str=None, # name of the column; None: geneformer_ and the label that was learned
     **kwargs, # counts_layer, logged, genes … as in `tokenize`
-)->pd.DataFrame: # the table of `predict`; adds obs[key], for classes also obs[key + "_probability"]
+)->pd.DataFrame: # of `predict`; adds obs[key], for classes obs[key + "_probability"]
     "Predict for every cell of an AnnData; raises `CountsError`, `GeneMatchError`"
     table = self.predict(_cells_of(adata, self.encoder, kwargs))
     _add_columns(adata, key or f"geneformer_{self.label or 'predicted'}", self.task,

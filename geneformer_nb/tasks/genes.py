@@ -22,7 +22,7 @@ def gene_labels(
     vocabulary, # of the model
     classes:dict, # {class: gene ids or symbols}
     overlap:str='error', # for a gene in two classes: "error", or "drop" to leave it out
-)->pd.Series: # class by gene id, in the order given; `.attrs` lists genes "lost" and "both"
+)->pd.Series: # class by gene id; `.attrs` lists genes "lost" and "both"
     "One label a gene; raises `GeneformerError`, `VocabularyError`"
     if not isinstance(classes, dict) or len(classes) < 2:
         raise GeneformerError(
@@ -51,7 +51,7 @@ def gene_labels(
 # %% ../../nbs/11b_genes.ipynb #76cb2ba6
 def split_by_gene(
     labels:pd.Series, # from `gene_labels`
-    test:float=.33, # share of each class that is held out; at least one gene on each side
+    test:float=.33, # share of each class to hold out; each side gets a gene or more
     seed:int=0, # which genes
 )->pd.Series: # "train" or "test" by gene id; raises `LeakError` for a class of one gene
     "Hold out genes, some of every class"
@@ -120,7 +120,7 @@ class GeneClassifier(FineTuned):
         return F.cross_entropy(self.head(x), labels[at], weight=weight)
 
     def stream(self, cells, genes=None, budget=16_384):
-        "Batch by batch: (numbers of cells, ranks, tokens, probabilities) of the genes asked for"
+        "Batch by batch: cells, ranks, tokens and probabilities of the genes asked for"
         v = self.encoder.vocabulary
         want = np.arange(v.n_tokens) >= len(v.specials)
         if genes is not None:
@@ -138,7 +138,7 @@ def predict_tokens(self:GeneClassifier,
     cells:Cells, # tokenized with the encoder's vocabulary
     genes=None, # ids or symbols; None: every gene of every cell, which is many rows
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # a row a gene and cell: cell (barcode), gene_id, rank, a probability a class
+)->pd.DataFrame: # a row a gene and cell: cell, gene_id, rank, a probability a class
     "Probabilities of each gene in each cell"
     got = list(self.stream(cells, genes, budget))
     if not got: return pd.DataFrame(columns=['cell', 'gene_id', 'rank', *self.classes])
@@ -154,7 +154,7 @@ def predict_genes(self:GeneClassifier,
     cells:Cells, # tokenized with the encoder's vocabulary
     genes=None, # ids or symbols; None: every gene that occurs
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # by gene id: symbol, predicted, n_cells, mean probability of each class
+)->pd.DataFrame: # by gene id: symbol, predicted, n_cells, mean probabilities
     "Probabilities of each gene, averaged over the cells that hold it"
     v = self.encoder.vocabulary
     total, n = np.zeros((v.n_tokens, len(self.classes))), np.zeros(v.n_tokens, int)
@@ -196,8 +196,8 @@ def finetune_genes(
     *,
     split=None, # "train" or "test" by gene; None: a third of each class is test
     overlap:str='error', # as in `gene_labels`
-    donor:str=None, # obs column: also hold out donors; test genes are read in their cells
-    cell_split=None, # "train" or "test" for each cell, where you hold out cells yourself
+    donor:str=None, # obs column: hold out donors too, to read test genes in
+    cell_split=None, # "train" or "test" for each cell, instead of `donor`
     freeze_layers:int=0, # lowest layers left as they are (paper, dosage: 4 of 6)
     lora=None, # as in `finetune`
     epochs:float=1, # passes over the training cells (paper: 1)
@@ -251,7 +251,7 @@ def _gene_targets(clf):
     return y
 
 def _informative(cells, rows, y, classes):
-    "Those of the cells `rows` that hold a training gene; raises `GeneformerError` where a class has none"
+    "Those of the cells `rows` that hold a training gene; raises `GeneformerError`"
     asked = np.append(y[cells.tokens] >= 0, False)
     n = np.add.reduceat(asked, cells.offsets[:-1], dtype=int) * (cells.lengths > 0)
     rows = rows[n[rows] > 0]

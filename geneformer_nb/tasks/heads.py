@@ -14,40 +14,45 @@ from ..model.bert import pool_cells
 
 # %% ../../nbs/11a_heads.ipynb #2b2a0f17
 class AttentionPool(torch.nn.Module):
-    "A weighted mean over a cell's own tokens (official `use_attention_pooling`); equal weights to begin with"
+    "Weighted mean over a cell's own tokens; the weights start equal"
     def __init__(self, d:int): # width of the vectors
         super().__init__()
         self.score = torch.nn.Linear(d, 1, bias=False)
         torch.nn.init.zeros_(self.score.weight)
 
-    def weights(self, x, offsets): # (t, d) tokens of several cells, and where each begins
-        "One weight a token (t,), summing to 1 in each cell; and the cell each token belongs to"
+    def weights(self,
+        x, # (t, d) vectors of the tokens of several cells
+        offsets, # where each cell begins: (b+1,)
+    ): # (weights (t,) with sum 1 in each cell, number of the cell of each token)
+        "Softmax of the scores over the tokens of each cell"
         n = torch.as_tensor(np.diff(np.asarray(offsets)), device=x.device)
         seg = torch.repeat_interleave(torch.arange(len(n), device=x.device), n)
         s = self.score(x)[:, 0].float()
-        top = torch.full((len(n),), -torch.inf, device=x.device).scatter_reduce(0, seg, s.detach(),
-            'amax')
+        top = torch.full((len(n),), -torch.inf, device=x.device)
+        top = top.scatter_reduce(0, seg, s.detach(), 'amax')
         e = (s - top[seg]).exp()
-        return e / torch.zeros(len(n), device=x.device).index_add(0, seg, e)[seg], seg
+        total = torch.zeros(len(n), device=x.device).index_add(0, seg, e)
+        return e / total[seg], seg
 
-    def forward(self, x, offsets):
-        "(b, d); nan for a cell without tokens"
+    def forward(self, x, offsets): # as in `weights`
+        "Cell vectors (b, d); nan for a cell without tokens"
         w, seg = self.weights(x, offsets)
         n = len(offsets) - 1
-        out = torch.zeros(n, x.shape[1], device=x.device, dtype=w.dtype).index_add(0, seg,
-            x * w[:, None])
-        return torch.where(torch.bincount(seg, minlength=n)[:, None] > 0, out, torch.nan)
+        out = torch.zeros(n, x.shape[1], device=x.device, dtype=w.dtype)
+        out = out.index_add(0, seg, x * w[:, None])
+        there = torch.bincount(seg, minlength=n) > 0
+        return torch.where(there[:, None], out, torch.nan)
 
 # %% ../../nbs/11a_heads.ipynb #b4bfd733
 class Head:
-    "A question to a cell: its label as numbers, a map from a vector to outputs, a loss, and the columns of the answer"
+    "A task for a cell: labels as numbers, a map to outputs, a loss, columns of the answer"
     kind = None # name in saved files
     def module(self, d): # width of the cell vector
         "The map: (b, d) → (b, outputs)"
         m = torch.nn.Linear(d, self.n)
         torch.nn.init.zeros_(m.bias)
         return m
-    def link(self, out): return out # outputs as they are told: probabilities, a number in its unit
+    def link(self, out): return out # outputs as answers: probabilities, or a number in its unit
     def weights(self, y): return None # of the classes, for a balanced loss
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state().items())})"
@@ -99,7 +104,7 @@ def table(self:Classes, p, index): # probabilities (b, classes), and barcodes
         np.nan_to_num(p).argmax(1))]
     return pd.DataFrame(p, index, self.columns).assign(predicted=best)
 @patch
-def score(self:Classes, truth, table, donors=None): # labels, what `table` gave, and the donor of each cell
+def score(self:Classes, truth, table, donors=None): # labels, a `table`, a donor a cell
     "Accuracy, macro-F1 and accuracy a donor, as `evaluate.scores`"
     return scores(truth, table['predicted'], donors)
 
@@ -111,7 +116,7 @@ class Regression(Head):
         self.mean, self.sd = mean, sd # of the training labels
     def state(self): return dict(mean=self.mean, sd=self.sd)
     def fit(self, labels):
-        "Mean and spread of the training labels; raises `GeneformerError` for what is no number or does not vary"
+        "Keep mean and spread of the training labels; raises `GeneformerError`"
         y = self._numbers(labels)
         self.mean, self.sd = float(np.nanmean(y)), float(np.nanstd(y))
         if not self.sd > 0:
@@ -137,8 +142,8 @@ def _spearman(a, b):
         np.ptp(b)) > 1e-9 else np.nan
 
 @patch
-def score(self:Regression, truth, table, donors=None): # labels, what `table` gave, and the donor of each cell
-    "R² and mean absolute error over cells; Spearman over donors, or over cells where there are none"
+def score(self:Regression, truth, table, donors=None): # labels, a `table`, a donor a cell
+    "R² and mean absolute error over cells; Spearman over donors, or else over cells"
     t, p = self._numbers(pd.Series(np.asarray(truth))), np.asarray(table['predicted'], float)
     ok = np.isfinite(t) & np.isfinite(p)
     per = pd.DataFrame(dict(t=t, p=p))[ok]
@@ -177,15 +182,14 @@ class _Steps(torch.nn.Module):
     def __init__(self, d, n):
         super().__init__()
         self.score = torch.nn.Linear(d, 1, bias=False)
-        self.first, self.gaps = torch.nn.Parameter(torch.tensor(-(n - 2) / 2)), torch.nn.Parameter(
-            torch.full((n - 2,
-            ), .5413))  # softplus: 1 apart
+        self.first = torch.nn.Parameter(torch.tensor(-(n - 2) / 2))
+        self.gaps = torch.nn.Parameter(torch.full((n - 2,), .5413)) # softplus: 1 apart
     def cuts(self):
         return torch.cat([self.first[None], self.first + F.softplus(self.gaps).cumsum(0)])
     def forward(self, x): return self.score(x) - self.cuts()  # b n-1, falling
 
 def _log_steps(out):
-    "Log probability of each step, from the logits of lying above each threshold; never log of a difference"
+    "Log probability of each step, from the logits of lying above each threshold"
     up = torch.cat([torch.full_like(out[:, :1], 60.), out], 1)      # above the floor: certain
     down = torch.cat([out, torch.full_like(out[:, :1], -60.)], 1)   # above the ceiling: impossible
     return F.logsigmoid(up) + F.logsigmoid(-down) + torch.log(
@@ -196,7 +200,7 @@ class Ordinal(Classes):
     "How far? A probability a step, from one score and thresholds (cumulative logits)"
     kind = 'ordinal'
     def fit(self, labels):
-        "Take the order from an ordered or numeric column, unless given; raises `GeneformerError` where there is none"
+        "Take the order of an ordered or numeric column, unless given; raises `GeneformerError`"
         if self.classes is None:
             known = labels.dropna()
             if isinstance(labels.dtype, pd.CategoricalDtype) and labels.cat.ordered:

@@ -11,7 +11,8 @@ from fastcore.basics import patch
 from ..data.cells import Cells
 from ..core import GeneformerError, LeakError
 from ..evaluate.splits import audit_split, split_donors
-from .finetuning import CellModel, Schedule, _add_columns, _cells_of, _check, _class_weights, _learner, _sides
+from .finetuning import CellModel, Schedule, _add_columns, _cells_of, _check
+from .finetuning import _class_weights, _learner, _sides
 from .heads import Classes, make_head
 from ..model.bert import Geneformer
 
@@ -22,7 +23,7 @@ class MultiTask(CellModel):
     def __init__(self,
         encoder:Geneformer, # pretrained; it is trained in place
         tasks:dict, # {label: `Head`}
-        pool:str='attention', # "attention" (official), "mean" or "cls"; None: the checkpoint's
+        pool:str='attention', # "attention", "mean" or "cls"; None: the checkpoint's
         seed:int=0, # of the heads' random weights
     ):
         self.tasks = tasks
@@ -33,8 +34,8 @@ class MultiTask(CellModel):
     def __repr__(self):
         return f"MultiTask of {', '.join(self.tasks)} ({self.pool}) over {self.encoder}"
 
-    def loss(self, tokens, offsets, labels, weights, of_class): # labels (b, tasks), nan where unknown
-        "Weighted sum of the tasks' losses, each over the cells with a label"
+    def loss(self, tokens, offsets, labels, weights, of_class):
+        "Weighted sum of the tasks' losses; labels (b, tasks) are nan where unknown"
         outs = self.outputs(self.encoder.hidden(tokens, offsets, layer='last'), offsets)
         total = sum(o.sum() for o in outs) * 0.
         for k, (task, out) in enumerate(zip(self.tasks.values(), outs)):
@@ -67,7 +68,7 @@ def predict_adata(self:MultiTask,
     adata, # AnnData with counts; gets the columns
     prefix:str='geneformer_', # before the name of each task
     **kwargs, # counts_layer, logged, genes … as in `tokenize`
-)->dict: # tables of `predict`; adds obs[prefix + label], and + "_probability" for classes
+)->dict: # tables of `predict`; adds obs[prefix + label] and its "_probability"
     "Predict every task for every cell of an AnnData, in its order"
     tables = self.predict(_cells_of(adata, self.encoder, kwargs))
     for label, t in tables.items():
@@ -77,8 +78,8 @@ def predict_adata(self:MultiTask,
 # %% ../../nbs/11c_multitask.ipynb #3c4426d3
 def _tasks(tasks, weights):
     "{label: head} and a weight for each"
-    named = tasks if isinstance(tasks, dict) else {t: 'classes'
-        for t in ([tasks] if isinstance(tasks, str) else tasks)}
+    if isinstance(tasks, str): tasks = [tasks]
+    named = tasks if isinstance(tasks, dict) else dict.fromkeys(tasks, 'classes')
     if not named: raise GeneformerError("There is no task: pass obs columns, or {column: head}.")
     heads, weights = {label: make_head(h) for label, h in named.items()}, dict(weights or {})
     if lost := [k for k in weights if k not in heads]:
@@ -87,8 +88,9 @@ def _tasks(tasks, weights):
         raise GeneformerError("Task weights are 0 or more, and not all 0.")
     return heads, [float(weights.get(k, 1)) for k in heads]
 
+# %% ../../nbs/11c_multitask.ipynb #763765f7
 def _stratum(obs, heads, donor):
-    "What to spread over both sides: the first task whose class is the same for all cells of a donor, or nothing"
+    "Classes to spread over both sides: of the first task with one class a donor; or one class"
     who = obs[donor].astype(str)
     for k in [k for k, h in heads.items() if isinstance(h, Classes)]:
         own = obs[k].astype(object).groupby(who)
@@ -123,7 +125,7 @@ def finetune_tasks(
     donor:str=None, # obs column of donors; None splits by cell only if `split` is given
     *,
     weights:dict=None, # {column: weight of the task}; 1 where none is given
-    split=None, # "train", "test" or "" for each cell; None: a third of the donors is test
+    split=None, # "train", "test" or "" for each cell; None: holds out donors
     pool:str='attention', # "attention", "mean" or "cls"
     freeze_layers:int=0, # lowest layers left as they are
     lora=None, # as in `finetune`

@@ -29,15 +29,14 @@ class Rows:
         self.vocabulary = v = vocabulary or self._own_vocabulary(cells)
         if v is None:
             raise GeneformerError("These cells carry no vocabulary: pass vocabulary=…")
-        pieces = [cells]
-        if self.folder: pieces = Cells.parts(self.folder, None if self._known() else v)
+        read_as = None if self._known() else v
         self.parts, self.first = [], [0]
-        for p in pieces:
+        for p in Cells.parts(self.folder, read_as) if self.folder else [cells]:
             self._check(p)
             self.parts.append((p.tokens, p.offsets))
             self.first.append(self.first[-1] + len(p))
         lengths = [np.diff(offsets) for _, offsets in self.parts]
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
+        self.lengths = np.concatenate([np.zeros(0, int), *lengths])
 
     def _own_vocabulary(self, cells):
         "The vocabulary in the folder, or of the cells"
@@ -53,8 +52,8 @@ class Rows:
         (part[:0] if known else part).check_vocabulary(v)
         most = part.lengths.max() if known and len(part) else 0
         if most > v.max_len: raise VocabularyError(
-            f"A cell of '{self.folder.name}' has {most:,} tokens, and {v.name!r} allows "
-            f"{v.max_len:,}: tokenize again.")
+            f"A cell of '{self.folder.name}' has {most:,} tokens, and {v.name!r} "
+            f"allows {v.max_len:,}: tokenize again.")
 
     def __len__(self): return len(self.lengths)
     def tokens(self, i):

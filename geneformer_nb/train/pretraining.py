@@ -176,9 +176,9 @@ def pretrain(
     recipe, config, given = _settings(model, recipe, changes)
     rows = Rows(cells, vocabulary or getattr(cells, 'vocabulary', None)
         or getattr(model, 'vocabulary', None))
+    test, train = _deal(rows, recipe.holdout, seed)
     facts = _facts(rows, model, recipe, seed, config, given)
     gf = _start(model, recipe, rows, seed, config, device)
-    test, train = _deal(rows, recipe.holdout, seed)
     passes = given.get('gradient_accumulation_steps', 1)
     cut = dict(batch=recipe.batch * passes, seed=seed)
     if recipe.budget: cut['budget'] = recipe.budget * passes

@@ -79,7 +79,7 @@ class RankFrequency:
     "What counting tells about a hidden gene, from its rank and from the genes in view"
     def __init__(self,
         cells:Cells, # training cells
-        edges=(0, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536), # of the bins
+        edges=(0, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536), # of bins
         strength:float=30_000, # weight of the frequency at any rank, in hidden genes
     ):
         v = cells.vocabulary
