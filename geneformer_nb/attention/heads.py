@@ -17,7 +17,7 @@ from ..plots.style import need_columns
 
 # %% ../../nbs/40a_attention_heads.ipynb #5dd31425
 def _strata(rank, found, by_rank=20, by_found=4):
-    "Number of the stratum of each gene: 20 of mean rank, each cut into 4 of detection; fewer where genes are few"
+    "Stratum of each gene: 20 of mean rank, each cut into 4 of detection; fewer for few genes"
     from scipy.stats import rankdata
     n = len(rank)
     k = max(1, min(by_rank, n // 20))
@@ -30,7 +30,7 @@ def _strata(rank, found, by_rank=20, by_found=4):
     return out
 
 def _elteren(x, member, strata):
-    "Area, two-sided p and ratio of means within strata, for each row of x (heads × genes); and how many members count"
+    "(area, two-sided p, ratio of means) within strata for rows of x (heads × genes); members used"
     from scipy.stats import norm, rankdata
     won = pairs = diff = var = used = ours = theirs = 0
     for s in np.unique(strata):
@@ -61,7 +61,7 @@ def _members(t, genes, vocabulary):
     return member, [n for u, n in up.items() if u not in there]
 
 def _by_head(table):
-    "Heads, genes, attention and expected attention (heads × genes) of the first table of `received`"
+    "(heads, genes, attention, expected attention; heads × genes) of a table of `received`"
     if isinstance(table, tuple):
         raise GeneformerError(
             "received gives two tables, of genes and of ranks: pass the first, received(…)[0].")
@@ -81,7 +81,7 @@ def _by_head(table):
 
 # %% ../../nbs/40a_attention_heads.ipynb #0f1efdd0
 def _sides(g, genes, against, keep, least, vocabulary):
-    "Genes of the set, genes to compare with, and names that are not there; raises `GeneformerError`, `VocabularyError`"
+    "(mask of the set, mask of the genes to compare with, names that are not there)"
     member, lost = _members(g, genes, vocabulary)
     rest = ~member if against is None else _members(g, against, vocabulary)[0]
     if both := list(g.gene_id[member & rest]):
@@ -103,10 +103,10 @@ def head_tests(
     *,
     matched:bool=True, # also within strata of mean rank and detection, on attention over expected
     least:int=5, # genes in fewer cells are left out
-    alpha:float=.05, # false discovery rate over the heads below which a head is said to favor the set
-    vocabulary=None, # that of the model, to refuse unknown names; None: names not in the table go to .attrs["lost"]
-)->pd.DataFrame: # layer, head, n, n_rest, auc, ratio (of means), p, fdr, favors; and the same, matched
-    "Does each head look more at a set (paper: rank-sum test, FDR)? Raises `GeneformerError`, `VocabularyError`"
+    alpha:float=.05, # a head favors the set below this false discovery rate over the heads
+    vocabulary=None, # of the model, to refuse unknown names; None lists them in .attrs["lost"]
+)->pd.DataFrame: # a row a head: n, n_rest, auc, ratio, p, fdr, favors; and the same, matched
+    "Does each head look more at a set? Raises `GeneformerError`, `VocabularyError`"
     out, g, x, expected = _by_head(table)
     keep = (g.n_cells >= least).to_numpy()
     member, rest, lost = _sides(g, genes, against, keep, least, vocabulary)
@@ -129,8 +129,8 @@ def head_tests(
 def layer_test(
     tests:pd.DataFrame, # of `head_tests`
     which:str='favors', # column that says which heads are meant, such as "favors_matched"
-)->pd.Series: # heads, of, layer (their mean), layer_others, p (chance of so low a mean layer or a lower one)
-    "Do these heads sit in earlier layers than the others (paper: P < .05)? Exact; raises `GeneformerError`"
+)->pd.Series: # heads, of, layer (mean), layer_others, p (of so low a mean layer or a lower one)
+    "Exact test: do these heads sit in earlier layers than others? Raises `GeneformerError`"
     t = need_columns(tests, ['layer', which], 'A test of layers')
     if t[which].dtype != bool:
         raise GeneformerError(
@@ -174,7 +174,7 @@ def ablate(
     model:Geneformer, # any, with any head
     heads, # pairs (layer, head) counted from 0, or a table with these columns
 ):
-    "Within the block these heads bring nothing; raises `GeneformerError` for heads that are not there"
+    "Within the block the output of these heads is 0; raises `GeneformerError`"
     e, off, hooks = model.config.hidden_size // model.config.num_attention_heads, {}, []
     for l, h in _heads(model, heads): off.setdefault(l, []).extend(range(h * e, (h + 1) * e))
     def without(own):
@@ -195,7 +195,7 @@ def ablation(
     *,
     draws:int=5, # how many sets of as many other heads, or all there are where these are fewer
     seed:int=0, # which
-)->pd.DataFrame: # rows: none, these heads, other heads 1 …; columns: heads taken out, and the measures
+)->pd.DataFrame: # rows: none, these heads, other heads 1 …; columns: heads, and the measures
     "Measures with all heads, without these, and without as many others; raises `GeneformerError`"
     from itertools import combinations
     from math import comb

@@ -16,7 +16,7 @@ from ..plots.style import axes_of, need_columns, styled, palette
 
 # %% ../../nbs/40_attention.ipynb #43cb2e7d
 def _readable(model, cells):
-    "Can these cells be read by this model, and does it show its attention? Raises `GeneformerError`, `VocabularyError`"
+    "Raise an error for cells or a model whose attention cannot be read"
     if not isinstance(model, Geneformer):
         raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
     need_cells(cells).check_vocabulary(model.vocabulary)
@@ -30,7 +30,7 @@ def _readable(model, cells):
                               "model.hf.set_attn_implementation('within_cells') first.")
 
 def _portions(cells, pairs, budget):
-    "Numbers of cells, longest first, in portions of at most `pairs` weights a head; empty cells are left out"
+    "Numbers of cells, longest first, in portions of at most `pairs` weights a head; none empty"
     for rows in cells.batches(budget):
         rows = rows[cells.lengths[rows] > 0]
         while len(rows):
@@ -42,14 +42,14 @@ def _portions(cells, pairs, budget):
 def watch(
     model:Geneformer, # any, with any head
     cells:Cells, # tokenized with the model's vocabulary
-    see, # function (layer, cell numbers (b), tokens (b, n), weights (b, heads, n, n): who looks, looked at)
+    see, # function(layer, cell numbers (b), tokens (b, n), weights (b, heads, n, n))
     *,
-    pairs:int=2**20, # most weights of a head at a time: those of four cells of 512; a longer cell goes by itself
+    pairs:int=2**20, # most weights of a head at a time, as of four cells of 512 tokens
     budget:int=16_384, # most tokens in a batch
     dtype=None, # "bfloat16" or "float16" compute in half precision; None is float32
     show:bool=None, # progress bar; None shows it outside of tests
 ):
-    "Let a function see the attention of all cells, piece by piece; raises `GeneformerError`, `VocabularyError`"
+    "Show the attention of all cells to a function; raises `GeneformerError`, `VocabularyError`"
     _readable(model, cells)
     dtype, portions = pick_dtype(dtype), list(_portions(cells, pairs, budget))
     with torch.inference_mode(), torch.autocast(model.device.type, dtype,
@@ -101,11 +101,11 @@ def received(
     cells:Cells, # tokenized with the model's vocabulary
     *,
     by:str=None, # obs column: numbers for each of its values; cells without a value are left out
-    bins:int=20, # stretches that the ranks of a cell are cut into, for `expected` and the second table
+    bins:int=20, # bins of relative ranks, for `expected` and the second table
     special:bool=False, # True keeps rows of <cls> and <eos>
     **kwargs, # pairs, budget, dtype, show as in `watch`
-)->tuple: # layer, head, gene_id, symbol, attention, expected, rank, n_cells; and layer, head, rank, attention, n
-    "Attention that each gene, and each stretch of ranks, receives: 1 is the uniform share. Raises as `watch` does"
+)->tuple: # (by head and gene: attention, expected, rank, n_cells; by head and rank: attention, n)
+    "Attention that genes and ranks receive, where 1 is the uniform share; raises as `watch`"
     if bins < 1: raise GeneformerError(f"bins={bins} is no number of stretches: use 1 or more.")
     _readable(model, cells)
     values, group = group_codes(cells.obs, by)
@@ -151,9 +151,9 @@ def plant_head(
     model:Geneformer, # a copy is changed, this one stays as it is
     head:int=0, # which head of the first layer
     genes=None, # ids or symbols it shall look at; None: at top ranks
-    strength:float=1., # how sharply: 0 looks everywhere alike, 1 gives the chosen about e times the attention of others
+    strength:float=1., # 0: uniform; 1: chosen genes get about e times the attention of others
 )->Geneformer: # a copy
-    "A model with one head that is known; raises `GeneformerError`, `VocabularyError`"
+    "A model with one known head; raises `GeneformerError`, `VocabularyError`"
     n = model.config.num_attention_heads
     if not 0 <= head < n: raise GeneformerError(f"There is no head {head} in a layer of {n}.")
     if not np.isfinite(strength):
@@ -197,7 +197,7 @@ def _one_group(ranks, who):
 def rank_habits(
     ranks:pd.DataFrame, # second table of `received`, of one group of cells
 )->tuple: # by (layer, head): center, breadth; by layer: their means, and diversity
-    "Which ranks heads look at, and how much the heads of a layer differ in that; raises `GeneformerError`"
+    "Ranks that heads look at, and how much the heads of a layer differ; raises `GeneformerError`"
     t = _one_group(ranks, 'A table of ranks')
     share = t.pivot(index=['layer', 'head'], columns='rank', values='attention')
     share = share.div(share.sum(axis=1), axis=0)
