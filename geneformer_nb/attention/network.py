@@ -21,8 +21,8 @@ class _Pairs:
     "Sums of attention between chosen genes, by head"
     def __init__(self, model, at, heads, looks): # at: token → row of a source, column of a target
         self.at, self.looks, self.heads, dev = at, looks, heads, model.device
-        kind, shape = torch.float32 if dev.type == 'mps' else torch.float64, [int(a.max()) + 1
-            for a in at]
+        kind = torch.float32 if dev.type == 'mps' else torch.float64
+        shape = [int(a.max()) + 1 for a in at]
         self.sum = {l: torch.zeros(len(h), *shape, dtype=kind, device=dev)
             for l, h in heads.items()}
         self.n, self.first = torch.zeros(*shape, dtype=torch.int64, device=dev), min(heads)
@@ -36,8 +36,8 @@ class _Pairs:
             here = (s[i][:, None], g[j][None])
             seen, back = x[:, j][:, :, i].transpose(1, 2), x[:, i][:, :, j]  # h source target
             seen = dict(target=seen, source=back, both=(seen + back) / 2)[self.looks]
-            self.sum[layer][:, here[0], here[1]] += seen.to(self.n.device,
-                self.sum[layer].dtype) * len(t)
+            total = self.sum[layer]
+            total[:, here[0], here[1]] += seen.to(self.n.device, total.dtype) * len(t)
             if layer == self.first: self.n[here] += 1
 
 # %% ../../nbs/40b_attention_network.ipynb #7ca2941f

@@ -118,15 +118,13 @@ def received(
 def _tables(tally, vocabulary, by, values, special):
     "The two tables of `received`"
     n, v, k = tally.n.cpu().numpy().astype(float), tally.v, tally.bins
-    # groups × bins
-    used = np.stack([x[:, :-1].sum(0) for x in np.split(n, len(values))])
-    mean = tally.stretch.cpu().numpy().reshape(*tally.token.shape[:2], *used.shape) / np.maximum(
-        used, 1)
-    seen = np.flatnonzero((n.sum(1) > 0) & (special
-        | (np.arange(len(n)) % v >= len(vocabulary.specials))))
-    cells_with, g = n[seen].sum(1), seen // v
-    expected = np.einsum('sb,lhsb->lhs', n[seen, :-1], mean[:, :, g]) / np.maximum(
-        n[seen, :-1].sum(1), 1)
+    used = np.stack([x[:, :-1].sum(0) for x in np.split(n, len(values))]) # groups × bins
+    mean = tally.stretch.cpu().numpy().reshape(*tally.token.shape[:2], *used.shape)
+    mean = mean / np.maximum(used, 1)
+    gene = np.arange(len(n)) % v >= len(vocabulary.specials)
+    seen = np.flatnonzero((n.sum(1) > 0) & (special | gene))
+    cells_with, g, at = n[seen].sum(1), seen // v, n[seen, :-1]
+    expected = np.einsum('sb,lhsb->lhs', at, mean[:, :, g]) / np.maximum(at.sum(1), 1)
     got, ids = tally.token[:, :, torch.as_tensor(seen, device=tally.dev)], vocabulary.gene(seen % v)
     values = np.asarray(values, object)
     def named(x, **more): return ({} if by is None else {by: x}) | more
@@ -143,8 +141,8 @@ def _tidy(attention, names, **columns):
     l, h, n = attention.shape
     def flat(x): return np.asarray(x).ravel() if np.ndim(x) == 3 else np.tile(np.asarray(x), l * h)
     at = dict(layer=np.repeat(np.arange(l), h * n), head=np.tile(np.repeat(np.arange(h), n), l))
-    return pd.DataFrame(at
-        | {k: flat(x) for k, x in (names | dict(attention=attention) | columns).items()})
+    columns = names | dict(attention=attention) | columns
+    return pd.DataFrame(at | {k: flat(x) for k, x in columns.items()})
 
 # %% ../../nbs/40_attention.ipynb #b513a961
 def plant_head(
@@ -160,21 +158,20 @@ def plant_head(
         raise GeneformerError(f"strength={strength} should be a number, 1 or so.")
     out = copy.deepcopy(model)
     e, emb = model.config.hidden_size // n, out.hf.base_model.embeddings
-    word, rank, kind = (getattr(emb, f'{k}_embeddings').weight for k in ('word', 'position',
-        'token_type'))
-    own, axis, mark = slice(head * e, (head + 1) * e), head, 8 * float(
-        word.detach().std() + rank.detach().std())
+    word, rank, kind = (getattr(emb, f'{k}_embeddings').weight
+                        for k in ('word', 'position', 'token_type'))
+    own, axis = slice(head * e, (head + 1) * e), head
+    mark = 8 * float(word.detach().std() + rank.detach().std())
     with torch.no_grad():
         for table in (word, rank, kind): table[:, axis] = 0
         if genes is None: rank[:, axis] = torch.linspace(mark, -mark, len(rank))
         else:
-            word[torch.as_tensor(model.vocabulary.token([genes] if isinstance(genes,
-                str) else list(genes))).long(), axis] = mark
+            names = [genes] if isinstance(genes, str) else list(genes)
+            word[torch.as_tensor(model.vocabulary.token(names)).long(), axis] = mark
         att = out.hf.base_model.encoder.layer[0].attention.self
-        typical = emb.LayerNorm(word[len(model.vocabulary.specials):][:,
-            None] + rank[:1] + kind[:1])[..., axis]
-        att.query.weight[own], att.query.bias[own], att.key.weight[own], att.key.bias[
-            own] = 0., 0., 0., 0.
+        tokens = word[len(model.vocabulary.specials):][:, None] + rank[:1] + kind[:1]
+        typical = emb.LayerNorm(tokens)[..., axis]
+        for part in (att.query, att.key): part.weight[own], part.bias[own] = 0., 0.
         most = typical.max() if genes is None else typical.max() - typical.median()
         att.query.bias[own.start] = strength * e**.5 / float(most)
         att.key.weight[own.start, axis] = 1.
@@ -207,8 +204,8 @@ def rank_habits(
     def apart(s):
         d = np.abs(s.to_numpy()[:, None] - s.to_numpy()[None]).sum(-1) / 2
         return d[np.triu_indices(len(s), 1)].mean() if len(s) > 1 else np.nan
-    return heads, heads.groupby('layer').mean().assign(diversity=share.groupby('layer').apply(
-        apart))
+    diversity = share.groupby('layer').apply(apart)
+    return heads, heads.groupby('layer').mean().assign(diversity=diversity)
 
 # %% ../../nbs/40_attention.ipynb #bd349e33
 @styled

@@ -99,14 +99,14 @@ def load_lora(
     f = Path(folder)/'adapter.json'
     if not f.exists():
         raise MissingDataError(f"There are no adapters in '{f.parent.name}' (no adapter.json).")
-    said = json.loads(f.read_text())
-    if said['base'] != _base(model):
+    saved = json.loads(f.read_text())
+    if saved['base'] != _base(model):
         raise GeneformerError(
-            f"These adapters belong to another encoder (weights {said['base']}, vocabulary "
-                              f"{said['vocabulary']!r}) than the one given (weights "
+            f"These adapters belong to another encoder (weights {saved['base']}, vocabulary "
+                              f"{saved['vocabulary']!r}) than the one given (weights "
                               f"{_base(model)}): pass the "
                               "checkpoint that was fine-tuned.")
-    out = add_lora(model, **{k: said[k] for k in ('r', 'alpha', 'targets', 'dropout')})
+    out = add_lora(model, **{k: saved[k] for k in ('r', 'alpha', 'targets', 'dropout')})
     bad = out.hf.load_state_dict(load_file(f.with_name('adapter.safetensors')), strict=False)
     if bad.unexpected_keys or any('lora_' in k for k in bad.missing_keys): raise MissingDataError(
         f"The adapters in '{f.parent.name}' do not fit their own adapter.json: save them again.")

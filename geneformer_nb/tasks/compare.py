@@ -379,6 +379,6 @@ def load(cls:Comparison,
     folder = Path(folder)
     if not (folder/'comparison.json').exists():
         raise MissingDataError(f"There is no comparison in '{folder.name}' (no comparison.json).")
-    said = json.loads((folder/'comparison.json').read_text())
+    record = json.loads((folder/'comparison.json').read_text())
     return cls(predictions=pd.read_parquet(folder/'predictions.parquet'),
-        folds=pd.read_parquet(folder/'folds.parquet'), **said)
+        folds=pd.read_parquet(folder/'folds.parquet'), **record)

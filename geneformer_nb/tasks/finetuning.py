@@ -114,9 +114,9 @@ def answers(self:CellModel):
 def read(self:CellModel, x, offsets, pool=None):
     "(cell vectors, answers), as `Reader.read`; the pooling is always its own"
     v = self.cell_vectors(x, offsets)
-    told = [t.link(head(v).cpu().double()) for t, head in zip(self.tasks.values(),
-        self.heads)]
-    return v, torch.cat(told, 1)
+    both = zip(self.tasks.values(), self.heads)
+    answers = [task.link(head(v).cpu().double()) for task, head in both]
+    return v, torch.cat(answers, 1)
 
 # %% ../../nbs/11_finetuning.ipynb #33d12dc4
 class CellClassifier(CellModel):
@@ -354,11 +354,12 @@ def finetune(
     train = _training_cells(cells, label, task, split, y)
     rows, total = train, how.total(len(train))
     if named and balance == 'sampling': rows = _drawn(train, y, total * batch, seed)
-    scores = {} if adata is None else _baseline_rows(adata, cells, label, donor, split,
-        named)
+    scores = {}
+    if adata is not None:
+        scores = _baseline_rows(adata, cells, label, donor, split, named)
     clf = _cell_model(_learner(model, freeze_layers, lora, seed), task, pool, seed)
-    w = _class_weights(task, y[train], model.device) if balance in (True,
-        'weights') else None
+    w = None
+    if balance in (True, 'weights'): w = _class_weights(task, y[train], model.device)
     def loss(tokens, offsets, labels):
         return task.loss(clf.logits(tokens, offsets.cpu()), labels, w)
     clf._learn(loss, cells, rows, lambda r, _: y[r].astype(np.float32), how, total,
@@ -471,8 +472,8 @@ def predict_adata(self:CellModel,
 )->pd.DataFrame: # of `predict`; adds obs[key], for classes obs[key + "_probability"]
     "Predict for every cell of an AnnData; raises `CountsError`, `GeneMatchError`"
     table = self.predict(_cells_of(adata, self.encoder, kwargs))
-    _add_columns(adata, key or f"geneformer_{self.label or 'predicted'}", self.task,
-        table)
+    key = key or f"geneformer_{self.label or 'predicted'}"
+    _add_columns(adata, key, self.task, table)
     return table
 
 def _cells_of(adata, encoder, how):

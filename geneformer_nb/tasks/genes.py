@@ -59,8 +59,7 @@ def split_by_gene(
         dtype=object)
     for c, own in labels.groupby(labels, sort=False):
         if len(own) < 2: raise LeakError(
-            f"Class {c!r} has one gene only ({own.index[0]}): nothing can be held out "
-            "for it.")
+            f"Class {c!r} has one gene only ({own.index[0]}): nothing can be held out.")
         n = min(max(1, round(test * len(own))), len(own) - 1)
         out[rng.permutation(own.index.to_numpy())[:n]] = 'test'
     return out
@@ -217,8 +216,8 @@ def finetune_genes(
     split, audit = audit_genes(labels, split, v)
     train, test = _cell_sides(cells, donor, cell_split, seed)
     clf = GeneClassifier(_learner(model, freeze_layers, lora, seed), classes, seed)
-    clf.labels, clf.split, clf.lost, clf.donor = labels, split, labels.attrs[
-        'lost'], donor
+    clf.labels, clf.lost = labels, labels.attrs['lost']
+    clf.split, clf.donor = split, donor
     y = _gene_targets(clf)
     rows = _informative(cells, train, y, clf.classes)
     clf.dropped, w = len(train) - len(rows), None

@@ -137,9 +137,10 @@ class Regression(Head):
 
 # %% ../../nbs/11a_heads.ipynb #8edd096c
 def _spearman(a, b):
+    "Rank correlation; nan for fewer than three values, or where one side does not vary"
     from scipy.stats import spearmanr
-    return float(spearmanr(a, b).statistic) if len(a) > 2 and min(np.ptp(a),
-        np.ptp(b)) > 1e-9 else np.nan
+    if len(a) < 3 or min(np.ptp(a), np.ptp(b)) < 1e-9: return np.nan
+    return float(spearmanr(a, b).statistic)
 
 @patch
 def score(self:Regression, truth, table, donors=None): # labels, a `table`, a donor a cell
@@ -150,9 +151,9 @@ def score(self:Regression, truth, table, donors=None): # labels, a `table`, a do
     if donors is not None: per = per.groupby(np.asarray(donors).astype(str)[ok]).mean()
     t, p = t[ok], p[ok]
     r2 = float(1 - ((t - p)**2).sum() / ((t - t.mean())**2).sum())
-    return dict(r2=r2, mean_error=float(np.abs(t - p).mean()), spearman=_spearman(per['t'],
-        per['p']),
-                n_cells=int(ok.sum()), n_donors=len(per) if donors is not None else 0)
+    return dict(r2=r2, mean_error=float(np.abs(t - p).mean()),
+        spearman=_spearman(per['t'], per['p']), n_cells=int(ok.sum()),
+        n_donors=len(per) if donors is not None else 0)
 
 # %% ../../nbs/11a_heads.ipynb #0db4f980
 def number_baselines(
@@ -192,8 +193,8 @@ def _log_steps(out):
     "Log probability of each step, from the logits of lying above each threshold"
     up = torch.cat([torch.full_like(out[:, :1], 60.), out], 1)      # above the floor: certain
     down = torch.cat([out, torch.full_like(out[:, :1], -60.)], 1)   # above the ceiling: impossible
-    return F.logsigmoid(up) + F.logsigmoid(-down) + torch.log(
-        -torch.expm1((down - up).clamp(max=-1e-6)))
+    gap = torch.log(-torch.expm1((down - up).clamp(max=-1e-6)))
+    return F.logsigmoid(up) + F.logsigmoid(-down) + gap
 
 # %% ../../nbs/11a_heads.ipynb #e23cb874
 class Ordinal(Classes):

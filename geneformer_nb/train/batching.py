@@ -11,6 +11,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
+from fastcore.basics import patch
 from ..data.cells import Cells, need_cells
 from ..core import GeneformerError, VocabularyError, digest
 from ..data.vocabulary import Vocabulary
@@ -23,49 +24,48 @@ class Rows:
         cells, # `Cells`, a `Corpus`, or a folder, from which no token is copied
         vocabulary:Vocabulary=None, # that of the cells; None: the one they carry
     ):
-        self.folder = getattr(cells, 'folder', None)
-        if isinstance(cells, (str, Path)): self.folder = Path(cells)
-        if self.folder is None: need_cells(cells)
-        self.vocabulary = v = vocabulary or self._own_vocabulary(cells)
-        if v is None:
+        f = getattr(cells, 'folder', None)
+        if isinstance(cells, (str, Path)): f = Path(cells)
+        if f is None: need_cells(cells)
+        own = getattr(cells, 'vocabulary', None)
+        if f and (f/'vocabulary.json').exists(): own = Vocabulary.load(f)
+        self.folder, self.vocabulary = f, vocabulary or own
+        if self.vocabulary is None:
             raise GeneformerError("These cells carry no vocabulary: pass vocabulary=…")
-        read_as = None if self._known() else v
+        stated = f and (f/'geneformer_nb.json').exists() # no need to read every token
+        read_as = None if stated else self.vocabulary
         self.parts, self.first = [], [0]
-        for p in Cells.parts(self.folder, read_as) if self.folder else [cells]:
-            self._check(p)
+        for p in Cells.parts(f, read_as) if f else [cells]:
+            self._check(p, stated)
             self.parts.append((p.tokens, p.offsets))
             self.first.append(self.first[-1] + len(p))
         lengths = [np.diff(offsets) for _, offsets in self.parts]
         self.lengths = np.concatenate([np.zeros(0, int), *lengths])
 
-    def _own_vocabulary(self, cells):
-        "The vocabulary in the folder, or of the cells"
-        f = self.folder
-        if f and (f/'vocabulary.json').exists(): return Vocabulary.load(f)
-        return getattr(cells, 'vocabulary', None)
-    def _known(self):
-        "Does the folder state its vocabulary, so that not every token must be read?"
-        return self.folder and (self.folder/'geneformer_nb.json').exists()
-    def _check(self, part):
+    def _check(self, part, stated):
         "Raise `VocabularyError` for cells of another vocabulary"
-        v, known = self.vocabulary, self._known()
-        (part[:0] if known else part).check_vocabulary(v)
-        most = part.lengths.max() if known and len(part) else 0
+        v = self.vocabulary
+        (part[:0] if stated else part).check_vocabulary(v)
+        most = part.lengths.max() if stated and len(part) else 0
         if most > v.max_len: raise VocabularyError(
             f"A cell of '{self.folder.name}' has {most:,} tokens, and {v.name!r} "
             f"allows {v.max_len:,}: tokenize again.")
 
     def __len__(self): return len(self.lengths)
-    def tokens(self, i):
-        "Tokens of cell i"
-        k = bisect_right(self.first, i) - 1
-        (tokens, off), j = self.parts[k], i - self.first[k]
-        return tokens[off[j]:off[j + 1]]
-    @property
-    def mark(self):
-        "Fingerprint of the cells"
-        if not self.folder: return digest(*self.parts[0])
-        return json.loads((self.folder/'state.json').read_text())['_fingerprint']
+
+# %% ../../nbs/08a_batching.ipynb #1b71227e
+@patch
+def tokens(self:Rows, i:int): # number of a cell
+    "Tokens of a cell"
+    k = bisect_right(self.first, i) - 1
+    (tokens, off), j = self.parts[k], i - self.first[k]
+    return tokens[off[j]:off[j + 1]]
+
+@patch(as_prop=True)
+def mark(self:Rows):
+    "Fingerprint of the cells"
+    if not self.folder: return digest(*self.parts[0])
+    return json.loads((self.folder/'state.json').read_text())['_fingerprint']
 
 # %% ../../nbs/08a_batching.ipynb #9b996440
 def by_tokens(
@@ -117,8 +117,8 @@ class Batches:
         processes:int=1, process:int=0, # how many there are, and which this is
         shuffle:bool=True, # False keeps the order, for evaluation
     ):
-        self.lengths, self.rows, self.batch, self.budget, self.seed = lengths, np.asarray(
-            rows), batch, budget, seed
+        self.lengths, self.rows, self.seed = lengths, np.asarray(rows), seed
+        self.batch, self.budget = batch, budget
         self.passes, self.processes, self.process = passes, processes, process
         self.shuffle, self.epoch = shuffle, 0
 
@@ -128,8 +128,8 @@ class Batches:
         order = self.rows[torch.randperm(n, generator=g).numpy()] if self.shuffle else self.rows
         if self.budget is None: return np.split(order, range(self.batch, n, self.batch))
         batches = by_tokens(order, self.lengths, self.budget)
-        return [batches[i] for i in torch.randperm(len(batches),
-            generator=g)] if self.shuffle else batches
+        if not self.shuffle: return batches
+        return [batches[i] for i in torch.randperm(len(batches), generator=g)]
 
     @property
     def steps(self):
@@ -138,8 +138,8 @@ class Batches:
     def __len__(self): return self.steps * self.passes
     def __iter__(self):
         for rows in self.epoch_batches(self.epoch):
-            for share in share_out(rows, self.lengths,
-                    self.passes * self.processes)[self.process::self.processes]:
+            shares = share_out(rows, self.lengths, self.passes * self.processes)
+            for share in shares[self.process::self.processes]:
                 yield [(self.epoch, int(i)) for i in share]
 
 # %% ../../nbs/08a_batching.ipynb #07b83ba7

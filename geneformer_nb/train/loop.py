@@ -101,8 +101,8 @@ def _trainer_class(batches, tests): # `Batches` to train on and to evaluate on, 
             return self._load(tests) if tests else super().get_eval_dataloader(data)
         def evaluation_loop(self, loader, *args, metric_key_prefix='eval', **kw):
             if tests is None:
-                return super().evaluation_loop(loader, *args, metric_key_prefix=metric_key_prefix,
-                    **kw)
+                return super().evaluation_loop(
+                    loader, *args, metric_key_prefix=metric_key_prefix, **kw)
             self.model.eval()
             with torch.no_grad():
                 sums = sum(self.model(**self._prepare_inputs(b))['sums'].double().cpu()

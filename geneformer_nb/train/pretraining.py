@@ -279,25 +279,23 @@ def evaluate_masked(
     budget:int=8192, # tokens of a batch
 )->pd.DataFrame: # a row a hidden gene: cell, source, rank, gene, masked, loss, right
     "How well hidden genes are guessed, gene by gene"
-    collate, v, found = MaskedRanks(cells, model.vocabulary, seed,
-        mask), model.vocabulary, []
-    source = cells.obs['source'].to_numpy() if 'source' in cells.obs else np.full(
-        len(cells), '')
+    v, found, source = model.vocabulary, [], np.full(len(cells), '')
+    if 'source' in cells.obs: source = cells.obs['source'].to_numpy()
+    collate = MaskedRanks(cells, v, seed, mask)
     for rows in cells.batches(budget):
         b = collate(rows)
         with torch.inference_mode(): scores, truth = _hidden_scores(model, **b)
         shown, labels, off = b['tokens'].numpy(), b['labels'].numpy(), b['offsets']
-        at, which = np.flatnonzero(labels >= 0), np.repeat(np.arange(len(rows)),
-            np.diff(off))
-        loss, right = F.cross_entropy(scores, truth, reduction='none'), scores.argmax(
-            -1) == truth
-        out = dict(cell=rows[which[at]], rank=at - off[which[at]] - v.cls,
-            gene=labels[at],
-            masked=shown[at] == v.specials['<mask>'], loss=loss.cpu().numpy(),
-            right=right.cpu().numpy())
+        at = np.flatnonzero(labels >= 0)
+        cell = np.repeat(np.arange(len(rows)), np.diff(off))[at]
+        loss = F.cross_entropy(scores, truth, reduction='none')
+        right = scores.argmax(-1) == truth
+        out = dict(cell=rows[cell], rank=at - off[cell] - v.cls, gene=labels[at],
+            masked=shown[at] == v.specials['<mask>'],
+            loss=loss.cpu().numpy(), right=right.cpu().numpy())
         if baseline is not None:
-            both = [baseline.losses(shown[a:z], labels[a:z]) for a, z in zip(off,
-                off[1:])]
+            parts = zip(off, off[1:])
+            both = [baseline.losses(shown[a:z], labels[a:z]) for a, z in parts]
             out |= dict(zip(('frequency', 'in_view'), np.concatenate(both, 1)))
         found.append(pd.DataFrame(out).assign(source=source[out['cell']]))
     return pd.concat(found, ignore_index=True)
