@@ -9,7 +9,8 @@ from geneformer_nb.core import GeneformerError, VocabularyError
 from geneformer_nb.data.vocabulary import Vocabulary
 from geneformer_nb.train.batching import Batches, Rows, by_tokens, share_out
 from geneformer_nb.model.bert import Geneformer, weights_digest
-from geneformer_nb.train.pretraining import MaskedRanks, Recipe, by_rank, pretrain, recipes
+from geneformer_nb.train.pretraining import MaskedRanks, Recipe, evaluate_masked, pretrain, recipes
+from geneformer_nb.train.small_model import RankFrequency, summarize_masked
 
 SMALL = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64)
 
@@ -175,8 +176,11 @@ def test_rows_of_an_official_folder(tmp_path):
 def test_frequency_baseline_by_hand():
     v = Vocabulary(['a', 'b'], [1., 1.], max_len=2)
     known = Cells([2, 3, 2, 3, 3, 2], [0, 2, 4, 6], vocabulary=v)      # a leads twice, b once
-    table = by_rank(Geneformer.new('nano', v, **SMALL), Cells([2, 3] * 20, np.arange(0, 41, 2), vocabulary=v), known, edges=(0, 1), mask=.9)
-    assert table['n'].sum() == 2 * table.loc['all', 'n']
-    assert np.allclose(table.loc[['0–0', '1–1'], 'frequency_loss'], -np.log(3 / 5))   # (2 + 1) of (3 + 2), at either rank
+    counted = RankFrequency(known, edges=(0, 1), strength=2)
+    held = Cells([2, 3] * 20, np.arange(0, 41, 2), vocabulary=v)
+    found = evaluate_masked(Geneformer.new('nano', v, **SMALL), held, counted, mask=.9)
+    assert np.allclose(found.frequency, -np.log(3 / 5))   # (2 + 1) of (3 + 2), at either rank
+    table = summarize_masked(found, (0, 1))
+    assert table['n'].sum() == 2 * table.loc['all', 'n'] and np.allclose(table.frequency, -np.log(3 / 5))
 
 if __name__ == '__main__': family(sys.argv[1])

@@ -1,4 +1,4 @@
-"The house model: no donor on both sides, trained once and the same ever after, and baselines that are distributions"
+"The small model: no donor on both sides, trained once and the same ever after, and baselines that are distributions"
 import os, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -178,10 +178,10 @@ def test_place_follows_recipe_and_seed(tmp_path, monkeypatch):
 def test_without_data_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.delenv('GENEFORMER_NB_DATA', raising=False)
     for call in (load_small_model, small_model_scores):
-        with says(MissingDataError, 'house model', 'not on this machine', 'ctheodoris/Geneformer'): call()
+        with says(MissingDataError, 'small model', 'not on this machine', 'ctheodoris/Geneformer'): call()
     with says(MissingDataError, 'ctheodoris/Geneformer'): small_model_cells()
     with pytest.raises(SystemExit) as e: small_model.main([])
-    assert str(e.value).startswith('house model: ') and '\n' not in str(e.value)
+    assert str(e.value).startswith('small model: ') and '\n' not in str(e.value)
 
 def test_cells_of_ones_own(tmp_path):
     cells = cohort()

@@ -17,7 +17,7 @@ from ..plots.style import need_columns
 
 # %% ../../nbs/40a_attention_heads.ipynb #5dd31425
 def _strata(rank, found, by_rank=20, by_found=4):
-    "Number of the stratum of each gene: 20 of mean rank, each cut into 4 of detection; fewer where genes are few"
+    "Stratum of each gene: 20 of mean rank, each cut into 4 of detection; fewer for few genes"
     from scipy.stats import rankdata
     n = len(rank)
     k = max(1, min(by_rank, n // 20))
@@ -30,7 +30,7 @@ def _strata(rank, found, by_rank=20, by_found=4):
     return out
 
 def _elteren(x, member, strata):
-    "Area, two-sided p and ratio of means within strata, for each row of x (heads × genes); and how many members count"
+    "(area, two-sided p, ratio of means) within strata for rows of x (heads × genes); members used"
     from scipy.stats import norm, rankdata
     won = pairs = diff = var = used = ours = theirs = 0
     for s in np.unique(strata):
@@ -40,8 +40,10 @@ def _elteren(x, member, strata):
         r, m, w = rankdata(x[:, own], axis=1), a * (n - a), 1 / (n + 1)
         u = r[:, member[own]].sum(1) - a * (a + 1) / 2
         won, pairs, diff = won + w * u, pairs + w * m, diff + w * (u - m / 2)
-        var, used = var + w**2 * m / n * r.var(axis=1, ddof=1), used + a  # ties are in the variance of the ranks
-        ours, theirs = ours + x[:, own[member[own]]].sum(1), theirs + a * x[:, own[~member[own]]].mean(1)
+        # ties are in the variance of the ranks
+        var, used = var + w**2 * m / n * r.var(axis=1, ddof=1), used + a
+        ours, theirs = ours + x[:, own[member[own]]].sum(1), theirs + a * x[:,
+            own[~member[own]]].mean(1)
     if not used: return *np.full((3, len(x)), np.nan), 0
     z = diff / np.sqrt(np.where(var > 0, var, np.inf))
     return won / pairs, 2 * norm.sf(np.abs(z)), ours / np.maximum(theirs, 1e-300), used
@@ -59,31 +61,38 @@ def _members(t, genes, vocabulary):
     return member, [n for u, n in up.items() if u not in there]
 
 def _by_head(table):
-    "Heads, genes, attention and expected attention (heads × genes) of the first table of `received`"
-    if isinstance(table, tuple): raise GeneformerError("received gives two tables, of genes and of ranks: pass the first, received(…)[0].")
-    t = need_columns(table, ['layer', 'head', 'gene_id', 'attention', 'expected', 'rank', 'n_cells'], 'A test of heads')
+    "(heads, genes, attention, expected attention; heads × genes) of a table of `received`"
+    if isinstance(table, tuple):
+        raise GeneformerError(
+            "received gives two tables, of genes and of ranks: pass the first, received(…)[0].")
+    t = need_columns(table, ['layer', 'head', 'gene_id', 'attention', 'expected', 'rank',
+        'n_cells'], 'A test of heads')
     code, names = pd.factorize(t.gene_id)
     order = np.lexsort((code, t['head'], t.layer))
     heads = t[['layer', 'head']].drop_duplicates().sort_values(['layer', 'head'], ignore_index=True)
     if len(t) > len(heads) * len(names):
         raise GeneformerError("This table is of several groups of cells: choose the rows of one.")
-    if len(t) < len(heads) * len(names) or (code[order].reshape(len(heads), -1) != np.arange(len(names))).any():
-        raise GeneformerError("This table lacks genes for some heads: pass it as `received` gives it.")
+    if len(t) < len(heads) * len(names) or (code[order].reshape(len(heads),
+            -1) != np.arange(len(names))).any():
+        raise GeneformerError(
+            "This table lacks genes for some heads: pass it as `received` gives it.")
     both = (t[c].to_numpy(float)[order].reshape(len(heads), -1) for c in ('attention', 'expected'))
     return heads, t.iloc[order[:len(names)]].reset_index(drop=True), *both
 
 # %% ../../nbs/40a_attention_heads.ipynb #0f1efdd0
 def _sides(g, genes, against, keep, least, vocabulary):
-    "Genes of the set, genes to compare with, and names that are not there; raises `GeneformerError`, `VocabularyError`"
+    "(mask of the set, mask of the genes to compare with, names that are not there)"
     member, lost = _members(g, genes, vocabulary)
     rest = ~member if against is None else _members(g, against, vocabulary)[0]
     if both := list(g.gene_id[member & rest]):
-        raise GeneformerError(f"{len(both)} genes stand on both sides, {both[0]} first: leave them out of one.")
+        raise GeneformerError(
+            f"{len(both)} genes stand on both sides, {both[0]} first: leave them out of one.")
     for ok, what in ((member, 'the set'), (rest, 'the genes to compare with')):
         if (ok & keep).any(): continue
         why = f". The cells hold {keep.sum():,} such genes, like {', '.join(g.gene_id[:3])}."
         if member.all(): why = ", since the set holds all genes."
-        raise GeneformerError(f"No gene of {what} is in {least} or more of these cells: nothing can be compared{why}")
+        raise GeneformerError(
+            f"No gene of {what} is in {least} or more of these cells: nothing can be compared{why}")
     return member, rest, lost
 
 # %% ../../nbs/40a_attention_heads.ipynb #0e5ec09f
@@ -94,10 +103,10 @@ def head_tests(
     *,
     matched:bool=True, # also within strata of mean rank and detection, on attention over expected
     least:int=5, # genes in fewer cells are left out
-    alpha:float=.05, # false discovery rate over the heads below which a head is said to favor the set
-    vocabulary=None, # that of the model, to refuse unknown names; None: names not in the table go to .attrs["lost"]
-)->pd.DataFrame: # layer, head, n, n_rest, auc, ratio (of means), p, fdr, favors; and the same, matched
-    "Does each head look more at a set (paper: rank-sum test, FDR)? Raises `GeneformerError`, `VocabularyError`"
+    alpha:float=.05, # a head favors the set below this false discovery rate over the heads
+    vocabulary=None, # of the model, to refuse unknown names; None lists them in .attrs["lost"]
+)->pd.DataFrame: # a row a head: n, n_rest, auc, ratio, p, fdr, favors; and the same, matched
+    "Does each head look more at a set? Raises `GeneformerError`, `VocabularyError`"
     out, g, x, expected = _by_head(table)
     keep = (g.n_cells >= least).to_numpy()
     member, rest, lost = _sides(g, genes, against, keep, least, vocabulary)
@@ -107,7 +116,8 @@ def head_tests(
         area, p, ratio, used = _elteren(x, member, strata)
         t = dict(auc=area, ratio=ratio, p=p, fdr=(fdr := bh(p)), favors=(fdr < alpha) & (area > .5))
         return {k + end: c for k, c in t.items()}, used
-    out = out.assign(n=int(member.sum()), n_rest=int((~member).sum()), **tested(x, np.zeros(len(at), int))[0])
+    out = out.assign(n=int(member.sum()), n_rest=int((~member).sum()),
+        **tested(x, np.zeros(len(at), int))[0])
     if matched:
         strata = _strata(g['rank'].to_numpy(), g.n_cells.to_numpy())
         more, used = tested(x / np.maximum(expected[:, at], 1e-12), strata, '_matched')
@@ -119,16 +129,20 @@ def head_tests(
 def layer_test(
     tests:pd.DataFrame, # of `head_tests`
     which:str='favors', # column that says which heads are meant, such as "favors_matched"
-)->pd.Series: # heads, of, layer (their mean), layer_others, p (chance of so low a mean layer or a lower one)
-    "Do these heads sit in earlier layers than the others (paper: P < .05)? Exact; raises `GeneformerError`"
+)->pd.Series: # heads, of, layer (mean), layer_others, p (of so low a mean layer or a lower one)
+    "Exact test: do these heads sit in earlier layers than others? Raises `GeneformerError`"
     t = need_columns(tests, ['layer', which], 'A test of layers')
-    if t[which].dtype != bool: raise GeneformerError(f"Column {which!r} does not say which heads are meant, true or false (it holds {t[which].dtype}): pass which='favors' or 'favors_matched'.")
+    if t[which].dtype != bool:
+        raise GeneformerError(
+            f"Column {which!r} does not say which heads are meant, true or false (it holds "
+            f"{t[which].dtype}): pass which='favors' or 'favors_matched'.")
     layer, yes = t.layer.to_numpy(int), t[which].to_numpy(bool)
     k, low = int(yes.sum()), int(layer[yes].sum())
     def mean(x): return x.mean() if len(x) else np.nan
     out = dict(heads=k, of=len(t), layer=mean(layer[yes]), layer_others=mean(layer[~yes]), p=np.nan)
     if 0 < k < len(t):
-        ways = np.zeros((k + 1, layer.sum() + 1))  # ways to choose so many heads with such a sum of layers
+        # ways to choose so many heads with such a sum of layers
+        ways = np.zeros((k + 1, layer.sum() + 1))
         ways[0, 0] = 1
         for l in layer: ways[1:, l:] += ways[:-1, :ways.shape[1] - l].copy()
         out['p'] = ways[k, :low + 1].sum() / ways[k].sum()
@@ -138,15 +152,20 @@ def layer_test(
 def _heads(model, heads):
     "Pairs (layer, head), each there in the model; raises `GeneformerError`"
     if hasattr(heads, 'columns'):
-        if lacks := [c for c in ('layer', 'head') if c not in heads]: raise GeneformerError(f"A table of heads has columns layer and head; {lacks[0]} is not there.")
+        if lacks := [c for c in ('layer', 'head') if c not in heads]:
+            raise GeneformerError(
+                f"A table of heads has columns layer and head; {lacks[0]} is not there.")
         heads = heads[['layer', 'head']].to_numpy()
     try: out = sorted({(index(l), index(h)) for l, h in heads})
     except (TypeError, ValueError) as e:
-        raise GeneformerError("heads are pairs (layer, head), counted from 0, such as [(0, 2), (1, 3)].") from e
+        raise GeneformerError(
+            "heads are pairs (layer, head), counted from 0, such as [(0, 2), (1, 3)].") from e
     c = model.config
     for l, h in out:
         if 0 <= l < c.num_hidden_layers and 0 <= h < c.num_attention_heads: continue
-        raise GeneformerError(f"There is no head {h} in layer {l}: the model has layers 0 to {c.num_hidden_layers - 1} "
+        raise GeneformerError(
+            f"There is no head {h} in layer {l}: the model has layers 0 to "
+            f"{c.num_hidden_layers - 1} "
                               f"of heads 0 to {c.num_attention_heads - 1}.")
     return out
 
@@ -155,10 +174,11 @@ def ablate(
     model:Geneformer, # any, with any head
     heads, # pairs (layer, head) counted from 0, or a table with these columns
 ):
-    "Within the block these heads bring nothing; raises `GeneformerError` for heads that are not there"
+    "Within the block the output of these heads is 0; raises `GeneformerError`"
     e, off, hooks = model.config.hidden_size // model.config.num_attention_heads, {}, []
     for l, h in _heads(model, heads): off.setdefault(l, []).extend(range(h * e, (h + 1) * e))
-    def without(own): return lambda module, x: (x[0].index_fill(-1, torch.tensor(own, device=x[0].device), 0.),)
+    def without(own):
+        return lambda module, x: (x[0].index_fill(-1, torch.tensor(own, device=x[0].device), 0.),)
     try:
         for l, own in off.items():
             join = model.hf.base_model.encoder.layer[l].attention.output.dense
@@ -175,22 +195,26 @@ def ablation(
     *,
     draws:int=5, # how many sets of as many other heads, or all there are where these are fewer
     seed:int=0, # which
-)->pd.DataFrame: # rows: none, these heads, other heads 1 …; columns: heads taken out, and the measures
+)->pd.DataFrame: # rows: none, these heads, other heads 1 …; columns: heads, and the measures
     "Measures with all heads, without these, and without as many others; raises `GeneformerError`"
     from itertools import combinations
     from math import comb
     own, c, rng = _heads(model, heads), model.config, np.random.default_rng(seed)
-    rest = [(l, h) for l in range(c.num_hidden_layers) for h in range(c.num_attention_heads) if (l, h) not in own]
+    rest = [(l, h) for l in range(c.num_hidden_layers) for h in range(c.num_attention_heads)
+        if (l, h) not in own]
     if not own: raise GeneformerError("There are no heads to take out.")
     if len(rest) < len(own):
-        raise GeneformerError(f"{len(own)} of {len(own) + len(rest)} heads leave too few others to compare with.")
+        raise GeneformerError(
+            f"{len(own)} of {len(own) + len(rest)} heads leave too few others to compare with.")
     if comb(len(rest), len(own)) <= draws: others = list(combinations(rest, len(own)))
     else:
         found = {}
-        while len(found) < draws: found[tuple(sorted(rest[i] for i in rng.permutation(len(rest))[:len(own)]))] = 1
+        while len(found) < draws:
+            found[tuple(sorted(rest[i] for i in rng.permutation(len(rest))[:len(own)]))] = 1
         others = list(found)
     rows = {}
-    for name, off in [('none', []), ('these heads', own), *((f'other heads {i + 1}', o) for i, o in enumerate(others))]:
+    for name, off in [('none', []), ('these heads', own), *((f'other heads {i + 1}', o)
+            for i, o in enumerate(others))]:
         with ablate(model, off): got = {k: float(f(model)) for k, f in measures.items()}
         rows[name] = dict(heads=', '.join(f'{l}.{h}' for l, h in off)) | got
     return pd.DataFrame(rows).T.rename_axis('without').astype({k: float for k in measures})

@@ -19,10 +19,12 @@ from ..model.bert import Geneformer
 # %% ../../nbs/40b_attention_network.ipynb #3d1fe8b8
 class _Pairs:
     "Sums of attention between chosen genes, by head"
-    def __init__(self, model, at, heads, looks): # at: token → row of the source, and column of the target; or -1
+    def __init__(self, model, at, heads, looks): # at: token → row of a source, column of a target
         self.at, self.looks, self.heads, dev = at, looks, heads, model.device
-        kind, shape = torch.float32 if dev.type == 'mps' else torch.float64, [int(a.max()) + 1 for a in at]
-        self.sum = {l: torch.zeros(len(h), *shape, dtype=kind, device=dev) for l, h in heads.items()}
+        kind = torch.float32 if dev.type == 'mps' else torch.float64
+        shape = [int(a.max()) + 1 for a in at]
+        self.sum = {l: torch.zeros(len(h), *shape, dtype=kind, device=dev)
+            for l, h in heads.items()}
         self.n, self.first = torch.zeros(*shape, dtype=torch.int64, device=dev), min(heads)
 
     def __call__(self, layer, rows, tokens, w):
@@ -34,7 +36,8 @@ class _Pairs:
             here = (s[i][:, None], g[j][None])
             seen, back = x[:, j][:, :, i].transpose(1, 2), x[:, i][:, :, j]  # h source target
             seen = dict(target=seen, source=back, both=(seen + back) / 2)[self.looks]
-            self.sum[layer][:, here[0], here[1]] += seen.to(self.n.device, self.sum[layer].dtype) * len(t)
+            total = self.sum[layer]
+            total[:, here[0], here[1]] += seen.to(self.n.device, total.dtype) * len(t)
             if layer == self.first: self.n[here] += 1
 
 # %% ../../nbs/40b_attention_network.ipynb #7ca2941f
@@ -45,10 +48,10 @@ def gene_network(
     targets, # ids or symbols
     *,
     heads=None, # pairs (layer, head), or a table with these columns; None: all
-    looks:str='target', # who looks at whom: "target" at its source, "source" at its targets, or "both", the mean
+    looks:str='target', # who looks: "target" at its source, "source" at its targets, "both": mean
     least:int=5, # pairs that share fewer cells are nan
     **kwargs, # pairs, budget, dtype, show as in `watch`
-)->tuple: # ({(layer, head): frame of sources × targets, 1 is uniform}, frame of the cells that hold both)
+)->tuple: # ({(layer, head): frame of sources × targets, 1 is uniform}, frame of cells with both)
     "Mean attention between genes, by head; raises `GeneformerError`, `VocabularyError`"
     if looks not in ('target', 'source', 'both'):
         raise GeneformerError(f"looks is 'target', 'source' or 'both', not {looks!r}.")
@@ -56,55 +59,68 @@ def gene_network(
     v, c = model.vocabulary, model.config
     every = np.argwhere(np.ones((c.num_hidden_layers, c.num_attention_heads)))
     found = _heads(model, every if heads is None else heads)
-    sides = [list(dict.fromkeys(v.token([x] if isinstance(x, str) else list(x)).tolist())) for x in (sources, targets)]
-    if not found or not all(sides): raise GeneformerError("A network needs a head, a source and a target at least.")
+    sides = [list(dict.fromkeys(v.token([x] if isinstance(x, str) else list(x)).tolist()))
+        for x in (sources, targets)]
+    if not found or not all(sides):
+        raise GeneformerError("A network needs a head, a source and a target at least.")
     at = [torch.full((v.n_tokens,), -1, device=model.device) for _ in sides]
-    for a, s in zip(at, sides): a[torch.tensor(s, device=model.device)] = torch.arange(len(s), device=model.device)
+    for a, s in zip(at, sides):
+        a[torch.tensor(s, device=model.device)] = torch.arange(len(s), device=model.device)
     box = _Pairs(model, at, {l: [h for k, h in found if k == l] for l, _ in found}, looks)
     watch(model, cells, box, **kwargs)
     names, n = [v.gene(s) for s in sides], box.n.cpu().numpy()
     keep = (n >= least) & np.not_equal.outer(*sides)
-    def mean(x): return pd.DataFrame(np.where(keep, x.cpu().numpy() / np.maximum(n, 1), np.nan), *names)
-    return {(l, h): mean(box.sum[l][i]) for l in box.sum for i, h in enumerate(box.heads[l])}, pd.DataFrame(n, *names)
+    def mean(x):
+        return pd.DataFrame(np.where(keep, x.cpu().numpy() / np.maximum(n, 1), np.nan), *names)
+    return {(l, h): mean(box.sum[l][i]) for l in box.sum
+        for i, h in enumerate(box.heads[l])}, pd.DataFrame(n, *names)
 
 # %% ../../nbs/40b_attention_network.ipynb #5ad5f791
-def _need_edges(truth):
-    "Raise `GeneformerError` for anything but 0, 1 and nan"
+def _check_networks(methods, truth):
+    "Raise `GeneformerError` for what is no truth, no dict of frames, or has other names"
     odd = (x := truth.to_numpy(float))[np.isfinite(x) & (x != 0) & (x != 1)]
-    if len(odd): raise GeneformerError(f"The truth holds {odd[0]:g}, and takes 1 for an edge, 0 for none, nan for a pair that is not asked about: signs and weights "
-                                       "are made so by (truth != 0).astype(float).")
+    if len(odd): raise GeneformerError(
+        f"The truth holds {odd[0]:g}, and takes 1 for an edge, 0 for none, nan for a pair that is "
+        "not asked about: signs and weights are made so by (truth != 0).astype(float).")
+    if hasattr(methods, 'columns'): raise GeneformerError(
+        "methods is {name: frame of sources × targets}, not one frame: give it a name.")
+    for k, m in methods.items():
+        if m.index.isin(truth.index).any() and m.columns.isin(truth.columns).any(): continue
+        ours, theirs = (', '.join(map(str, t.index[:3])) for t in (m, truth))
+        raise GeneformerError(f"{k!r} names genes like {ours} and the truth names genes like "
+                              f"{theirs}: name both by id, or both by symbol.")
 
+# %% ../../nbs/40b_attention_network.ipynb #6848cf09
 def edge_auroc(
     methods:dict, # {name: frame of sources × targets}, such as the networks of `gene_network`
-    truth:pd.DataFrame, # sources × targets: 1 for an edge, 0 for none, nan for a pair that is not asked about
+    truth:pd.DataFrame, # sources × targets: 1 for an edge, 0 for none, nan for a pair not asked
     *,
     draws:int=1000, # bootstrap samples of sources
     seed:int=0, # of the samples
-)->pd.DataFrame: # by method: auroc (all pairs), within (a source), ci_low, ci_high (95 %), edges, others, sources
-    "How well each method tells edges from other pairs, over the pairs that all can answer; raises `GeneformerError`"
-    if hasattr(methods, 'columns'): raise GeneformerError("methods is {name: frame of sources × targets}, not one frame: give it a name.")
-    if not methods: raise GeneformerError("There is no method to score.")
+)->pd.DataFrame: # by method: auroc (all pairs), within (a source), 95 % CI, edges, others, sources
+    "How well each method tells edges from other pairs that all answer; raises `GeneformerError`"
+    if not len(methods): raise GeneformerError("There is no method to score.")
     if draws < 1: raise GeneformerError(f"draws={draws} should be a whole number from 1 up.")
-    _need_edges(truth)
-    for k, m in methods.items():
-        if not m.index.isin(truth.index).any() or not m.columns.isin(truth.columns).any(): raise GeneformerError(f"{k!r} names genes like "
-            f"{', '.join(map(str, m.index[:3]))} and the truth names genes like {', '.join(map(str, truth.index[:3]))}: name both by id, or both by symbol.")
-    x = {k: m.reindex(index=truth.index, columns=truth.columns).to_numpy(float) for k, m in methods.items()}
+    _check_networks(methods, truth)
+    x = {k: m.reindex_like(truth).to_numpy(float) for k, m in methods.items()}
     y = truth.to_numpy(float)
     ok = np.logical_and.reduce([np.isfinite(m) for m in (y, *x.values())])
     ok &= np.not_equal.outer(truth.index.to_numpy(), truth.columns.to_numpy())
-    yes, rng = ok & (y > 0), np.random.default_rng(seed)
-    if not yes.any() or not (ok & ~yes).any():
-        raise GeneformerError(f"Of {ok.sum():,} pairs that all methods can answer {yes.sum():,} are edges: an area "
-                              "needs some of both. More cells, or a lower least=, give more pairs.")
-    several, rows = np.flatnonzero(yes.any(1) & (ok & ~yes).any(1)), {}
+    yes, rng, rows = ok & (y > 0), np.random.default_rng(seed), {}
+    if not yes.any() or not (ok & ~yes).any(): raise GeneformerError(
+        f"Of {ok.sum():,} pairs that all methods can answer {yes.sum():,} are edges: an area needs "
+        "some of both. More cells, or a lower least=, give more pairs.")
+    several = np.flatnonzero(yes.any(1) & (ok & ~yes).any(1))
     drawn = rng.integers(0, max(len(several), 1), (draws, len(several)))
     for k, m in x.items():
         own = np.array([rank_area(m[i, ok[i]], yes[i, ok[i]]) for i in several])
-        low, high = np.percentile(own[drawn].mean(1), [2.5, 97.5]) if len(own) > 1 else (np.nan, np.nan)
-        rows[k] = dict(auroc=rank_area(m[ok], yes[ok]), within=own.mean() if len(own) else np.nan, ci_low=low, ci_high=high)
-    names = [f'head {k[0]}.{k[1]}' if isinstance(k, tuple) else str(k) for k in rows]
-    out = pd.DataFrame(list(rows.values()), pd.Index(names, name='method'))
+        low = high = np.nan
+        if len(own) > 1: low, high = np.percentile(own[drawn].mean(1), [2.5, 97.5])
+        name = f'head {k[0]}.{k[1]}' if isinstance(k, tuple) else str(k)
+        rows[name] = dict(auroc=rank_area(m[ok], yes[ok]), ci_low=low, ci_high=high,
+                          within=own.mean() if len(own) else np.nan)
+    out = pd.DataFrame(rows.values(), pd.Index(rows, name='method'),
+                       columns=['auroc', 'within', 'ci_low', 'ci_high'])
     return out.assign(edges=int(yes.sum()), others=int((ok & ~yes).sum()), sources=len(several))
 
 # %% ../../nbs/40b_attention_network.ipynb #88c58c7a
@@ -113,13 +129,15 @@ def best_head(
     truth:pd.DataFrame, # as in `edge_auroc`
     seed:int=0, # of the halves
     measure:str='auroc', # column of `edge_auroc` to choose and report by, or "within"
-)->pd.DataFrame: # rows: half 1, half 2: head chosen on the other half, its area there (chosen) and here (area)
-    "The best head, chosen on one half of the sources and scored on the other; raises `GeneformerError`"
-    if measure not in ('auroc', 'within'): raise GeneformerError(f"measure={measure!r} is 'auroc' or 'within'.")
-    _need_edges(truth)
+)->pd.DataFrame: # a row a half: head chosen on the other half, its area there (chosen) and here
+    "The best head, chosen on half of the sources and scored on the rest; raises `GeneformerError`"
+    if measure not in ('auroc', 'within'):
+        raise GeneformerError(f"measure={measure!r} is 'auroc' or 'within'.")
+    _check_networks({}, truth)
     has = truth.index[(truth > 0).any(axis=1)]
     if len(has) < 2:
-        raise GeneformerError("Only one source has an edge: there are no halves to choose and to score on.")
+        raise GeneformerError(
+            "Only one source has an edge: there are no halves to choose and to score on.")
     order = np.random.default_rng(seed).permutation(has.to_numpy())
     halves, names = (order[::2], order[1::2]), list(networks)
     scores = [edge_auroc(networks, truth.loc[h], draws=1)[measure].to_numpy() for h in halves]
@@ -135,12 +153,12 @@ def _unit(x):
 
 # %% ../../nbs/40b_attention_network.ipynb #e93c19e9
 def edge_baselines(
-    cells:Cells, # tokenized cells with their vocabulary; with counts=True also correlation and mean expression
+    cells:Cells, # with their vocabulary; with counts=True also correlation and mean expression
     sources, # ids or symbols
     targets, # ids or symbols
     model:Geneformer=None, # adds the cosine of its input embeddings
 )->dict: # {name: frame of sources × targets}
-    "What can be said of pairs of genes without attention; raises `GeneformerError`, `VocabularyError`"
+    "Scores of pairs without attention; raises `GeneformerError`, `VocabularyError`"
     ranks = gene_matrix(need_cells(cells))
     v = cells.vocabulary
     if model is not None: cells.check_vocabulary(model.vocabulary)
@@ -149,8 +167,10 @@ def edge_baselines(
     place = np.where(found > 0, np.asarray(ranks.sum(1)).ravel() / np.maximum(found, 1), np.nan)
     there = (ranks > 0).astype(np.float32)
     chance = np.outer(found[a], found[b]) / len(cells)
-    out = {'co-occurrence': (there[a] @ there[b].T).toarray() / np.where(chance > 0, chance, np.nan),
-           'nearness in rank': -np.abs(place[a][:, None] - place[b]), 'detection, product': chance / len(cells),
+    out = {'co-occurrence': (there[a] @ there[b].T).toarray() / np.where(chance > 0, chance,
+        np.nan),
+           'nearness in rank': -np.abs(place[a][:, None] - place[b]),
+           'detection, product': chance / len(cells),
            'detection of the target': np.tile(found[b] / len(cells), (len(a), 1))}
     if 'counts' in cells.lists:
         logs = gene_matrix(cells, 'counts').log1p()
@@ -158,7 +178,8 @@ def edge_baselines(
         out['mean expression, product'] = np.outer(x.mean(1), y.mean(1))
         out['correlation'] = np.abs(_unit(x) @ _unit(y).T)
     if model is not None:
-        e = torch.nn.functional.normalize(model.hf.get_input_embeddings().weight.detach().float().cpu(), dim=1).numpy()
+        e = torch.nn.functional.normalize(
+            model.hf.get_input_embeddings().weight.detach().float().cpu(), dim=1).numpy()
         out['cosine of input embeddings'] = e[a] @ e[b].T
     return {k: pd.DataFrame(m, *names) for k, m in out.items()}
 
@@ -166,8 +187,8 @@ def edge_baselines(
 def others_targets(
     truth:pd.DataFrame, # sources × targets: 1 for an edge
 )->pd.DataFrame: # the same shape: how many other sources have this target
-    "The unfair rival: who is a target of others"
-    _need_edges(truth)
+    "The unfair baseline, which counts the other sources of each target"
+    _check_networks({}, truth)
     return truth.fillna(0).sum() - truth.fillna(0)
 
 # %% ../../nbs/40b_attention_network.ipynb #22a50c23
@@ -181,7 +202,8 @@ def beyond_degrees(
     y = np.where(there, x, 0)
     for _ in range(rounds):
         for axis in (1, 0):
-            y = np.where(there, y - y.sum(axis, keepdims=True) / np.maximum(there.sum(axis, keepdims=True), 1), 0)
+            y = np.where(there, y - y.sum(axis, keepdims=True) / np.maximum(there.sum(axis,
+                keepdims=True), 1), 0)
     return pd.DataFrame(np.where(there, y, np.nan), network.index, network.columns)
 
 def mean_network(
@@ -201,15 +223,20 @@ def known_edges(
     "Listed edges among the genes of these cells; raises `GeneformerError` where none is left"
     from geneformer_nb.data.vocabulary import find_gene
     if lacks := [c for c in ('source', 'target') if c not in table]:
-        raise GeneformerError(f"A table of edges has columns source and target; {lacks[0]} is not there.")
+        raise GeneformerError(
+            f"A table of edges has columns source and target; {lacks[0]} is not there.")
     v = need_cells(cells).vocabulary
     share, k = gene_matrix(cells).getnnz(1) / max(len(cells), 1), len(v.specials)
     def found(names):
         at = {n: find_gene(str(n), v._index, v.aliases)[0] for n in pd.unique(names)}
-        return names.map({n: v.genes[i] for n, i in at.items() if i >= 0 and share[i + k] >= detected})
-    e = pd.DataFrame(dict(source=found(table.source), target=found(table.target))).dropna().drop_duplicates()
+        return names.map({n: v.genes[i] for n, i in at.items() if i >= 0
+            and share[i + k] >= detected})
+    e = pd.DataFrame(dict(source=found(table.source),
+        target=found(table.target))).dropna().drop_duplicates()
     e = e[e.source != e.target]
     e = e[e.groupby('source').target.transform('size') >= min_targets]
-    if not len(e): raise GeneformerError(f"No regulator of the table has {min_targets} targets that are found in "
+    if not len(e):
+        raise GeneformerError(
+            f"No regulator of the table has {min_targets} targets that are found in "
                                          f"{detected:.0%} of these {len(cells):,} cells.")
     return pd.crosstab(e.source, e.target).astype(float).rename_axis(None).rename_axis(None, axis=1)

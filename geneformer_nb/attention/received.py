@@ -16,18 +16,21 @@ from ..plots.style import axes_of, need_columns, styled, palette
 
 # %% ../../nbs/40_attention.ipynb #43cb2e7d
 def _readable(model, cells):
-    "Can these cells be read by this model, and does it show its attention? Raises `GeneformerError`, `VocabularyError`"
-    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
+    "Raise an error for cells or a model whose attention cannot be read"
+    if not isinstance(model, Geneformer):
+        raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
     need_cells(cells).check_vocabulary(model.vocabulary)
     if not (cells.lengths > 2 * cells.special).any():
-        raise GeneformerError(f"There is no attention to read: none of the {len(cells)} cells holds a gene.")
+        raise GeneformerError(
+            f"There is no attention to read: none of the {len(cells)} cells holds a gene.")
     way = model.config._attn_implementation
     if way != 'within_cells':
-        raise GeneformerError(f"The attention of this model runs as {way!r}, which does not show its weights: "
+        raise GeneformerError(
+            f"The attention of this model runs as {way!r}, which does not show its weights: "
                               "model.hf.set_attn_implementation('within_cells') first.")
 
 def _portions(cells, pairs, budget):
-    "Numbers of cells, longest first, in portions of at most `pairs` weights a head; empty cells are left out"
+    "Numbers of cells, longest first, in portions of at most `pairs` weights a head; none empty"
     for rows in cells.batches(budget):
         rows = rows[cells.lengths[rows] > 0]
         while len(rows):
@@ -39,17 +42,18 @@ def _portions(cells, pairs, budget):
 def watch(
     model:Geneformer, # any, with any head
     cells:Cells, # tokenized with the model's vocabulary
-    see, # function (layer, cell numbers (b), tokens (b, n), weights (b, heads, n, n): who looks, looked at)
+    see, # function(layer, cell numbers (b), tokens (b, n), weights (b, heads, n, n))
     *,
-    pairs:int=2**20, # most weights of a head at a time: those of four cells of 512; a longer cell goes by itself
+    pairs:int=2**20, # most weights of a head at a time, as of four cells of 512 tokens
     budget:int=16_384, # most tokens in a batch
     dtype=None, # "bfloat16" or "float16" compute in half precision; None is float32
     show:bool=None, # progress bar; None shows it outside of tests
 ):
-    "Let a function see the attention of all cells, piece by piece; raises `GeneformerError`, `VocabularyError`"
+    "Show the attention of all cells to a function; raises `GeneformerError`, `VocabularyError`"
     _readable(model, cells)
     dtype, portions = pick_dtype(dtype), list(_portions(cells, pairs, budget))
-    with torch.inference_mode(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.inference_mode(), torch.autocast(model.device.type, dtype,
+            enabled=dtype != torch.float32):
         for rows in progress(portions, 'watching', unit='batches', show=show):
             part = cells[rows]
             tokens = torch.from_numpy(part.tokens.astype(np.int64)).to(model.device)
@@ -65,9 +69,12 @@ class _Tally:
         c, dev = model.config, model.device
         kind = torch.float32 if dev.type == 'mps' else torch.float64
         self.v, self.bins, self.cls, self.dev = c.vocab_size, bins, int(model.vocabulary.cls), dev
-        self.group, heads = torch.as_tensor(group, device=dev), (c.num_hidden_layers, c.num_attention_heads)
-        self.token, self.stretch = (torch.zeros(*heads, n_groups * n, dtype=kind, device=dev) for n in (self.v, bins))
-        self.n = torch.zeros(n_groups * self.v, bins + 1, dtype=torch.int64, device=dev)  # last: <cls>, <eos>
+        self.group, heads = torch.as_tensor(group, device=dev), (c.num_hidden_layers,
+            c.num_attention_heads)
+        self.token, self.stretch = (torch.zeros(*heads, n_groups * n, dtype=kind, device=dev)
+            for n in (self.v, bins))
+        # last: <cls>, <eos>
+        self.n = torch.zeros(n_groups * self.v, bins + 1, dtype=torch.int64, device=dev)
         self.rank = torch.zeros(n_groups * self.v, dtype=kind, device=dev)
 
     def __call__(self, layer, rows, tokens, w):
@@ -75,13 +82,15 @@ class _Tally:
         g = self.group[torch.as_tensor(rows, device=self.dev)]
         tokens, w, g = tokens[g >= 0], w[g >= 0], g[g >= 0, None]
         if not len(g) or n <= 2 * s: return
-        x = w[:, :, s:n - s].sum(2).transpose(0, 1).to(self.token.dtype) * (n / (n - 2 * s))  # h b n
+        # h b n
+        x = w[:, :, s:n - s].sum(2).transpose(0, 1).to(self.token.dtype) * (n / (n - 2 * s))
         rank = torch.arange(n, device=self.dev) - s
         inner = (rank >= 0) & (rank < n - 2 * s)
         place = torch.where(inner, rank * self.bins // (n - 2 * s), self.bins).expand_as(tokens)
         at, gene = (g * self.v + tokens).flatten(), slice(s, n - s)
         self.token[layer].index_add_(1, at, x.flatten(1))
-        self.stretch[layer].index_add_(1, (g * self.bins + place[:, gene]).flatten(), x[:, :, gene].flatten(1))
+        self.stretch[layer].index_add_(1, (g * self.bins + place[:, gene]).flatten(),
+            x[:, :, gene].flatten(1))
         if layer: return
         self.n.view(-1).index_add_(0, at * (self.bins + 1) + place.flatten(), torch.ones_like(at))
         self.rank.index_add_(0, at, rank.to(self.rank.dtype).expand_as(tokens).flatten())
@@ -92,11 +101,11 @@ def received(
     cells:Cells, # tokenized with the model's vocabulary
     *,
     by:str=None, # obs column: numbers for each of its values; cells without a value are left out
-    bins:int=20, # stretches that the ranks of a cell are cut into, for `expected` and the second table
+    bins:int=20, # bins of relative ranks, for `expected` and the second table
     special:bool=False, # True keeps rows of <cls> and <eos>
     **kwargs, # pairs, budget, dtype, show as in `watch`
-)->tuple: # layer, head, gene_id, symbol, attention, expected, rank, n_cells; and layer, head, rank, attention, n
-    "Attention that each gene, and each stretch of ranks, receives: 1 is the uniform share. Raises as `watch` does"
+)->tuple: # (by head and gene: attention, expected, rank, n_cells; by head and rank: attention, n)
+    "Attention that genes and ranks receive, where 1 is the uniform share; raises as `watch`"
     if bins < 1: raise GeneformerError(f"bins={bins} is no number of stretches: use 1 or more.")
     _readable(model, cells)
     values, group = group_codes(cells.obs, by)
@@ -109,15 +118,18 @@ def received(
 def _tables(tally, vocabulary, by, values, special):
     "The two tables of `received`"
     n, v, k = tally.n.cpu().numpy().astype(float), tally.v, tally.bins
-    used = np.stack([x[:, :-1].sum(0) for x in np.split(n, len(values))])                          # groups × bins
-    mean = tally.stretch.cpu().numpy().reshape(*tally.token.shape[:2], *used.shape) / np.maximum(used, 1)
-    seen = np.flatnonzero((n.sum(1) > 0) & (special | (np.arange(len(n)) % v >= len(vocabulary.specials))))
-    cells_with, g = n[seen].sum(1), seen // v
-    expected = np.einsum('sb,lhsb->lhs', n[seen, :-1], mean[:, :, g]) / np.maximum(n[seen, :-1].sum(1), 1)
+    used = np.stack([x[:, :-1].sum(0) for x in np.split(n, len(values))]) # groups × bins
+    mean = tally.stretch.cpu().numpy().reshape(*tally.token.shape[:2], *used.shape)
+    mean = mean / np.maximum(used, 1)
+    gene = np.arange(len(n)) % v >= len(vocabulary.specials)
+    seen = np.flatnonzero((n.sum(1) > 0) & (special | gene))
+    cells_with, g, at = n[seen].sum(1), seen // v, n[seen, :-1]
+    expected = np.einsum('sb,lhsb->lhs', at, mean[:, :, g]) / np.maximum(at.sum(1), 1)
     got, ids = tally.token[:, :, torch.as_tensor(seen, device=tally.dev)], vocabulary.gene(seen % v)
     values = np.asarray(values, object)
     def named(x, **more): return ({} if by is None else {by: x}) | more
-    names = named(values[g], gene_id=np.asarray(ids, object), symbol=np.asarray(vocabulary.symbol(ids), object))
+    names = named(values[g], gene_id=np.asarray(ids, object),
+        symbol=np.asarray(vocabulary.symbol(ids), object))
     genes = _tidy(got.cpu().numpy() / cells_with, names, expected=expected,
                   rank=tally.rank.cpu().numpy()[seen] / cells_with, n_cells=cells_with.astype(int))
     names = named(np.repeat(values, k), rank=np.tile((np.arange(k) + .5) / k, len(values)))
@@ -129,30 +141,37 @@ def _tidy(attention, names, **columns):
     l, h, n = attention.shape
     def flat(x): return np.asarray(x).ravel() if np.ndim(x) == 3 else np.tile(np.asarray(x), l * h)
     at = dict(layer=np.repeat(np.arange(l), h * n), head=np.tile(np.repeat(np.arange(h), n), l))
-    return pd.DataFrame(at | {k: flat(x) for k, x in (names | dict(attention=attention) | columns).items()})
+    columns = names | dict(attention=attention) | columns
+    return pd.DataFrame(at | {k: flat(x) for k, x in columns.items()})
 
 # %% ../../nbs/40_attention.ipynb #b513a961
 def plant_head(
     model:Geneformer, # a copy is changed, this one stays as it is
     head:int=0, # which head of the first layer
     genes=None, # ids or symbols it shall look at; None: at top ranks
-    strength:float=1., # how sharply: 0 looks everywhere alike, 1 gives the chosen about e times the attention of others
+    strength:float=1., # 0: uniform; 1: chosen genes get about e times the attention of others
 )->Geneformer: # a copy
-    "A model with one head that is known; raises `GeneformerError`, `VocabularyError`"
+    "A model with one known head; raises `GeneformerError`, `VocabularyError`"
     n = model.config.num_attention_heads
     if not 0 <= head < n: raise GeneformerError(f"There is no head {head} in a layer of {n}.")
-    if not np.isfinite(strength): raise GeneformerError(f"strength={strength} should be a number, 1 or so.")
+    if not np.isfinite(strength):
+        raise GeneformerError(f"strength={strength} should be a number, 1 or so.")
     out = copy.deepcopy(model)
     e, emb = model.config.hidden_size // n, out.hf.base_model.embeddings
-    word, rank, kind = (getattr(emb, f'{k}_embeddings').weight for k in ('word', 'position', 'token_type'))
-    own, axis, mark = slice(head * e, (head + 1) * e), head, 8 * float(word.detach().std() + rank.detach().std())
+    word, rank, kind = (getattr(emb, f'{k}_embeddings').weight
+                        for k in ('word', 'position', 'token_type'))
+    own, axis = slice(head * e, (head + 1) * e), head
+    mark = 8 * float(word.detach().std() + rank.detach().std())
     with torch.no_grad():
         for table in (word, rank, kind): table[:, axis] = 0
         if genes is None: rank[:, axis] = torch.linspace(mark, -mark, len(rank))
-        else: word[torch.as_tensor(model.vocabulary.token([genes] if isinstance(genes, str) else list(genes))).long(), axis] = mark
+        else:
+            names = [genes] if isinstance(genes, str) else list(genes)
+            word[torch.as_tensor(model.vocabulary.token(names)).long(), axis] = mark
         att = out.hf.base_model.encoder.layer[0].attention.self
-        typical = emb.LayerNorm(word[len(model.vocabulary.specials):][:, None] + rank[:1] + kind[:1])[..., axis]
-        att.query.weight[own], att.query.bias[own], att.key.weight[own], att.key.bias[own] = 0., 0., 0., 0.
+        tokens = word[len(model.vocabulary.specials):][:, None] + rank[:1] + kind[:1]
+        typical = emb.LayerNorm(tokens)[..., axis]
+        for part in (att.query, att.key): part.weight[own], part.bias[own] = 0., 0.
         most = typical.max() if genes is None else typical.max() - typical.median()
         att.query.bias[own.start] = strength * e**.5 / float(most)
         att.key.weight[own.start, axis] = 1.
@@ -161,9 +180,13 @@ def plant_head(
 # %% ../../nbs/40_attention.ipynb #93baeddd
 def _one_group(ranks, who):
     "The ranks of one group of cells; raises `GeneformerError` for several"
-    if isinstance(ranks, tuple): raise GeneformerError("received gives two tables, of genes and of ranks: pass the second, received(…)[1].")
+    if isinstance(ranks, tuple):
+        raise GeneformerError(
+            "received gives two tables, of genes and of ranks: pass the second, received(…)[1].")
     t = need_columns(ranks, ['layer', 'head', 'rank', 'attention'], who)
-    if 'gene_id' in t: raise GeneformerError("This is the table of genes that received gives first: pass the second, of ranks.")
+    if 'gene_id' in t:
+        raise GeneformerError(
+            "This is the table of genes that received gives first: pass the second, of ranks.")
     if t.duplicated(['layer', 'head', 'rank']).any():
         raise GeneformerError("These ranks are of several groups of cells: choose the rows of one.")
     return t
@@ -171,7 +194,7 @@ def _one_group(ranks, who):
 def rank_habits(
     ranks:pd.DataFrame, # second table of `received`, of one group of cells
 )->tuple: # by (layer, head): center, breadth; by layer: their means, and diversity
-    "Which ranks heads look at, and how much the heads of a layer differ in that; raises `GeneformerError`"
+    "Ranks that heads look at, and how much the heads of a layer differ; raises `GeneformerError`"
     t = _one_group(ranks, 'A table of ranks')
     share = t.pivot(index=['layer', 'head'], columns='rank', values='attention')
     share = share.div(share.sum(axis=1), axis=0)
@@ -181,7 +204,8 @@ def rank_habits(
     def apart(s):
         d = np.abs(s.to_numpy()[:, None] - s.to_numpy()[None]).sum(-1) / 2
         return d[np.triu_indices(len(s), 1)].mean() if len(s) > 1 else np.nan
-    return heads, heads.groupby('layer').mean().assign(diversity=share.groupby('layer').apply(apart))
+    diversity = share.groupby('layer').apply(apart)
+    return heads, heads.groupby('layer').mean().assign(diversity=diversity)
 
 # %% ../../nbs/40_attention.ipynb #bd349e33
 @styled
@@ -198,11 +222,13 @@ def attention_by_rank(
     for i, (layer, own) in enumerate(t.groupby('layer')):
         color = palette[i] if several <= 8 else colormaps['viridis'](i / several)
         if heads:
-            for _, one in own.groupby('head'): ax.plot(one['rank'], one.attention, lw=.8, alpha=.45, color=color)
+            for _, one in own.groupby('head'):
+                ax.plot(one['rank'], one.attention, lw=.8, alpha=.45, color=color)
         mean = own.groupby('rank').attention.mean()
         ax.plot(mean.index, mean, lw=2.4, color=color, label=f'layer {layer}')
     ax.axhline(1, color='.6', lw=1, zorder=0)
-    ax.set(xlabel='rank in the cell (0 is the top)', ylabel='attention received (1 = uniform)', xlim=(0, 1))
+    ax.set(xlabel='rank in the cell (0 is the top)', ylabel='attention received (1 = uniform)',
+        xlim=(0, 1))
     ax.legend(ncol=1 + several // 7)
     return ax
 
@@ -225,12 +251,15 @@ def head_map(
     im = ax.imshow(grid, cmap='RdBu_r', vmin=center - far, vmax=center + far, aspect='auto')
     for (i, j), x in np.ndenumerate(grid.to_numpy()):
         ink = 'white' if abs(x - center) > .7 * far else 'black'
-        if np.isfinite(x): ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=8.5, color=ink)
+        if np.isfinite(x):
+            ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=8.5, color=ink)
     for r in t[t[mark].astype(bool)].itertuples() if mark is not None else ():
         at = grid.columns.get_loc(r.head), grid.index.get_loc(r.layer)
         ax.plot(*at, 'o', ms=24, mfc='none', mec='black', mew=1.2)
-    ax.set(xticks=range(grid.shape[1]), xticklabels=grid.columns, yticks=range(len(grid)), yticklabels=grid.index,
+    ax.set(xticks=range(grid.shape[1]), xticklabels=grid.columns, yticks=range(len(grid)),
+        yticklabels=grid.index,
            xlabel='head', ylabel='layer')
-    ax.spines[:].set_visible(False); ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
     ax.figure.colorbar(im, ax=ax, label=label or value)
     return ax

@@ -17,7 +17,7 @@ from ..model.bert import Geneformer, weights_digest
 # %% ../../nbs/11d_adapters.ipynb #26ec13f1
 @contextmanager
 def _hushed():
-    "Without the log lines and warnings that these packages give while they are imported"
+    "Within the block, log lines and warnings of these packages are silent"
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -33,7 +33,8 @@ def need_package(
     "Import a package that not everybody has; raises `MissingDataError`, saying how to get it"
     try:
         with _hushed(): return importlib.import_module(name)
-    except ImportError as e: raise MissingDataError(f"This needs the package {name}, which is not installed here: "
+    except ImportError as e:
+        raise MissingDataError(f"This needs the package {name}, which is not installed here: "
                                                     f"pip install 'geneformer_nb[{extra}]'.") from e
 
 # %% ../../nbs/11d_adapters.ipynb #b41fcbfc
@@ -50,15 +51,19 @@ def add_lora(
     dropout:float=0., # on what goes into the adapters
     seed:int=0, # of their random half
 )->Geneformer: # a copy with adapters, `.lora` says which; everything else is frozen
-    "Low-rank adapters in every layer (LoRA, by peft); raises `GeneformerError`, `MissingDataError` without peft"
+    "Low-rank adapters in every layer (LoRA, by peft); raises `GeneformerError`, `MissingDataError`"
     peft = need_package('peft', 'tune')
     if getattr(model, 'lora', None):
         raise GeneformerError("This model has adapters already: merge them first (merge_lora).")
     targets = [targets] if isinstance(targets, str) else list(targets)
-    maps = {n.split('.')[-1] for n, m in model.hf.base_model.encoder.named_modules() if isinstance(m, torch.nn.Linear)}
-    if lost := [t for t in targets if t not in maps] or ([] if targets else ['nothing']): raise GeneformerError(
-        f"targets: no linear map of the encoder is called {lost[0]!r}; there are {', '.join(sorted(maps))}.")
-    if not isinstance(r, int) or r < 1: raise GeneformerError(f"r is a whole number from 1 up, not {r!r}.")
+    maps = {n.split('.')[-1] for n, m in model.hf.base_model.encoder.named_modules()
+        if isinstance(m, torch.nn.Linear)}
+    if lost := [t for t in targets if t not in maps] or ([] if targets else ['nothing']):
+        raise GeneformerError(
+        f"targets: no linear map of the encoder is called {lost[0]!r}; there are "
+        f"{', '.join(sorted(maps))}.")
+    if not isinstance(r, int) or r < 1:
+        raise GeneformerError(f"r is a whole number from 1 up, not {r!r}.")
     out, base = copy.deepcopy(model), _base(model)
     with torch.random.fork_rng(devices=[]), _hushed():
         torch.manual_seed(seed)
@@ -70,13 +75,14 @@ def add_lora(
     return out
 
 # %% ../../nbs/11d_adapters.ipynb #4b85f81d
-def _lora_state(hf): return {k: v.detach().cpu().contiguous() for k, v in hf.state_dict().items() if 'lora_' in k}
+def _lora_state(hf):
+    return {k: v.detach().cpu().contiguous() for k, v in hf.state_dict().items() if 'lora_' in k}
 
 def save_lora(
     model:Geneformer, # with adapters
     folder, # gets adapter.safetensors and adapter.json
 )->Path: # the folder
-    "Write the adapters only, and the fingerprint of their encoder; raises `GeneformerError`, `StorageError`"
+    "Write adapters and the fingerprint of their encoder; raises `GeneformerError`, `StorageError`"
     if not getattr(model, 'lora', None):
         raise GeneformerError("This model has no adapters: save it with save_pretrained.")
     folder = check_folder(folder)
@@ -89,15 +95,18 @@ def load_lora(
     folder, # as written by `save_lora`, or by `save` of a classifier with adapters
     model:Geneformer, # the encoder they were trained on; stays as it is
 )->Geneformer: # a copy with the adapters
-    "Read adapters and put them into their encoder; raises `MissingDataError`, `GeneformerError` for another encoder"
+    "Read adapters into their encoder; raises `MissingDataError`, `GeneformerError`"
     f = Path(folder)/'adapter.json'
-    if not f.exists(): raise MissingDataError(f"There are no adapters in '{f.parent.name}' (no adapter.json).")
-    said = json.loads(f.read_text())
-    if said['base'] != _base(model):
-        raise GeneformerError(f"These adapters belong to another encoder (weights {said['base']}, vocabulary "
-                              f"{said['vocabulary']!r}) than the one given (weights {_base(model)}): pass the "
+    if not f.exists():
+        raise MissingDataError(f"There are no adapters in '{f.parent.name}' (no adapter.json).")
+    saved = json.loads(f.read_text())
+    if saved['base'] != _base(model):
+        raise GeneformerError(
+            f"These adapters belong to another encoder (weights {saved['base']}, vocabulary "
+                              f"{saved['vocabulary']!r}) than the one given (weights "
+                              f"{_base(model)}): pass the "
                               "checkpoint that was fine-tuned.")
-    out = add_lora(model, **{k: said[k] for k in ('r', 'alpha', 'targets', 'dropout')})
+    out = add_lora(model, **{k: saved[k] for k in ('r', 'alpha', 'targets', 'dropout')})
     bad = out.hf.load_state_dict(load_file(f.with_name('adapter.safetensors')), strict=False)
     if bad.unexpected_keys or any('lora_' in k for k in bad.missing_keys): raise MissingDataError(
         f"The adapters in '{f.parent.name}' do not fit their own adapter.json: save them again.")
@@ -108,9 +117,11 @@ def merge_lora(
     model:Geneformer, # with adapters; stays as it is
 )->Geneformer: # a plain copy, of the shape and names it had before
     "Add the adapters into the weights; raises `GeneformerError` for quantized weights"
-    if not getattr(model, 'lora', None): raise GeneformerError("This model has no adapters: there is nothing to merge.")
+    if not getattr(model, 'lora', None):
+        raise GeneformerError("This model has no adapters: there is nothing to merge.")
     if getattr(model, 'quantized', None):
-        raise GeneformerError("Adapters cannot be merged into quantized weights: load them into the full-precision "
+        raise GeneformerError(
+            "Adapters cannot be merged into quantized weights: load them into the full-precision "
                               "encoder, or go on with them unmerged.")
     out = copy.deepcopy(model)
     for name, m in list(out.hf.named_modules()):
@@ -127,10 +138,12 @@ def _small(m, bits):
     "A linear map with its weights in 8 bits (a scale a row) or in 4 (nf4)"
     nn = need_package('bitsandbytes', 'quant').nn
     if bits == 8:
-        new = nn.Linear8bitLt(m.in_features, m.out_features, bias=m.bias is not None, has_fp16_weights=False)
+        new = nn.Linear8bitLt(m.in_features, m.out_features, bias=m.bias is not None,
+            has_fp16_weights=False)
         new.weight = nn.Int8Params(m.weight.detach(), requires_grad=False, has_fp16_weights=False)
     else:
-        new = nn.Linear4bit(m.in_features, m.out_features, bias=m.bias is not None, quant_type='nf4',
+        new = nn.Linear4bit(m.in_features, m.out_features, bias=m.bias is not None,
+            quant_type='nf4',
             compute_dtype=m.weight.dtype)
         new.weight = nn.Params4bit(m.weight.detach(), requires_grad=False, quant_type='nf4')
     new.bias = m.bias
@@ -140,17 +153,19 @@ def quantize(
     model:Geneformer, # stays as it is
     bits:int=8, # 8 or 4
 )->Geneformer: # a copy with small weights, frozen; `.quantized` says how
-    "Keep the weights of the layers in 8 or 4 bits (official `quantize`); raises `GeneformerError`, `MissingDataError`"
+    "Keep the weights of the layers in 8 or 4 bits; raises `GeneformerError`, `MissingDataError`"
     if bits not in (8, 4): raise GeneformerError(f"bits is 8 or 4, not {bits!r}.")
     if getattr(model, 'lora', None) or getattr(model, 'quantized', None): raise GeneformerError(
         "Quantize a plain model: this one has adapters or is quantized already.")
     out, base = copy.deepcopy(model), weights_digest(model)
     layers = out.hf.base_model.encoder
     try:
-        for name, m in [(n, m) for n, m in layers.named_modules() if isinstance(m, torch.nn.Linear)]:
+        for name, m in [(n, m) for n, m in layers.named_modules()
+                if isinstance(m, torch.nn.Linear)]:
             layers.set_submodule(name, _small(m, bits))
     except (RuntimeError, NotImplementedError, AttributeError) as e: raise GeneformerError(
-        f"{bits}-bit weights do not work on this machine ({model.device.type}; {str(e).splitlines()[0][:90]}): use "
+        f"{bits}-bit weights do not work on this machine ({model.device.type}; "
+        f"{str(e).splitlines()[0][:90]}): use "
         f"bits={12 - bits}, or full precision.") from e
     for p in out.hf.parameters(): p.requires_grad_(False)
     out.quantized = dict(bits=bits, base=base)
@@ -158,9 +173,9 @@ def quantize(
 
 # %% ../../nbs/11d_adapters.ipynb #da2fe43c
 def _bytes(t):
-    "Bytes that a tensor takes, with its scales"
-    scale = getattr(t, 'SCB', None) if getattr(t, 'quant_state',
-        None) is None else t.quant_state.absmax  # of bitsandbytes
+    "Bytes that a tensor takes, with its scales in bitsandbytes"
+    state = getattr(t, 'quant_state', None)
+    scale = state.absmax if state is not None else getattr(t, 'SCB', None)
     return t.numel() * t.element_size() + (0 if scale is None else _bytes(scale))
 
 def weight_bytes(
@@ -169,5 +184,8 @@ def weight_bytes(
     "Memory of the weights by part"
     out = dict(embeddings=0, layers=0, rest=0)
     for n, p in model.hf.named_parameters():
-        out['embeddings' if '.embeddings.' in n else 'layers' if '.layer.' in n else 'rest'] += _bytes(p)
+        part = 'rest'
+        if '.layer.' in n: part = 'layers'
+        if '.embeddings.' in n: part = 'embeddings'
+        out[part] += _bytes(p)
     return out

@@ -9,10 +9,11 @@ __all__ = ['fold_genes', 'Comparison', 'untrained', 'cross_validate_genes', 'cro
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, LeakError, MissingDataError, atomic, progress, write_json
+from ..core import GeneformerError, LeakError, MissingDataError
+from ..core import atomic, progress, write_json
 from ..evaluate.splits import need_obs, fold_donors
 from ..evaluate.baselines import cell_baselines, gene_baselines
 from ..evaluate.metrics import calibration, scores, auc_draws, gene_auc
@@ -22,17 +23,20 @@ from ..model.bert import Geneformer
 
 # %% ../../nbs/11f_compare.ipynb #c6761da8
 def fold_genes(
-    labels:pd.Series, # class by gene id, as from `gene_labels.gene_labels`
+    labels:pd.Series, # class by gene id, as from `gene_labels`
     folds:int=5, # how many (paper: 5)
     seed:int=0, # which genes go together (paper: 0)
 )->pd.Series: # number of the fold in which each gene is held out, by gene id; raises `LeakError`
-    "Every gene is held out once, classes spread over the folds (official: StratifiedKFold over genes)"
-    if not isinstance(folds, (int, np.integer)) or folds < 2: raise GeneformerError(f"folds is a number from 2 up, not {folds!r}.")
+    "Hold out every gene once, classes spread over the folds; raises `GeneformerError`, `LeakError`"
+    if not isinstance(folds, (int, np.integer)) or folds < 2:
+        raise GeneformerError(f"folds is a number from 2 up, not {folds!r}.")
     n = labels.value_counts()
-    if folds > n.min(): raise LeakError(f"{folds} folds need {folds} genes in each class, and {n.idxmin()!r} has {n.min()}: use fewer folds.")
+    if folds > n.min(): raise LeakError(f"{folds} folds need {folds} genes in each class, and "
+                                        f"{n.idxmin()!r} has {n.min()}: use fewer folds.")
     from sklearn.model_selection import StratifiedKFold
     out = pd.Series(-1, labels.index)
-    for k, (_, test) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)): out.iloc[test] = k
+    deal = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    for k, (_, test) in enumerate(deal.split(labels, labels)): out.iloc[test] = k
     return out
 
 def _fold_cells(cells, by, folds, seed):
@@ -45,68 +49,86 @@ def _fold_cells(cells, by, folds, seed):
 # %% ../../nbs/11f_compare.ipynb #b6bf4315
 @dataclass
 class Comparison:
-    "The answers of several models to one question, over the same folds"
+    "Answers of several models over the same folds"
     unit: str # "gene" or "cell"
     classes: list # in order
-    predictions: pd.DataFrame # model, fold, id (gene or barcode), truth, probability a class "p(…)"; n (cells) of a gene, donor of a cell
+    predictions: pd.DataFrame # model, fold, id, truth, predicted, p(class), n or donor
     folds: pd.DataFrame # model, fold, and the size and scores of the fold
-    about: dict = field(default_factory=dict) # how it was made: what was split, seed, cells
+    about: dict = field(default_factory=dict) # how it was made: folds, seed, cells
+    _drawn: dict = field(default_factory=dict, init=False, repr=False) # earlier draws
+
     @property
     def models(self): return list(self.predictions['model'].unique())
     @property
-    def witness(self): # "gene", "donor", or "cell" where there are no donors
-        "What an interval draws again"
-        return 'donor' if self.unit == 'cell' and self.predictions['donor'].notna().all() else self.unit
-    def of(self, model, fold=None): # answers of one model, perhaps of one fold
-        "The rows of a model; raises `GeneformerError` for an unknown one"
-        if model not in self.models: raise GeneformerError(f"No model is called {model!r}: choose from {', '.join(self.models)}.")
+    def replicate(self):
+        "Unit of replication: gene, donor, or cell where there are no donors"
+        if self.unit == 'gene': return 'gene'
+        return 'donor' if self.predictions['donor'].notna().all() else 'cell'
+    def check(self, model):
+        "Raise `GeneformerError` for a model that is not compared"
+        if model not in self.models: raise GeneformerError(
+            f"No model is called {model!r}: choose from {', '.join(self.models)}.")
+    def of(self, model, fold=None):
+        "Answers of one model, perhaps of one fold; raises `GeneformerError`"
+        self.check(model)
         rows = self.predictions[self.predictions['model'] == model]
         return rows if fold is None else rows[rows['fold'] == fold]
-    def class_probabilities(self, rows): return rows[[f'p({c})' for c in self.classes]].to_numpy(float)
-    def truth(self, rows): return pd.Index(self.classes).get_indexer(rows['truth'])
+    def class_probabilities(self, rows):
+        "Probabilities (rows, classes)"
+        return rows[[f'p({c})' for c in self.classes]].to_numpy(float)
+    def truth(self, rows):
+        "Number of the true class of each row"
+        return pd.Index(self.classes).get_indexer(rows['truth'])
     def __repr__(self):
-        return (f"Comparison of {len(self.models)} models on {self.predictions['id'].nunique():,} {self.unit}s in "
-                f"{self.predictions['fold'].nunique()} folds: {', '.join(self.models)}")
+        n, folds = (self.predictions[k].nunique() for k in ('id', 'fold'))
+        return (f"Comparison of {len(self.models)} models on {n:,} {self.unit}s in "
+                f"{folds} folds: {', '.join(self.models)}")
 
 # %% ../../nbs/11f_compare.ipynb #a7d4f6ae
 def _gene_draws(c, model, n, seed):
-    "Mean area of a model over the folds, and of the genes drawn again: the same draws for every model"
+    "(mean area over the folds, areas of genes drawn again); the draws are the same for all models"
     rows = c.of(model).sort_values(['fold', 'id'])
     truth, p, fold = c.truth(rows), c.class_probabilities(rows), rows['fold'].to_numpy()
-    return np.mean([gene_auc(truth[fold == k], p[fold == k]) for k in np.unique(fold)]), auc_draws(truth, p, n, seed, fold)
+    areas = [gene_auc(truth[fold == k], p[fold == k]) for k in np.unique(fold)]
+    return np.mean(areas), auc_draws(truth, p, n, seed, fold)
 
 def _donor_draws(c, model, n, seed):
-    "Mean accuracy over donors (over cells where there are none), and over donors drawn again"
+    "(mean accuracy over donors, or cells without donors; accuracies of donors drawn again)"
     rows = c.of(model)
-    right = (rows['predicted'] == rows['truth']).groupby(rows['donor'].fillna(rows['id'])).mean().sort_index().to_numpy()
-    draws = np.random.default_rng(seed).choice(right, (n, len(right))).mean(1) if len(right) > 1 else np.full(n, np.nan)
+    right = (rows['predicted'] == rows['truth']).groupby(rows['donor'].fillna(rows['id'])).mean()
+    right, draws = right.sort_index().to_numpy(), np.full(n, np.nan)
+    if len(right) > 1: draws = np.random.default_rng(seed).choice(right, (n, len(right))).mean(1)
     return right.mean(), draws
 
-def _draws(c, model, *how): # n, seed
-    "Score of a model, and scores of genes or donors drawn again; kept, since a model is held against many"
-    kept = c.__dict__.setdefault('_drawn', {})
-    if (model, *how) not in kept: kept[model, *how] = (_gene_draws if c.unit == 'gene' else _donor_draws)(c, model, *how)
-    return kept[model, *how]
+def _draws(c, model, n, seed):
+    "(score of a model, scores of genes or donors drawn again); kept for the next comparison"
+    draw = _gene_draws if c.unit == 'gene' else _donor_draws
+    if (model, n, seed) not in c._drawn: c._drawn[model, n, seed] = draw(c, model, n, seed)
+    return c._drawn[model, n, seed]
 
+# %% ../../nbs/11f_compare.ipynb #a3ffc9ac
 def _score(c, model, seed=0):
     "One row of the table of scores"
     rows, per = c.of(model), c.folds[c.folds['model'] == model]
     if c.unit == 'gene':
         w, (auc, draws) = per['n_tokens'], _draws(c, model, 2000, seed)
+        low, high = np.percentile(draws, [2.5, 97.5])
         mean = np.average(per['auc_tokens'], weights=w)
-        return dict(auc_genes=auc, ci_low=np.percentile(draws, 2.5), ci_high=np.percentile(draws, 97.5), auc_tokens=mean,
-                    sd_tokens=np.average((per['auc_tokens'] - mean)**2, weights=w)**.5, n_genes=len(rows), n_folds=len(per))
-    p = c.class_probabilities(rows)
-    out = scores(rows['truth'], rows['predicted'], rows['donor'] if c.witness == 'donor' else None, seed)
-    sure = calibration(rows['truth'], rows['predicted'], p.max(1)).attrs['error']
-    return {k: x for k, x in out.items() if k[0] != 'n'} | dict(calibration_error=sure, n_cells=len(rows), n_donors=out['n_donors'],
-                                                                n_folds=len(per))
+        sd = np.average((per['auc_tokens'] - mean)**2, weights=w)**.5
+        return dict(auc_genes=auc, ci_low=low, ci_high=high, auc_tokens=mean,
+                    sd_tokens=sd, n_genes=len(rows), n_folds=len(per))
+    donors = rows['donor'] if c.replicate == 'donor' else None
+    out = scores(rows['truth'], rows['predicted'], donors, seed)
+    top = c.class_probabilities(rows).max(1)
+    error = calibration(rows['truth'], rows['predicted'], top).attrs['error']
+    sizes = dict(n_cells=len(rows), n_donors=out['n_donors'], n_folds=len(per))
+    own = {k: x for k, x in out.items() if k[0] != 'n'}
+    return own | dict(calibration_error=error) | sizes
 
 @patch(as_prop=True)
 def scores(self:Comparison)->pd.DataFrame: # one row a model
-    "How well each did, with 95 % intervals over genes or donors"
-    if '_scores' not in self.__dict__: self._scores = pd.DataFrame({m: _score(self, m) for m in self.models}).T
-    return self._scores
+    "How well each model did, with 95 % intervals over genes or donors"
+    return pd.DataFrame({m: _score(self, m) for m in self.models}).T
 
 # %% ../../nbs/11f_compare.ipynb #ab12fa0e
 @patch
@@ -115,54 +137,62 @@ def difference(self:Comparison,
     b:str, # name of another
     n:int=2000, # how often genes or donors are drawn again
     seed:int=0, # of the draws
-)->dict: # difference (a less b, in area under the curve over genes or in accuracy a donor), its 95 % interval, and n of which unit
-    "Is `a` better than `b`? Drawn in pairs, by gene or by donor (by cell without donors); raises `GeneformerError`"
+)->dict: # difference (a less b), ci_low, ci_high (95 %), n of which unit
+    "Is `a` better than `b`, in pairs by gene or donor? Raises `GeneformerError`"
     if n < 1: raise GeneformerError(f"n={n} should be a whole number from 1 up.")
     (x, dx), (y, dy) = (_draws(self, m, n, seed) for m in (a, b))
-    lo, hi = np.percentile(dx - dy, [2.5, 97.5]) if np.isfinite(dx).all() else (np.nan, np.nan)
-    return dict(difference=x - y, ci_low=lo, ci_high=hi, n=self.of(a)['donor' if self.witness == 'donor' else 'id'].nunique(), unit=self.witness)
+    low = high = np.nan
+    if np.isfinite(dx).all(): low, high = np.percentile(dx - dy, [2.5, 97.5])
+    unit = 'donor' if self.replicate == 'donor' else 'id'
+    n = self.of(a)[unit].nunique()
+    return dict(difference=x - y, ci_low=low, ci_high=high, n=n, unit=self.replicate)
 
 # %% ../../nbs/11f_compare.ipynb #e6b95362
 @patch
 def table(self:Comparison,
     paper:dict=None, # {model: figure of the paper}
-    of:str='pretrained', # the model that is held against every other
+    of:str='pretrained', # the model that is compared with every other
     seed:int=0, # of the draws
-)->pd.DataFrame: # by model: score and interval; `better_by`: `of` less this one, and its interval; paper; n; score_of
-    "All rivals beside each other; raises `GeneformerError` for unknown models"
-    if odd := set(paper or {}) - set(self.models): raise GeneformerError(f"No model is called {sorted(odd)[0]!r}: choose from {', '.join(self.models)}.")
-    what, rows = dict(gene='auc_genes', donor='donor_accuracy', cell='accuracy')[self.witness], {}
+)->pd.DataFrame: # by model: score, `better_by` of `of`, their intervals, paper, n
+    "All models beside each other; raises `GeneformerError` for unknown models"
+    paper, rows = paper or {}, {}
+    for m in paper: self.check(m)
+    columns = dict(gene='auc_genes', donor='donor_accuracy', cell='accuracy')
+    what = columns[self.replicate]
     for m, s in self.scores.iterrows():
         d = self.difference(of, m, seed=seed)
-        rows[m] = dict(score=s[what], ci_low=s['ci_low'], ci_high=s['ci_high'], **({} if m == of else dict(better_by=d['difference'],
-            better_low=d['ci_low'], better_high=d['ci_high'])), paper=(paper or {}).get(m, np.nan), n=d['n'])
+        rows[m] = dict(score=s[what], ci_low=s['ci_low'], ci_high=s['ci_high'],
+            better_by=d['difference'], better_low=d['ci_low'], better_high=d['ci_high'],
+            paper=paper.get(m, np.nan), n=d['n'])
     out = pd.DataFrame(rows).T
-    return out.reindex(columns=['score', 'ci_low', 'ci_high', 'better_by', 'better_low', 'better_high', 'paper', 'n']).astype(float).astype(dict(n=int)).assign(score_of=what)
+    out.loc[of, ['better_by', 'better_low', 'better_high']] = np.nan
+    return out.astype(float).astype(dict(n=int)).assign(score_of=what)
 
 # %% ../../nbs/11f_compare.ipynb #6728cae4
 def untrained(
     model:Geneformer, # any
     seed:int=0, # of the random weights
 )->Geneformer: # on the same device
-    "An encoder of the same shape and words with random weights: what is left when pretraining is taken away"
+    "An encoder of the same shape and vocabulary with random weights"
     from transformers import BertForMaskedLM
-    import torch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Geneformer(BertForMaskedLM(model.config), model.vocabulary).to(model.device)
+        hf = BertForMaskedLM(model.config)
+    return Geneformer(hf, model.vocabulary).to(model.device)
 
-def _rivals(model, blank, seed):
-    "Encoders to be trained, by name"
-    return {'pretrained': model} | ({'not pretrained': untrained(model, seed)} if blank else {})
+def _encoders(model, blank, seed):
+    "Encoders to fine-tune, by name"
+    out = {'pretrained': model}
+    return out | {'not pretrained': untrained(model, seed)} if blank else out
 
 # %% ../../nbs/11f_compare.ipynb #317f4f59
 def cross_validate_genes(
     model:Geneformer, # pretrained encoder; stays as it is
-    cells:Cells, # in which genes are read; tokenized with counts=True, the baselines on counts run too
+    cells:Cells, # in which genes are read; counts=True allows baselines on counts
     classes:dict, # {class: gene ids or symbols}
     *,
     folds:int=5, # of genes (paper: 5)
-    cells_by:str=None, # None: the same cells on both sides (as the paper); "cells": dealt at random; or an obs column: whole donors
+    cells_by:str=None, # None: the same cells on both sides; "cells"; or donor column
     blank:bool=True, # also train the same shape from random weights
     baselines=None, # names of `gene_learners`; None: all; () none
     overlap:str='error', # as in `gene_labels`
@@ -170,46 +200,68 @@ def cross_validate_genes(
     show:bool=None, # progress bar
     **kwargs, # as in `finetune_genes`: epochs, lr, freeze_layers, batch …
 )->Comparison: # "pretrained", "not pretrained" and the baselines, over the same folds
-    "Every gene is held out once (official `Classifier.validate`, genes); raises `LeakError`, `GeneformerError`"
+    "Hold out every gene once; raises `LeakError`, `GeneformerError`"
     need_cells(cells).check_vocabulary(v := model.vocabulary)
-    cells = replace(cells, vocabulary=v)
+    cells, names = replace(cells, vocabulary=v), list(map(str, classes))
     labels = gene_labels(v, classes, overlap)
     labels = labels[np.isin(v.token(list(labels.index)), cells.tokens)]
-    fold, of_cell, names, got, per = fold_genes(labels, folds, seed), _fold_cells(cells, cells_by, folds, seed), list(map(str, classes)), [], []
-    if empty := [c for c in names if c not in set(labels)]: raise GeneformerError(f"No gene of class {empty[0]!r} occurs in these cells.")
-    donor = cells_by if cells_by not in (None, 'cells') else None
-    listed = {c: list(labels.index[labels == c]) for c in names}
+    fold = fold_genes(labels, folds, seed)
+    of_cell = _fold_cells(cells, cells_by, folds, seed)
+    if empty := [c for c in names if c not in set(labels)]:
+        raise GeneformerError(f"No gene of class {empty[0]!r} occurs in these cells.")
+    donor = None if cells_by == 'cells' else cells_by
+    listed, got, per = {c: list(labels.index[labels == c]) for c in names}, [], []
     for k in progress(range(folds), 'cross-validating', unit='folds', show=show):
         side = pd.Series(np.where(fold == k, 'test', 'train'), fold.index)
         apart = None if of_cell is None else np.where(of_cell == k, 'test', 'train')
-        for name, enc in _rivals(model, blank, seed).items():
-            clf = finetune_genes(enc, cells, listed, split=side, donor=donor, cell_split=apart, seed=seed, **kwargs)
-            t = clf.tested
-            got.append(_rows(name, k, t.index, t['label'], t[[f'p({c})' for c in names]].to_numpy(), names, n=t['n_cells'].to_numpy()))
+        for name, encoder in _encoders(model, blank, seed).items():
+            clf = finetune_genes(encoder, cells, listed, split=side, donor=donor,
+                                 cell_split=apart, seed=seed, **kwargs)
+            got.append(_gene_rows(name, k, clf.tested, clf.tested, names))
             per.append(dict(model=name, fold=k, **clf.scores.iloc[0]))
         seen = cells if apart is None else cells[apart == 'train']
         for name, p in gene_baselines(seen, labels, side, baselines, seed).items():
-            p = p.loc[t.index, names].to_numpy()
-            got.append(_rows(name, k, t.index, t['label'], p, names, n=t['n_cells'].to_numpy()))
-            at = pd.Index(names).get_indexer(t['label'])
-            per.append(per[-1] | dict(model=name, auc_tokens=gene_auc(at, p, t['n_cells']), auc_genes=gene_auc(at, p)))
-    how = dict(folds=folds, cells_by=cells_by, seed=seed, n_cells=len(cells), training={k: str(x) for k, x in kwargs.items()})
-    keep = ['model', 'fold', 'auc_tokens', 'auc_genes', 'n_genes', 'n_tokens', 'n_cells']
-    return Comparison('gene', names, pd.concat(got, ignore_index=True), pd.DataFrame(per)[keep], how)
+            p = p.loc[clf.tested.index, names].add_prefix('p(').add_suffix(')')
+            got.append(_gene_rows(name, k, clf.tested, p, names))
+            per.append(per[-1] | dict(model=name) | _gene_areas(got[-1], names))
+    how = dict(folds=folds, cells_by=cells_by, seed=seed, n_cells=len(cells))
+    keep = ['model', 'fold', 'auc_tokens', 'auc_genes', 'n_genes', 'n_tokens',
+            'n_cells']
+    got, per = pd.concat(got, ignore_index=True), pd.DataFrame(per)
+    how['training'] = _words(kwargs)
+    return Comparison('gene', names, got, per[keep], how)
+
+# %% ../../nbs/11f_compare.ipynb #bbdb99ac
+def _words(kwargs):
+    "Arguments as text, for the record"
+    return {k: str(x) for k, x in kwargs.items()}
 
 def _rows(model, fold, ids, truth, p, classes, **more):
     "Answers of one model in one fold"
-    return pd.DataFrame(dict(model=model, fold=fold, id=np.asarray(ids).astype(str), truth=np.asarray(truth).astype(str), **more,
-                             predicted=np.array(classes, dtype=object)[p.argmax(1)], **{f'p({c})': p[:, i] for i, c in enumerate(classes)}))
+    return pd.DataFrame(dict(model=model, fold=fold, id=np.asarray(ids).astype(str),
+        truth=np.asarray(truth).astype(str), **more,
+        predicted=np.array(classes, dtype=object)[p.argmax(1)],
+        **{f'p({c})': p[:, i] for i, c in enumerate(classes)}))
+
+def _gene_rows(model, fold, tested, p, classes):
+    "Answers about genes: `tested` has their labels and number of cells, `p` the probabilities"
+    return _rows(model, fold, tested.index, tested['label'],
+        p[[f'p({c})' for c in classes]].to_numpy(), classes, n=tested['n_cells'].to_numpy())
+
+def _gene_areas(rows, classes):
+    "Areas over tokens and over genes of the answers of one model in one fold"
+    truth = pd.Index(classes).get_indexer(rows['truth'])
+    p = rows[[f'p({c})' for c in classes]].to_numpy()
+    return dict(auc_tokens=gene_auc(truth, p, rows['n']), auc_genes=gene_auc(truth, p))
 
 # %% ../../nbs/11f_compare.ipynb #b1e52ad7
 def cross_validate_cells(
     model:Geneformer, # pretrained encoder; stays as it is
     cells:Cells, # labeled cells
     label:str, # obs column of classes
-    donor:str=None, # obs column of donors, who are held out whole; None needs `folds` by cell
+    donor:str=None, # obs column of donors, held out whole; None needs `folds` by cell
     *,
-    folds=3, # number of folds; "loo": one donor at a time; or the number of the fold of each cell, as you deal them
+    folds=3, # how many; "loo": one donor at a time; or the fold of each cell
     adata=None, # the same cells as AnnData with counts: the baselines
     counts:dict=None, # how `adata` holds them: layer, logged as in `counts_of`
     drop_rare:float=0., # classes below this share of the cells are left out
@@ -219,63 +271,90 @@ def cross_validate_cells(
     show:bool=None, # progress bar
     **kwargs, # as in `finetune`: classes, epochs, lr, freeze_layers, balance …
 )->Comparison: # "pretrained", "not pretrained" and the baselines, over the same folds
-    "Every donor is held out once (official `Classifier.validate`, cells); raises `LeakError`, `GeneformerError`"
-    need_cells(cells).check_vocabulary(model.vocabulary); need_obs(cells.obs, label)
-    if adata is not None and list(adata.obs_names) != list(cells.obs.index):
-        raise GeneformerError("adata and cells are not the same cells in the same order: pass adata[cells.obs.index].")
-    names, got = _cell_classes(cells.obs[label].astype(str), kwargs.pop('classes', None), drop_rare), []
-    used = cells.obs[label].astype(str).isin(names).to_numpy()
-    at = _cell_folds(cells.obs, used, label, donor, folds, seed)
-    used &= at >= 0
-    for k in progress(sorted(set(at[used])), 'cross-validating', unit='folds', show=show):
-        split = np.where(used, np.where(at == k, 'test', 'train'), '')
-        for name, enc in _rivals(model, blank, seed).items():
-            clf = finetune(enc, cells, label, donor, split=split, classes=names, seed=seed, **kwargs)
+    "Hold out every donor once; raises `LeakError`, `GeneformerError`"
+    need_cells(cells).check_vocabulary(model.vocabulary)
+    need_obs(obs := cells.obs, label)
+    if adata is not None and list(adata.obs_names) != list(obs.index):
+        raise GeneformerError("adata and cells are not the same cells in the same "
+                              "order: pass adata[cells.obs.index].")
+    classes, got = kwargs.pop('classes', None), []
+    names = _cell_classes(obs[label].astype(str), classes, drop_rare)
+    used = obs[label].astype(str).isin(names).to_numpy()
+    fold = _cell_folds(obs, used, label, donor, folds, seed)
+    used &= fold >= 0
+    todo = sorted(set(fold[used]))
+    for k in progress(todo, 'cross-validating', unit='folds', show=show):
+        split = np.where(used, np.where(fold == k, 'test', 'train'), '')
+        for name, encoder in _encoders(model, blank, seed).items():
+            clf = finetune(encoder, cells, label, donor, split=split, classes=names,
+                           seed=seed, **kwargs)
             held = cells[clf.split == 'test']
-            got.append(_cell_rows(name, k, held.obs, clf.predict(held).rename(columns=dict(zip(clf.task.columns, clf.classes))), label, donor, names))
+            names_of = dict(zip(clf.columns, clf.classes))
+            table = clf.predict(held).rename(columns=names_of)
+            got.append(_cell_rows(name, k, held.obs, table, label, donor, names))
         if adata is None: continue
-        for name, p in cell_baselines(adata[used], label, split[used], donor, which=baselines, seed=seed, **counts or {})[1].items():
-            got.append(_cell_rows(name, k, adata.obs.loc[p.index], p, label, donor, names))
+        _, tables = cell_baselines(adata[used], label, split[used], donor,
+                                   which=baselines, seed=seed, **counts or {})
+        got += [_cell_rows(name, k, adata.obs.loc[t.index], t, label, donor, names)
+                for name, t in tables.items()]
     got = pd.concat(got, ignore_index=True)
-    per = got.groupby(['model', 'fold'], sort=False).apply(lambda t: pd.Series(dict(n_cells=len(t), accuracy=(t['predicted'] == t['truth']).mean(),
-        donors=', '.join(sorted(set(t['donor'].dropna()))))), include_groups=False).reset_index()
-    return Comparison('cell', names, got, per, dict(label=label, donor=donor, folds=len(set(at[used])), seed=seed, n_cells=int(used.sum()),
-                                                    training={k: str(x) for k, x in kwargs.items()}))
+    how = dict(label=label, donor=donor, folds=len(todo), seed=seed,
+               n_cells=int(used.sum()), training=_words(kwargs))
+    return Comparison('cell', names, got, _fold_table(got), how)
 
+# %% ../../nbs/11f_compare.ipynb #aad2d588
 def _cell_classes(labels, classes, drop_rare):
-    "Names of the classes that take part, in order"
+    "Names of the classes that take part, in order; raises `GeneformerError` for fewer than two"
     classes = sorted(set(labels)) if classes is None else list(map(str, classes))
     share = labels[labels.isin(classes)].value_counts(normalize=True)
     kept = [c for c in classes if share.get(c, 0) >= drop_rare]
-    if len(kept) < 2: raise GeneformerError(f"{len(kept)} classes hold {drop_rare:.0%} of the cells or more: two are needed, so lower drop_rare.")
+    if len(kept) < 2: raise GeneformerError(f"{len(kept)} classes hold {drop_rare:.0%} of the "
+                                            "cells or more: two are needed, so lower drop_rare.")
     return kept
 
 def _cell_folds(obs, used, label, donor, folds, seed):
     "Fold of each cell, given or dealt by donor; -1 for a cell that takes no part"
-    if not isinstance(folds, (str, int, np.integer)):
-        if not hasattr(folds, '__len__'): raise GeneformerError(f"folds={folds!r} is a whole number, 'loo', or the number of a fold for each cell.")
-        if len(folds) != len(obs): raise GeneformerError(f"folds has {len(folds)} entries for {len(obs)} cells.")
-        at = np.asarray(folds)
-        if at.dtype.kind not in 'iu': raise GeneformerError(f"folds holds {at.dtype}: give the number of a fold to each cell, -1 for one that takes no part.")
-        return at
-    if donor is None: raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors are held out; or deal the "
-                                            "cells yourself (folds=, one number a cell) and call the result what it is.")
-    out = np.full(len(obs), -1)
-    out[used] = fold_donors(obs[used], donor, label, folds, seed)
+    if isinstance(folds, (str, int, np.integer)):
+        if donor is None: raise GeneformerError(
+            "Name the obs column of donors (donor=…), so that whole donors are held out; or deal "
+            "the cells yourself (folds=, one number a cell) and call the result what it is.")
+        out = np.full(len(obs), -1)
+        out[used] = fold_donors(obs[used], donor, label, folds, seed)
+        return out
+    if not hasattr(folds, '__len__'): raise GeneformerError(
+        f"folds={folds!r} is a whole number, 'loo', or the number of a fold for each cell.")
+    if len(folds) != len(obs):
+        raise GeneformerError(f"folds has {len(folds)} entries for {len(obs)} cells.")
+    out = np.asarray(folds)
+    if out.dtype.kind not in 'iu': raise GeneformerError(
+        f"folds holds {out.dtype}: give the number of a fold to each cell, -1 for one that takes "
+        "no part.")
     return out
 
 def _cell_rows(model, fold, obs, table, label, donor, classes):
-    "Answers of one model in one fold, donors beside them"
-    return _rows(model, fold, table.index, obs[label], table.reindex(columns=classes, fill_value=0.).to_numpy(float), classes,
-                 donor=obs[donor].astype(str).to_numpy() if donor else None)
+    "Answers about cells, with donors"
+    p = table.reindex(columns=classes, fill_value=0.).to_numpy(float)
+    donors = obs[donor].astype(str).to_numpy() if donor else None
+    return _rows(model, fold, table.index, obs[label], p, classes, donor=donors)
+
+def _fold_table(got):
+    "Size, accuracy and donors of every model and fold"
+    def one(t):
+        donors, right = sorted(set(t['donor'].dropna())), t['predicted'] == t['truth']
+        return pd.Series(dict(n_cells=len(t), accuracy=right.mean(), donors=', '.join(donors)))
+    groups = got.groupby(['model', 'fold'], sort=False)
+    return groups.apply(one, include_groups=False).reset_index()
 
 # %% ../../nbs/11f_compare.ipynb #ad3cd982
 @patch
-def by_donor(self:Comparison)->pd.DataFrame: # donors × models: accuracy; the class that most of the donor's cells have; n_cells
+def by_donor(self:Comparison,
+)->pd.DataFrame: # donors × models: accuracy; and the donor's main class, n_cells
     "Accuracy in each donor; raises `GeneformerError` where there are none"
+    if self.replicate != 'donor': raise GeneformerError(
+        "This comparison has no donors: it is about genes, or donor was None.")
     t = self.predictions
-    if self.witness != 'donor': raise GeneformerError("This comparison has no donors: it is about genes, or donor was None.")
-    out = (t['predicted'] == t['truth']).groupby([t['donor'], t['model']]).mean().unstack()[self.models]
+    right = (t['predicted'] == t['truth']).groupby([t['donor'], t['model']]).mean()
+    out = right.unstack()[self.models]
     one = t[t['model'] == self.models[0]].groupby('donor')['truth']
     return out.assign(truth=one.agg(lambda s: s.mode().iloc[0]), n_cells=one.size())
 
@@ -288,7 +367,8 @@ def save(self:Comparison,
     with atomic(Path(folder)) as tmp:
         tmp.mkdir()
         for name in ('predictions', 'folds'): getattr(self, name).to_parquet(tmp/f'{name}.parquet')
-        write_json(tmp/'comparison.json', dict(unit=self.unit, classes=self.classes, about=self.about))
+        write_json(tmp/'comparison.json', dict(unit=self.unit, classes=self.classes,
+            about=self.about))
     return Path(folder)
 
 @patch(cls_method=True)
@@ -297,6 +377,8 @@ def load(cls:Comparison,
 )->Comparison:
     "Read what `save` wrote; raises `MissingDataError`"
     folder = Path(folder)
-    if not (folder/'comparison.json').exists(): raise MissingDataError(f"There is no comparison in '{folder.name}' (no comparison.json).")
-    said = json.loads((folder/'comparison.json').read_text())
-    return cls(predictions=pd.read_parquet(folder/'predictions.parquet'), folds=pd.read_parquet(folder/'folds.parquet'), **said)
+    if not (folder/'comparison.json').exists():
+        raise MissingDataError(f"There is no comparison in '{folder.name}' (no comparison.json).")
+    record = json.loads((folder/'comparison.json').read_text())
+    return cls(predictions=pd.read_parquet(folder/'predictions.parquet'),
+        folds=pd.read_parquet(folder/'folds.parquet'), **record)

@@ -39,13 +39,8 @@ class FineTuned(Reader):
     def predict(self, cells, budget=16_384):
         "Answers for cells of the encoder's vocabulary, as a table"
         raise NotImplementedError
-    def record(self)->dict:
-        "What `load` needs to know, beside the weights"
-        raise NotImplementedError
-    @classmethod
-    def from_record(cls, record, encoder):
-        "A model over an encoder, from what `record` gave; its parts have random weights"
-        raise NotImplementedError
+    # a kind of model also has `record`, a dict of what `load` needs beside the weights,
+    # and `from_record(record, encoder)`, which makes a model with random weights
 
 # %% ../../nbs/11_finetuning.ipynb #87778930
 class CellModel(FineTuned):
@@ -80,7 +75,8 @@ class CellModel(FineTuned):
     def _pool_part(self): return dict(cell_pool=self.attend) if self.attend else {}
     def __repr__(self):
         what = getattr(self.task, 'classes', None) or [self.label or 'a number']
-        return f"{type(self).__name__} of {', '.join(what)} ({self.pool}) over {self.encoder}"
+        about = f"{', '.join(what)} ({self.pool})"
+        return f"{type(self).__name__} of {about} over {self.encoder}"
 
 # %% ../../nbs/11_finetuning.ipynb #00561dbd
 @patch
@@ -100,7 +96,10 @@ def outputs(self:CellModel, x, offsets): # as in `cell_vectors`
     return [head(v) for head in self.heads]
 
 @patch
-def logits(self:CellModel, tokens, offsets): # flat tokens of several cells, and where each begins
+def logits(self:CellModel,
+    tokens, # tokens of several cells, back to back
+    offsets, # where each cell begins
+): # (b, outputs)
     "Outputs of the head for each cell, differentiable"
     return self.outputs(self.encoder.hidden(tokens, offsets, layer='last'), offsets)[0]
 
@@ -116,8 +115,9 @@ def answers(self:CellModel):
 def read(self:CellModel, x, offsets, pool=None):
     "(cell vectors, answers), as `Reader.read`; the pooling is always its own"
     v = self.cell_vectors(x, offsets)
-    told = [t.link(head(v).cpu().double()) for t, head in zip(self.tasks.values(), self.heads)]
-    return v, torch.cat(told, 1)
+    both = zip(self.tasks.values(), self.heads)
+    answers = [task.link(head(v).cpu().double()) for task, head in both]
+    return v, torch.cat(answers, 1)
 
 # %% ../../nbs/11_finetuning.ipynb #33d12dc4
 class CellClassifier(CellModel):
@@ -150,13 +150,14 @@ def _tables(self:CellModel, cells, budget):
         for rows, _, off, x in self.encoder.stream(cells, layer='last', budget=budget):
             for got, task, out in zip(p, tasks, self.outputs(x, off)):
                 got[rows] = task.link(out).float().cpu().numpy()
-    return {k: t.table(got, cells.obs.index) for got, (k, t) in zip(p, self.tasks.items())}
+    return {k: t.table(got, cells.obs.index) for got, (k, t) in zip(p,
+        self.tasks.items())}
 
 @patch
 def predict(self:CellModel,
     cells:Cells, # tokenized with the encoder's vocabulary
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # a row a cell, by barcode: `predicted`, and the probability of each class
+)->pd.DataFrame: # a row a cell, by barcode: `predicted`, and a probability a class
     "Classes and probabilities, or numbers"
     return next(iter(self._tables(cells, budget).values()))
 
@@ -165,28 +166,34 @@ def freeze(
     encoder:Geneformer, # changed in place
     layers:int=0, # number of encoder layers, from below, that stay as they are; 0 trains everything
 ):
-    "Freeze the lowest layers and the embeddings under them; raises `GeneformerError` for more layers than there are"
+    "Freeze the lowest layers and the embeddings under them; raises `GeneformerError`"
     bert, lora = encoder.hf.base_model, getattr(encoder, 'lora', None)
     if not isinstance(layers, (int, np.integer)) or not 0 <= layers <= len(bert.encoder.layer):
-        raise GeneformerError(f"Cannot freeze {layers} layers: the encoder has {len(bert.encoder.layer)}.")
-    for n, p in encoder.hf.named_parameters(): p.requires_grad_(not lora or 'lora_' in n)  # of adapters only themselves
+        raise GeneformerError(
+            f"Cannot freeze {layers} layers: the encoder has {len(bert.encoder.layer)}.")
+    for n, p in encoder.hf.named_parameters():
+        p.requires_grad_(not lora or 'lora_' in n)  # of adapters only themselves
     for part in ([bert.embeddings] if layers else []) + list(bert.encoder.layer[:layers]):
         for p in part.parameters(): p.requires_grad_(False)
 
 # %% ../../nbs/11_finetuning.ipynb #6649d4cf
 def _usable(obs, label, task, drop_rare):
-    "Which cells have an answer: a label, one of the classes asked for, and a class that is not rare"
+    "Cells with a label that is one of the classes asked for and not rare, as a mask"
     if label not in obs:
-        raise GeneformerError(f"obs has no column {label!r} (it has {', '.join(map(str, obs.columns))}).")
+        raise GeneformerError(
+            f"obs has no column {label!r} (it has {', '.join(map(str, obs.columns))}).")
     ok, names = obs[label].notna().to_numpy().copy(), obs[label].astype(str).to_numpy()
     if not ok.any(): raise GeneformerError(f"obs[{label!r}] is missing for every cell.")
     if not ok.all():
-        warnings.warn(f"{(~ok).sum():,} of {len(ok):,} cells have no {label!r}: they are neither learned from nor "
+        warnings.warn(
+            f"{(~ok).sum():,} of {len(ok):,} cells have no {label!r}: they are neither learned "
+            "from nor "
                       "tested on.", stacklevel=3)
     if not isinstance(task, Classes): return ok
     if task.classes:
         if lost := [c for c in task.classes if c not in names[ok]]: raise GeneformerError(
-            f"No cell has {label} = {lost[0]!r}; the column holds {', '.join(sorted(set(names[ok]))[:8])}.")
+            f"No cell has {label} = {lost[0]!r}; the column holds "
+            f"{', '.join(sorted(set(names[ok]))[:8])}.")
         ok &= np.isin(names, task.classes)
     share = pd.Series(names[ok]).value_counts(normalize=True)
     if rare := set(share.index[share < drop_rare]):
@@ -194,13 +201,16 @@ def _usable(obs, label, task, drop_rare):
         if task.classes: task._set([c for c in task.classes if c not in rare])
     return ok
 
+# %% ../../nbs/11_finetuning.ipynb #25ff30bd
 def _sides(obs, label, donor, split, classes, ok, seed):
     "(train, test or neither for each cell; the audit)"
     if split is None:
-        if donor is None: raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors "
+        if donor is None:
+            raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors "
                                                 "are held out; or pass a split of your own.")
         part, split = obs[ok], np.full(len(obs), '', dtype='<U5')
-        split[ok] = split_donors(part if classes else part.assign(**{label: 'all'}), donor, label, seed=seed)
+        split[ok] = split_donors(part if classes else part.assign(**{label: 'all'}), donor, label,
+            seed=seed)
     split = np.asarray(split)
     if len(split) != len(obs) or not ok.any(): audit_split(obs, split)
     split = np.where(ok, split, '')
@@ -238,13 +248,16 @@ class Schedule:
         return self.steps or max(1, int(np.ceil(n / self.batch) * self.epochs))
     def fields(self, total):
         "Fields of `TrainingArguments` for so many steps"
-        return dict(per_device_train_batch_size=self.batch, learning_rate=self.lr, weight_decay=self.weight_decay,
-            max_steps=total, warmup_steps=.1, logging_steps=max(1, total // 20), save_strategy='no') | self.args
+        return dict(per_device_train_batch_size=self.batch, learning_rate=self.lr,
+            weight_decay=self.weight_decay,
+            max_steps=total, warmup_steps=.1, logging_steps=max(1, total // 20),
+            save_strategy='no') | self.args
 
 class _Labeled:
     "Collator: cell numbers in; flat tokens, offsets and labels out"
     def __init__(self, cells, labels):
-        self.cells, self.labels = cells, labels # labels: function(cell numbers, those cells) → numbers
+        # labels: function(cell numbers, those cells) → numbers
+        self.cells, self.labels = cells, labels
     def __call__(self, rows):
         part = self.cells[rows := np.asarray(rows)]
         return dict(tokens=torch.from_numpy(part.tokens), offsets=torch.from_numpy(part.offsets),
@@ -255,22 +268,26 @@ def _learn(self:FineTuned, loss, cells, rows, labels, how, total, seed, desc):
     "Train encoder and parts in place for `total` steps of the cells `rows`; the history"
     with tempfile.TemporaryDirectory() as d:
         given = dict(use_cpu=self.encoder.device.type == 'cpu') | how.fields(total)
-        log = train_loop(self.encoder, loss, rows, _Labeled(cells, labels), trainer_args(d, seed, **given),
+        log = train_loop(self.encoder, loss, rows, _Labeled(cells, labels), trainer_args(d, seed,
+            **given),
                          parts=self.parts, desc=desc)
     self.history = pd.DataFrame([h for h in log if 'loss' in h])
 
 # %% ../../nbs/11_finetuning.ipynb #78d26f1f
 def _check(model, cells, args, function):
     "Raise `GeneformerError` for a model, cells or arguments that cannot be fine-tuned with"
-    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
+    if not isinstance(model, Geneformer):
+        raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
     known = [*inspect.signature(function).parameters, *training_fields()]
-    check_names(args, known, f'an argument of {function.__name__}, and no field of TrainingArguments')
+    check_names(args, known,
+        f'an argument of {function.__name__}, and no field of TrainingArguments')
     need_cells(cells).check_vocabulary(model.vocabulary)
 
 def _learner(model, freeze_layers, lora, seed):
     "A copy of the encoder that is ready to learn"
     if getattr(model, 'quantized', None) and not lora:
-        raise GeneformerError("Quantized weights cannot learn: pass lora=dict(r=8) to train adapters beside them.")
+        raise GeneformerError(
+            "Quantized weights cannot learn: pass lora=dict(r=8) to train adapters beside them.")
     if getattr(model, 'lora', None):
         raise GeneformerError("This encoder has adapters: merge them first (adapters.merge_lora).")
     encoder = copy.deepcopy(model)
@@ -287,7 +304,9 @@ def _class_weights(task, y, device):
 def _baseline_rows(adata, cells, label, donor, split, classes):
     "Scores of the baselines, before any training, so that counts which are none fail at once"
     if list(adata.obs_names) != list(cells.obs.index):
-        raise GeneformerError("adata and cells are not the same cells in the same order: pass adata[cells.obs.index], "
+        raise GeneformerError(
+            "adata and cells are not the same cells in the same order: pass "
+            "adata[cells.obs.index], "
                               "or tokenize with keep_empty=True.")
     used = np.isin(split, ['train', 'test'])
     if not used.all(): adata, split = adata[used], split[used]
@@ -303,16 +322,16 @@ def finetune(
     *,
     head='classes', # "classes", "regression", "ordinal", or a `Head` of your own
     classes=None, # classes or steps to tell apart, in this order; None: all, sorted
-    split=None, # "train", "test" or "" for each cell; None: a third of the donors is test
+    split=None, # "train", "test" or "" for each cell; None: holds out donors
     adata=None, # the same cells as AnnData with counts: puts baselines beside the score
     freeze_layers:int=0, # lowest layers left as they are
-    lora=None, # dict(r=8, alpha=16) trains adapters only, as in `add_lora`; True: defaults
+    lora=None, # dict(r=8, alpha=16) trains adapters only, see `add_lora`; or True
     epochs:float=2, # passes over the training cells (paper: about one)
     steps:int=None, # optimizer steps, instead of epochs
     batch:int=16, # cells a step (paper: 12)
-    lr:float=5e-4, # peak learning rate, linear decay; the paper's 5e-5 suits larger models
+    lr:float=5e-4, # peak learning rate, linear decay; larger models: 5e-5 (paper)
     weight_decay:float=.001, # of AdamW
-    balance=True, # "weights" (True): rare classes weigh more; "sampling": drawn more; None
+    balance=True, # "weights" (True), "sampling", or None; see "Which cells"
     max_per_class:int=None, # most training cells of a class
     drop_rare:float=0., # classes below this share of the labeled cells are left out
     pool:str=None, # as in `CellModel`
@@ -322,22 +341,30 @@ def finetune(
     "Fine-tune on donors it is not tested on; raises `GeneformerError`, `LeakError`"
     _check(model, cells, args, finetune)
     if balance not in (True, False, None, 'weights', 'sampling'):
-        raise GeneformerError(f"balance is 'weights', 'sampling' or None, not {balance!r}.")
-    task, how = make_head(head, classes), Schedule(epochs, steps, batch, lr, weight_decay, args)
+        raise GeneformerError(
+            f"balance is 'weights', 'sampling' or None, not {balance!r}.")
+    task, how = make_head(head, classes), Schedule(epochs, steps, batch, lr,
+        weight_decay, args)
     obs, named = cells.obs, isinstance(task, Classes)
     ok = _usable(obs, label, task, drop_rare)
     split, audit = _sides(obs, label, donor, split, named, ok, seed)
     y = np.full(len(obs), np.nan)
     y[ok] = task.fit(obs[label][split == 'train']).encode(obs[label][ok])
-    if named and max_per_class: split = _capped(split, obs[label].astype(str).to_numpy(), max_per_class, seed)
+    if named and max_per_class:
+        split = _capped(split, obs[label].astype(str).to_numpy(), max_per_class, seed)
     train = _training_cells(cells, label, task, split, y)
     rows, total = train, how.total(len(train))
     if named and balance == 'sampling': rows = _drawn(train, y, total * batch, seed)
-    scores = {} if adata is None else _baseline_rows(adata, cells, label, donor, split, named)
+    scores = {}
+    if adata is not None:
+        scores = _baseline_rows(adata, cells, label, donor, split, named)
     clf = _cell_model(_learner(model, freeze_layers, lora, seed), task, pool, seed)
-    w = _class_weights(task, y[train], model.device) if balance in (True, 'weights') else None
-    def loss(tokens, offsets, labels): return task.loss(clf.logits(tokens, offsets.cpu()), labels, w)
-    clf._learn(loss, cells, rows, lambda r, _: y[r].astype(np.float32), how, total, seed, 'fine-tuning')
+    w = None
+    if balance in (True, 'weights'): w = _class_weights(task, y[train], model.device)
+    def loss(tokens, offsets, labels):
+        return task.loss(clf.logits(tokens, offsets.cpu()), labels, w)
+    clf._learn(loss, cells, rows, lambda r, _: y[r].astype(np.float32), how, total,
+        seed, 'fine-tuning')
     clf.label, clf.donor, clf.split, clf.audit = label, donor, split, audit
     clf.scores = pd.DataFrame({'Geneformer, fine-tuned': _score(clf, cells)} | scores).T
     return clf
@@ -348,14 +375,16 @@ def _training_cells(cells, label, task, split, y):
     train = np.flatnonzero((split == 'train') & (cells.lengths > 0) & np.isfinite(y))
     names = task.classes if isinstance(task, Classes) else []
     if lost := [c for i, c in enumerate(names) if not (y[train] == i).any()]: raise LeakError(
-        f"Class {lost[0]!r} of {label!r} has no training cell: leave it out (classes=…), or choose another split.")
+        f"Class {lost[0]!r} of {label!r} has no training cell: leave it out (classes=…), or choose "
+        "another split.")
     return train
 
 def _score(clf, cells):
     "Scores of a fine-tuned model on the cells of its test side"
     test = np.flatnonzero(clf.split == 'test')
     obs = cells.obs.iloc[test]
-    return clf.task.score(obs[clf.label], clf.predict(cells[test]), obs[clf.donor] if clf.donor else None)
+    return clf.task.score(obs[clf.label], clf.predict(cells[test]), obs[clf.donor]
+        if clf.donor else None)
 
 # %% ../../nbs/11_finetuning.ipynb #9bb238a0
 @patch
@@ -380,10 +409,11 @@ def load(cls:FineTuned,
     device=None, # as in `pick_device`
     encoder:Geneformer=None, # only for adapters: the encoder they were trained on
 )->FineTuned:
-    "Read what `save` wrote; raises `MissingDataError`, `VocabularyError`, `GeneformerError`"
+    "Read what `save` wrote; raises `MissingDataError`, `VocabularyError`"
     folder = Path(folder)
     if not (folder/cls.file).exists(): raise MissingDataError(
-        f"There is no {cls.kind} in '{folder.name}' (no {cls.file}): {cls.__name__}.save writes one.")
+        f"There is no {cls.kind} in '{folder.name}' (no {cls.file}): "
+        f"{cls.__name__}.save writes one.")
     record = json.loads((folder/cls.file).read_text())
     out = cls.from_record(record, _saved_encoder(folder, device, encoder))
     _load_parts(out, folder)
@@ -399,10 +429,13 @@ def merge(self:FineTuned)->FineTuned: # a copy without adapters
 # %% ../../nbs/11_finetuning.ipynb #0a0739f8
 def _saved_encoder(folder, device, encoder):
     "The encoder of a saved model, with its adapters where it has some"
-    if not (folder/'adapter.json').exists(): return Geneformer.from_pretrained(folder, device=device)
+    if not (folder/'adapter.json').exists():
+        return Geneformer.from_pretrained(folder, device=device)
     if encoder is None:
         about = json.loads((folder/'adapter.json').read_text())
-        raise MissingDataError(f"'{folder.name}' holds adapters only: pass the encoder they were trained on (encoder=…, "
+        raise MissingDataError(
+            f"'{folder.name}' holds adapters only: pass the encoder they were trained on "
+            "(encoder=…, "
                                f"weights {about['base']}, vocabulary {about['vocabulary']!r}).")
     return load_lora(folder, encoder).to(device)
 
@@ -412,9 +445,12 @@ def _load_parts(model, folder):
     if 'weight' in state: # of the first edition, when the head was the only part
         state = {f'cell_head.{k}': v for k, v in state.items()}
     for k, m in model.parts.items():
-        try: m.load_state_dict({n.removeprefix(f'{k}.'): v for n, v in state.items() if n.startswith(f'{k}.')})
+        try:
+            m.load_state_dict({n.removeprefix(f'{k}.'): v for n, v in state.items()
+                if n.startswith(f'{k}.')})
         except RuntimeError as e: raise MissingDataError(
-            f"head.safetensors in '{folder.name}' does not fit {model.file}: save the classifier again.") from e
+            f"head.safetensors in '{folder.name}' does not fit {model.file}: save the classifier "
+            "again.") from e
 
 @patch
 def record(self:CellModel):
@@ -434,17 +470,20 @@ def predict_adata(self:CellModel,
     adata, # AnnData with counts; gets the columns
     key:str=None, # name of the column; None: geneformer_ and the label that was learned
     **kwargs, # counts_layer, logged, genes … as in `tokenize`
-)->pd.DataFrame: # the table of `predict`; adds obs[key], for classes also obs[key + "_probability"]
+)->pd.DataFrame: # of `predict`; adds obs[key], for classes obs[key + "_probability"]
     "Predict for every cell of an AnnData; raises `CountsError`, `GeneMatchError`"
     table = self.predict(_cells_of(adata, self.encoder, kwargs))
-    _add_columns(adata, key or f"geneformer_{self.label or 'predicted'}", self.task, table)
+    key = key or f"geneformer_{self.label or 'predicted'}"
+    _add_columns(adata, key, self.task, table)
     return table
 
 def _cells_of(adata, encoder, how):
     "Every cell of an AnnData, in its order, tokenized for an encoder"
-    cells = tokenize(adata, encoder.vocabulary, **(dict(obs=[], keep=None, keep_empty=True) | how))
+    cells = tokenize(adata, encoder.vocabulary,
+        **(dict(obs=[], keep=None, keep_empty=True) | how))
     if n := int((cells.lengths == 0).sum()): warnings.warn(
-        f"{n} of {len(cells)} cells hold no gene of the vocabulary: they get no prediction.", stacklevel=3)
+        f"{n} of {len(cells)} cells hold no gene of the vocabulary: they get no "
+        "prediction.", stacklevel=3)
     return cells
 
 def _add_columns(adata, key, task, table):

@@ -23,22 +23,27 @@ def gene_labels(
     vocabulary, # of the model
     classes:dict, # {class: gene ids or symbols}
     overlap:str='error', # for a gene in two classes: "error", or "drop" to leave it out
-)->pd.Series: # class by gene id, in the order given; `.attrs` lists genes "lost" and "both"
+)->pd.Series: # class by gene id; `.attrs` lists genes "lost" and "both"
     "One label a gene; raises `GeneformerError`, `VocabularyError`"
     if not isinstance(classes, dict) or len(classes) < 2:
-        raise GeneformerError("classes is a dict of two classes or more: {'name': [gene ids], …}.")
+        raise GeneformerError(
+            "classes is a dict of two classes or more: {'name': [gene ids], …}.")
     of, lost, both = {}, [], []
     for c, names in classes.items():
         for n in [names] if isinstance(names, str) else names:
             i = find_gene(str(n), vocabulary._index, vocabulary.aliases)[0]
             if i < 0: lost.append(str(n))
-            elif of.setdefault(g := vocabulary.genes[i], str(c)) != str(c): both.append(g)
+            elif of.setdefault(g := vocabulary.genes[i], str(c)) != str(c):
+                both.append(g)
     if both and overlap != 'drop': raise GeneformerError(
-        f"{len(set(both))} genes stand in two classes, {both[0]} first (in {of[both[0]]!r} and another): a gene "
+        f"{len(set(both))} genes stand in two classes, {both[0]} first (in "
+        f"{of[both[0]]!r} and another): a gene "
         "has one label; overlap='drop' leaves such genes out.")
     for g in set(both): del of[g]
-    if empty := [c for c in map(str, classes) if c not in of.values()]: raise VocabularyError(
-        f"No gene of class {empty[0]!r} is in the vocabulary {vocabulary.name!r}, which holds ids like "
+    if empty := [c for c in map(str, classes) if c not in of.values()]:
+        raise VocabularyError(
+        f"No gene of class {empty[0]!r} is in the vocabulary {vocabulary.name!r}, "
+        "which holds ids like "
         f"{', '.join(vocabulary.genes[:3])}.")
     out = pd.Series(of, dtype=object, name='label')
     out.attrs |= dict(lost=list(dict.fromkeys(lost)), both=list(dict.fromkeys(both)))
@@ -47,14 +52,15 @@ def gene_labels(
 # %% ../../nbs/11b_genes.ipynb #76cb2ba6
 def split_by_gene(
     labels:pd.Series, # from `gene_labels`
-    test:float=.33, # share of each class that is held out; at least one gene on each side
+    test:float=.33, # share of each class to hold out; each side gets a gene or more
     seed:int=0, # which genes
 )->pd.Series: # "train" or "test" by gene id; raises `LeakError` for a class of one gene
     "Hold out genes, some of every class"
-    rng, out = np.random.default_rng(seed), pd.Series('train', labels.index, dtype=object)
+    rng, out = np.random.default_rng(seed), pd.Series('train', labels.index,
+        dtype=object)
     for c, own in labels.groupby(labels, sort=False):
         if len(own) < 2: raise LeakError(
-            f"Class {c!r} has one gene only ({own.index[0]}): nothing can be held out for it.")
+            f"Class {c!r} has one gene only ({own.index[0]}): nothing can be held out.")
         n = min(max(1, round(test * len(own))), len(own) - 1)
         out[rng.permutation(own.index.to_numpy())[:n]] = 'test'
     return out
@@ -68,21 +74,26 @@ def audit_genes(
     side = {}
     for n, s in dict(split).items():
         i = find_gene(str(n), vocabulary._index, vocabulary.aliases)[0]
-        if i >= 0 and side.setdefault(g := vocabulary.genes[i], s) != s: raise LeakError(
-            f"Gene {g} ({n}) stands in train and in test: a gene belongs on one side, under all of its names.")
+        if i >= 0 and side.setdefault(g := vocabulary.genes[i], s) != s:
+            raise LeakError(
+            f"Gene {g} ({n}) stands in train and in test: a gene belongs on one side, "
+            "under all of its names.")
     side = pd.Series(side, dtype=object).reindex(labels.index)
     table = pd.crosstab(labels, side)
-    table = table.reindex(index=list(dict.fromkeys(labels)), columns=['train', 'test'], fill_value=0)
+    table = table.reindex(index=list(dict.fromkeys(labels)), columns=['train', 'test'],
+        fill_value=0)
     for s in table:
         if (table[s] == 0).any(): raise LeakError(
-            f"Class {table.index[table[s] == 0][0]!r} has no gene in {s!r}: hold out some genes of every class, not all.")
+            f"Class {table.index[table[s] == 0][0]!r} has no gene in {s!r}: hold out "
+            "some genes of every class, not all.")
     return side, table.T.rename_axis(index=None, columns=None)
 
 # %% ../../nbs/11b_genes.ipynb #87bd9686
 class GeneClassifier(FineTuned):
     "An encoder with a linear head over the vector of each gene"
     file, kind = 'gene_classes.json', 'classifier of genes'
-    tested: pd.DataFrame = None # by held-out gene: mean probability a class, label, n_cells
+    # by held-out gene: mean probability a class, label, n_cells
+    tested: pd.DataFrame = None
     labels: pd.Series = None # class by gene id
     lost: list = None # names of genes that are not in the vocabulary
     dropped: int = None # training cells that hold no training gene
@@ -100,7 +111,8 @@ class GeneClassifier(FineTuned):
 
     @property
     def parts(self): return dict(gene_head=self.head)
-    def __repr__(self): return f"GeneClassifier of {', '.join(self.classes)} over {self.encoder}"
+    def __repr__(self):
+        return f"GeneClassifier of {', '.join(self.classes)} over {self.encoder}"
     def loss(self, tokens, offsets, labels, weight=None): # -100 where nothing is asked
         "Cross-entropy at the labeled tokens only; the head runs nowhere else"
         at = (labels >= 0).nonzero()[:, 0]
@@ -108,11 +120,13 @@ class GeneClassifier(FineTuned):
         return F.cross_entropy(self.head(x), labels[at], weight=weight)
 
     def stream(self, cells, genes=None, budget=16_384):
-        "Batch by batch: (numbers of cells, ranks, tokens, probabilities) of the genes asked for"
+        "Batch by batch: cells, ranks, tokens and probabilities of the genes asked for"
         v = self.encoder.vocabulary
         want = np.arange(v.n_tokens) >= len(v.specials)
-        if genes is not None: want = np.isin(np.arange(v.n_tokens), v.token(list(genes)))
-        for rows, tokens, off, x in self.encoder.stream(cells, layer='last', budget=budget):
+        if genes is not None:
+            want = np.isin(np.arange(v.n_tokens), v.token(list(genes)))
+        for rows, tokens, off, x in self.encoder.stream(cells, layer='last',
+                budget=budget):
             at = np.flatnonzero(want[tokens])
             cell = np.repeat(np.arange(len(rows)), np.diff(off))[at]
             p = self.head(x[at]).softmax(-1).float().cpu().numpy()
@@ -124,14 +138,15 @@ def predict_tokens(self:GeneClassifier,
     cells:Cells, # tokenized with the encoder's vocabulary
     genes=None, # ids or symbols; None: every gene of every cell, which is many rows
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # a row a gene and cell: cell (barcode), gene_id, rank, a probability a class
+)->pd.DataFrame: # a row a gene and cell: cell, gene_id, rank, a probability a class
     "Probabilities of each gene in each cell"
     got = list(self.stream(cells, genes, budget))
     if not got: return pd.DataFrame(columns=['cell', 'gene_id', 'rank', *self.classes])
     row, rank, token, p = (np.concatenate(x) for x in zip(*got))
     order = np.lexsort([rank, row])
     ids = self.encoder.vocabulary.gene(token[order])
-    front = pd.DataFrame(dict(cell=cells.obs.index[row[order]], gene_id=ids, rank=rank[order]))
+    front = pd.DataFrame(dict(cell=cells.obs.index[row[order]], gene_id=ids,
+        rank=rank[order]))
     return pd.concat([front, pd.DataFrame(p[order], columns=self.classes)], axis=1)
 
 @patch
@@ -139,7 +154,7 @@ def predict_genes(self:GeneClassifier,
     cells:Cells, # tokenized with the encoder's vocabulary
     genes=None, # ids or symbols; None: every gene that occurs
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # by gene id: symbol, predicted, n_cells, mean probability of each class
+)->pd.DataFrame: # by gene id: symbol, predicted, n_cells, mean probabilities
     "Probabilities of each gene, averaged over the cells that hold it"
     v = self.encoder.vocabulary
     total, n = np.zeros((v.n_tokens, len(self.classes))), np.zeros(v.n_tokens, int)
@@ -149,7 +164,8 @@ def predict_genes(self:GeneClassifier,
     seen = np.flatnonzero(n)
     p, ids = total[seen] / n[seen, None], v.gene(seen)
     best = np.array(self.classes, dtype=object)[p.argmax(1)]
-    front = pd.DataFrame(dict(symbol=v.symbol(seen), predicted=best, n_cells=n[seen]), index=ids)
+    front = pd.DataFrame(dict(symbol=v.symbol(seen), predicted=best, n_cells=n[seen]),
+        index=ids)
     return front.join(pd.DataFrame(p, ids, [f'p({c})' for c in self.classes]))
 
 @patch
@@ -163,7 +179,8 @@ def _gene_row(truth, p, n, n_cells, auc_tokens=None):
     low, high = np.percentile(auc_draws(truth, p), [2.5, 97.5])
     if auc_tokens is None: auc_tokens = gene_auc(truth, p, n)
     return dict(auc_tokens=auc_tokens, auc_genes=gene_auc(truth, p), ci_low=low, ci_high=high,
-        accuracy_genes=(p.argmax(1) == truth).mean(), n_genes=len(truth), n_tokens=int(n.sum()), n_cells=n_cells)
+        accuracy_genes=(p.argmax(1) == truth).mean(), n_genes=len(truth), n_tokens=int(n.sum()),
+        n_cells=n_cells)
 
 def _mean_by_gene(token, p):
     "Tokens that occur, how often, and the mean of their probabilities"
@@ -179,8 +196,8 @@ def finetune_genes(
     *,
     split=None, # "train" or "test" by gene; None: a third of each class is test
     overlap:str='error', # as in `gene_labels`
-    donor:str=None, # obs column: also hold out donors; test genes are read in their cells
-    cell_split=None, # "train" or "test" for each cell, where you hold out cells yourself
+    donor:str=None, # obs column: hold out donors too, to read test genes in
+    cell_split=None, # "train" or "test" for each cell, instead of `donor`
     freeze_layers:int=0, # lowest layers left as they are (paper, dosage: 4 of 6)
     lora=None, # as in `finetune`
     epochs:float=1, # passes over the training cells (paper: 1)
@@ -200,24 +217,29 @@ def finetune_genes(
     split, audit = audit_genes(labels, split, v)
     train, test = _cell_sides(cells, donor, cell_split, seed)
     clf = GeneClassifier(_learner(model, freeze_layers, lora, seed), classes, seed)
-    clf.labels, clf.split, clf.lost, clf.donor = labels, split, labels.attrs['lost'], donor
+    clf.labels, clf.lost = labels, labels.attrs['lost']
+    clf.split, clf.donor = split, donor
     y = _gene_targets(clf)
     rows = _informative(cells, train, y, clf.classes)
     clf.dropped, w = len(train) - len(rows), None
     if balance: w = _token_weights(cells[rows].tokens, y, clf)
     def loss(tokens, offsets, labels): return clf.loss(tokens, offsets.cpu(), labels, w)
-    clf._learn(loss, cells, rows, lambda _, part: y[part.tokens], how, how.total(len(rows)), seed, 'fine-tuning genes')
+    clf._learn(loss, cells, rows, lambda _, part: y[part.tokens], how,
+        how.total(len(rows)), seed, 'fine-tuning genes')
     _score_genes(clf, cells[train], cells[test])
     shared = 'shared' if cell_split is None else 'unknown'
-    donors = [cells.obs[donor].iloc[r].nunique() if donor else shared for r in (train, test)]
-    clf.audit = audit.assign(cells=[len(rows), clf.scores.n_cells.iloc[0]], donors=donors)
+    donors = [cells.obs[donor].iloc[r].nunique() if donor else shared
+        for r in (train, test)]
+    clf.audit = audit.assign(cells=[len(rows), clf.scores.n_cells.iloc[0]],
+        donors=donors)
     return clf
 
 # %% ../../nbs/11b_genes.ipynb #efda5591
 def _cell_sides(cells, donor, cell_split, seed):
     "Numbers of the cells to learn in and to test in: the same cells where nothing keeps them apart"
     if donor is None and cell_split is None: return np.arange(len(cells)), np.arange(len(cells))
-    if cell_split is None: cell_split = split_donors(cells.obs.assign(_all='all'), donor, '_all', seed=seed)
+    if cell_split is None:
+        cell_split = split_donors(cells.obs.assign(_all='all'), donor, '_all', seed=seed)
     audit_split(cells.obs, cell_split, donor)
     return tuple(np.flatnonzero(np.asarray(cell_split) == s) for s in ('train', 'test'))
 
@@ -229,7 +251,7 @@ def _gene_targets(clf):
     return y
 
 def _informative(cells, rows, y, classes):
-    "Those of the cells `rows` that hold a training gene; raises `GeneformerError` where a class has none"
+    "Those of the cells `rows` that hold a training gene; raises `GeneformerError`"
     asked = np.append(y[cells.tokens] >= 0, False)
     n = np.add.reduceat(asked, cells.offsets[:-1], dtype=int) * (cells.lengths > 0)
     rows = rows[n[rows] > 0]
@@ -259,7 +281,8 @@ def _score_genes(clf, seen, cells):
     columns = [f'p({c})' for c in clf.classes]
     clf.tested = pd.DataFrame(mean, genes, columns).assign(label=clf.labels[genes], n_cells=n)
     own = {'Geneformer, fine-tuned': _gene_row(truth, mean, n, n_cells, gene_auc(of[token], p))}
-    others = {k: _gene_row(truth, b.loc[genes, clf.classes].to_numpy(), n, n_cells) for k, b in base.items()}
+    others = {k: _gene_row(truth, b.loc[genes, clf.classes].to_numpy(), n, n_cells)
+        for k, b in base.items()}
     clf.scores = pd.DataFrame(own | others).T
 
 # %% ../../nbs/11b_genes.ipynb #dee738d9
@@ -267,7 +290,8 @@ def _score_genes(clf, seen, cells):
 def record(self:GeneClassifier):
     "Class names, and which genes were learned and tested"
     def plain(s): return None if s is None else s.to_dict()
-    return dict(classes=self.classes, split=plain(self.split), labels=plain(self.labels))
+    return dict(classes=self.classes, split=plain(self.split),
+        labels=plain(self.labels))
 
 @patch(cls_method=True)
 def from_record(cls:GeneClassifier, record, encoder):

@@ -16,40 +16,48 @@ from ..model.bert import pool_cells
 
 # %% ../../nbs/11a_heads.ipynb #2b2a0f17
 class AttentionPool(torch.nn.Module):
-    "A weighted mean over a cell's own tokens (official `use_attention_pooling`); equal weights to begin with"
+    "Weighted mean over a cell's own tokens; the weights start equal"
     def __init__(self, d:int): # width of the vectors
         super().__init__()
         self.score = torch.nn.Linear(d, 1, bias=False)
         torch.nn.init.zeros_(self.score.weight)
 
-    def weights(self, x, offsets): # (t, d) tokens of several cells, and where each begins
-        "One weight a token (t,), summing to 1 in each cell; and the cell each token belongs to"
+    def weights(self,
+        x, # (t, d) vectors of the tokens of several cells
+        offsets, # where each cell begins: (b+1,)
+    ): # (weights (t,) with sum 1 in each cell, number of the cell of each token)
+        "Softmax of the scores over the tokens of each cell"
         n = torch.as_tensor(np.diff(np.asarray(offsets)), device=x.device)
         seg = torch.repeat_interleave(torch.arange(len(n), device=x.device), n)
         s = self.score(x)[:, 0].float()
-        top = torch.full((len(n),), -torch.inf, device=x.device).scatter_reduce(0, seg, s.detach(), 'amax')
+        top = torch.full((len(n),), -torch.inf, device=x.device)
+        top = top.scatter_reduce(0, seg, s.detach(), 'amax')
         e = (s - top[seg]).exp()
-        return e / torch.zeros(len(n), device=x.device).index_add(0, seg, e)[seg], seg
+        total = torch.zeros(len(n), device=x.device).index_add(0, seg, e)
+        return e / total[seg], seg
 
-    def forward(self, x, offsets):
-        "(b, d); nan for a cell without tokens"
+    def forward(self, x, offsets): # as in `weights`
+        "Cell vectors (b, d); nan for a cell without tokens"
         w, seg = self.weights(x, offsets)
         n = len(offsets) - 1
-        out = torch.zeros(n, x.shape[1], device=x.device, dtype=w.dtype).index_add(0, seg, x * w[:, None])
-        return torch.where(torch.bincount(seg, minlength=n)[:, None] > 0, out, torch.nan)
+        out = torch.zeros(n, x.shape[1], device=x.device, dtype=w.dtype)
+        out = out.index_add(0, seg, x * w[:, None])
+        there = torch.bincount(seg, minlength=n) > 0
+        return torch.where(there[:, None], out, torch.nan)
 
 # %% ../../nbs/11a_heads.ipynb #b4bfd733
 class Head:
-    "A question to a cell: its label as numbers, a map from a vector to outputs, a loss, and the columns of the answer"
+    "A task for a cell: labels as numbers, a map to outputs, a loss, columns of the answer"
     kind = None # name in saved files
     def module(self, d): # width of the cell vector
         "The map: (b, d) → (b, outputs)"
         m = torch.nn.Linear(d, self.n)
         torch.nn.init.zeros_(m.bias)
         return m
-    def link(self, out): return out # outputs as they are told: probabilities, a number in its unit
+    def link(self, out): return out # outputs as answers: probabilities, or a number in its unit
     def weights(self, y): return None # of the classes, for a balanced loss
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state().items())})"
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state().items())})"
 
 # %% ../../nbs/11a_heads.ipynb #7a637cc4
 _reserved = ('predicted', 'expected_step') # columns of an answer beside one a class
@@ -64,7 +72,8 @@ class Classes(Head):
         else: self.classes = None
     def _set(self, classes):
         self.classes = list(dict.fromkeys(map(str, classes)))
-        if len(self.classes) < 2: raise GeneformerError(f"A classifier needs two classes or more, not {self.classes}.")
+        if len(self.classes) < 2:
+            raise GeneformerError(f"A classifier needs two classes or more, not {self.classes}.")
     @property
     def n(self): return len(self.classes)
     @property
@@ -79,7 +88,8 @@ class Classes(Head):
         "Number of the class; nan for a missing or unknown one"
         code = pd.Index(self.classes).get_indexer(labels.astype(str)).astype(float)
         return np.where((code < 0) | labels.isna().to_numpy(), np.nan, code)
-    def weights(self, y): return len(y) / (n := np.bincount(y.astype(int), minlength=self.n)) / len(n)
+    def weights(self, y):
+        return len(y) / (n := np.bincount(y.astype(int), minlength=self.n)) / len(n)
 
 # %% ../../nbs/11a_heads.ipynb #ef7bab42
 @patch
@@ -92,10 +102,11 @@ def link(self:Classes, out): return out.softmax(-1)
 def table(self:Classes, p, index): # probabilities (b, classes), and barcodes
     "One row a cell: a probability a class, and `predicted`; missing where the probabilities are"
     lost = np.isnan(p[:, 0])
-    best = np.array(self.classes + [None], dtype=object)[np.where(lost, self.n, np.nan_to_num(p).argmax(1))]
+    best = np.array(self.classes + [None], dtype=object)[np.where(lost, self.n,
+        np.nan_to_num(p).argmax(1))]
     return pd.DataFrame(p, index, self.columns).assign(predicted=best)
 @patch
-def score(self:Classes, truth, table, donors=None): # labels, what `table` gave, and the donor of each cell
+def score(self:Classes, truth, table, donors=None): # labels, a `table`, a donor a cell
     "Accuracy, macro-F1 and accuracy a donor, as `evaluate.scores`"
     return scores(truth, table['predicted'], donors)
 
@@ -103,19 +114,22 @@ def score(self:Classes, truth, table, donors=None): # labels, what `table` gave,
 class Regression(Head):
     "How much? A number, learned in units of the training labels' spread (squared error)"
     kind, n, columns = 'regression', 1, ['predicted']
-    def __init__(self, mean:float=None, sd:float=None): self.mean, self.sd = mean, sd # of the training labels
+    def __init__(self, mean:float=None, sd:float=None):
+        self.mean, self.sd = mean, sd # of the training labels
     def state(self): return dict(mean=self.mean, sd=self.sd)
     def fit(self, labels):
-        "Mean and spread of the training labels; raises `GeneformerError` for what is no number or does not vary"
+        "Keep mean and spread of the training labels; raises `GeneformerError`"
         y = self._numbers(labels)
         self.mean, self.sd = float(np.nanmean(y)), float(np.nanstd(y))
         if not self.sd > 0:
-            raise GeneformerError(f"All training cells have the same label ({self.mean:g}): nothing to learn.")
+            raise GeneformerError(
+                f"All training cells have the same label ({self.mean:g}): nothing to learn.")
         return self
     def _numbers(self, labels):
         y = pd.to_numeric(labels.astype(object), errors='coerce').to_numpy(float)
         if lost := int((np.isnan(y) & labels.notna().to_numpy()).sum()): raise GeneformerError(
-            f"{lost} labels are no numbers, {labels[np.isnan(y) & labels.notna()].iloc[0]!r} first: "
+            f"{lost} labels are no numbers, {labels[np.isnan(y) & labels.notna()].iloc[0]!r} "
+            "first: "
             "use head='classes' or 'ordinal'.")
         return y
     def encode(self, labels): return (self._numbers(labels) - self.mean) / self.sd
@@ -125,20 +139,23 @@ class Regression(Head):
 
 # %% ../../nbs/11a_heads.ipynb #8edd096c
 def _spearman(a, b):
+    "Rank correlation; nan for fewer than three values, or where one side does not vary"
     from scipy.stats import spearmanr
-    return float(spearmanr(a, b).statistic) if len(a) > 2 and min(np.ptp(a), np.ptp(b)) > 1e-9 else np.nan
+    if len(a) < 3 or min(np.ptp(a), np.ptp(b)) < 1e-9: return np.nan
+    return float(spearmanr(a, b).statistic)
 
 @patch
-def score(self:Regression, truth, table, donors=None): # labels, what `table` gave, and the donor of each cell
-    "R² and mean absolute error over cells; Spearman over donors, or over cells where there are none"
+def score(self:Regression, truth, table, donors=None): # labels, a `table`, a donor a cell
+    "R² and mean absolute error over cells; Spearman over donors, or else over cells"
     t, p = self._numbers(pd.Series(np.asarray(truth))), np.asarray(table['predicted'], float)
     ok = np.isfinite(t) & np.isfinite(p)
     per = pd.DataFrame(dict(t=t, p=p))[ok]
     if donors is not None: per = per.groupby(np.asarray(donors).astype(str)[ok]).mean()
     t, p = t[ok], p[ok]
     r2 = float(1 - ((t - p)**2).sum() / ((t - t.mean())**2).sum())
-    return dict(r2=r2, mean_error=float(np.abs(t - p).mean()), spearman=_spearman(per['t'], per['p']),
-                n_cells=int(ok.sum()), n_donors=len(per) if donors is not None else 0)
+    return dict(r2=r2, mean_error=float(np.abs(t - p).mean()),
+        spearman=_spearman(per['t'], per['p']), n_cells=int(ok.sum()),
+        n_donors=len(per) if donors is not None else 0)
 
 # %% ../../nbs/11a_heads.ipynb #0db4f980
 def number_baselines(
@@ -168,36 +185,41 @@ class _Steps(torch.nn.Module):
     def __init__(self, d, n):
         super().__init__()
         self.score = torch.nn.Linear(d, 1, bias=False)
-        self.first, self.gaps = torch.nn.Parameter(torch.tensor(-(n - 2) / 2)), torch.nn.Parameter(torch.full((n - 2,
-            ), .5413))  # softplus: 1 apart
-    def cuts(self): return torch.cat([self.first[None], self.first + F.softplus(self.gaps).cumsum(0)])
+        self.first = torch.nn.Parameter(torch.tensor(-(n - 2) / 2))
+        self.gaps = torch.nn.Parameter(torch.full((n - 2,), .5413)) # softplus: 1 apart
+    def cuts(self):
+        return torch.cat([self.first[None], self.first + F.softplus(self.gaps).cumsum(0)])
     def forward(self, x): return self.score(x) - self.cuts()  # b n-1, falling
 
 def _log_steps(out):
-    "Log probability of each step, from the logits of lying above each threshold; never log of a difference"
+    "Log probability of each step, from the logits of lying above each threshold"
     up = torch.cat([torch.full_like(out[:, :1], 60.), out], 1)      # above the floor: certain
     down = torch.cat([out, torch.full_like(out[:, :1], -60.)], 1)   # above the ceiling: impossible
-    return F.logsigmoid(up) + F.logsigmoid(-down) + torch.log(-torch.expm1((down - up).clamp(max=-1e-6)))
+    gap = torch.log(-torch.expm1((down - up).clamp(max=-1e-6)))
+    return F.logsigmoid(up) + F.logsigmoid(-down) + gap
 
 # %% ../../nbs/11a_heads.ipynb #e23cb874
 class Ordinal(Classes):
     "How far? A probability a step, from one score and thresholds (cumulative logits)"
     kind = 'ordinal'
     def fit(self, labels):
-        "Take the order from an ordered or numeric column, unless given; raises `GeneformerError` where there is none"
+        "Take the order of an ordered or numeric column, unless given; raises `GeneformerError`"
         if self.classes is None:
             known = labels.dropna()
             if isinstance(labels.dtype, pd.CategoricalDtype) and labels.cat.ordered:
                 known = [c for c in labels.cat.categories if (known == c).any()]
             elif pd.api.types.is_numeric_dtype(labels): known = sorted(known.unique())
-            else: raise GeneformerError("An ordinal head must know the order of the steps: pass classes=[lowest, …, "
+            else:
+                raise GeneformerError(
+                    "An ordinal head must know the order of the steps: pass classes=[lowest, …, "
                                         "highest], or make the column an ordered category.")
             self._set(known)
         return self
     def module(self, d): return _Steps(d, self.n)
     def link(self, out): return _log_steps(out).exp()
     def loss(self, out, y, weight=None): return F.nll_loss(_log_steps(out), y.long(), weight=weight)
-    def table(self, p, index): return Classes.table(self, p, index).assign(expected_step=p @ np.arange(self.n))
+    def table(self, p, index):
+        return Classes.table(self, p, index).assign(expected_step=p @ np.arange(self.n))
     def score(self, truth, table, donors=None):
         y, p = self.encode(pd.Series(np.asarray(truth))), table['expected_step'].to_numpy(float)
         per = pd.DataFrame(dict(y=y, p=p))

@@ -11,7 +11,8 @@ from fastcore.basics import patch
 from ..data.cells import Cells
 from ..core import GeneformerError, LeakError
 from ..evaluate.splits import audit_split, split_donors
-from .finetuning import CellModel, Schedule, _add_columns, _cells_of, _check, _class_weights, _learner, _sides
+from .finetuning import CellModel, Schedule, _add_columns, _cells_of, _check
+from .finetuning import _class_weights, _learner, _sides
 from .heads import Classes, make_head
 from ..model.bert import Geneformer
 
@@ -22,7 +23,7 @@ class MultiTask(CellModel):
     def __init__(self,
         encoder:Geneformer, # pretrained; it is trained in place
         tasks:dict, # {label: `Head`}
-        pool:str='attention', # "attention" (official), "mean" or "cls"; None: the checkpoint's
+        pool:str='attention', # "attention", "mean" or "cls"; None: the checkpoint's
         seed:int=0, # of the heads' random weights
     ):
         self.tasks = tasks
@@ -30,10 +31,11 @@ class MultiTask(CellModel):
 
     @property
     def parts(self): return dict(task_heads=self.heads) | self._pool_part()
-    def __repr__(self): return f"MultiTask of {', '.join(self.tasks)} ({self.pool}) over {self.encoder}"
+    def __repr__(self):
+        return f"MultiTask of {', '.join(self.tasks)} ({self.pool}) over {self.encoder}"
 
-    def loss(self, tokens, offsets, labels, weights, of_class): # labels (b, tasks), nan where unknown
-        "Weighted sum of the tasks' losses, each over the cells with a label"
+    def loss(self, tokens, offsets, labels, weights, of_class):
+        "Weighted sum of the tasks' losses; labels (b, tasks) are nan where unknown"
         outs = self.outputs(self.encoder.hidden(tokens, offsets, layer='last'), offsets)
         total = sum(o.sum() for o in outs) * 0.
         for k, (task, out) in enumerate(zip(self.tasks.values(), outs)):
@@ -43,11 +45,13 @@ class MultiTask(CellModel):
         return total
 
     def record(self):
-        tasks = [dict(label=k, head=h.kind, state=h.state()) for k, h in self.tasks.items()]
+        tasks = [dict(label=k, head=h.kind, state=h.state())
+            for k, h in self.tasks.items()]
         return dict(pool=self.pool, tasks=tasks)
     @classmethod
     def from_record(cls, record, encoder):
-        tasks = {t['label']: type(make_head(t['head']))(**t['state']) for t in record['tasks']}
+        tasks = {t['label']: type(make_head(t['head']))(**t['state'])
+            for t in record['tasks']}
         return cls(encoder, tasks, record['pool'])
 
 # %% ../../nbs/11c_multitask.ipynb #b1f8fb84
@@ -64,7 +68,7 @@ def predict_adata(self:MultiTask,
     adata, # AnnData with counts; gets the columns
     prefix:str='geneformer_', # before the name of each task
     **kwargs, # counts_layer, logged, genes … as in `tokenize`
-)->dict: # tables of `predict`; adds obs[prefix + label], and + "_probability" for classes
+)->dict: # tables of `predict`; adds obs[prefix + label] and its "_probability"
     "Predict every task for every cell of an AnnData, in its order"
     tables = self.predict(_cells_of(adata, self.encoder, kwargs))
     for label, t in tables.items():
@@ -74,7 +78,8 @@ def predict_adata(self:MultiTask,
 # %% ../../nbs/11c_multitask.ipynb #3c4426d3
 def _tasks(tasks, weights):
     "{label: head} and a weight for each"
-    named = tasks if isinstance(tasks, dict) else {t: 'classes' for t in ([tasks] if isinstance(tasks, str) else tasks)}
+    if isinstance(tasks, str): tasks = [tasks]
+    named = tasks if isinstance(tasks, dict) else dict.fromkeys(tasks, 'classes')
     if not named: raise GeneformerError("There is no task: pass obs columns, or {column: head}.")
     heads, weights = {label: make_head(h) for label, h in named.items()}, dict(weights or {})
     if lost := [k for k in weights if k not in heads]:
@@ -83,8 +88,9 @@ def _tasks(tasks, weights):
         raise GeneformerError("Task weights are 0 or more, and not all 0.")
     return heads, [float(weights.get(k, 1)) for k in heads]
 
+# %% ../../nbs/11c_multitask.ipynb #763765f7
 def _stratum(obs, heads, donor):
-    "What to spread over both sides: the first task whose class is the same for all cells of a donor, or nothing"
+    "Classes to spread over both sides: of the first task with one class a donor; or one class"
     who = obs[donor].astype(str)
     for k in [k for k, h in heads.items() if isinstance(h, Classes)]:
         own = obs[k].astype(object).groupby(who)
@@ -94,7 +100,8 @@ def _stratum(obs, heads, donor):
 def _task_sides(obs, heads, donor, split, seed):
     "Train, test or neither for each cell, for all tasks at once; and the audit of each"
     if lost := [k for k in heads if k not in obs]:
-        raise GeneformerError(f"obs has no column {lost[0]!r} (it has {', '.join(map(str, obs.columns))}).")
+        raise GeneformerError(
+            f"obs has no column {lost[0]!r} (it has {', '.join(map(str, obs.columns))}).")
     ok = obs[list(heads)].notna().to_numpy()
     if split is None and donor is not None:
         split, some = np.full(len(obs), '', dtype='<U5'), ok.any(1)
@@ -104,7 +111,9 @@ def _task_sides(obs, heads, donor, split, seed):
     audits = {}
     for k, (label, h) in enumerate(heads.items()):
         of = ok[:, k] & np.isin(split, ['train', 'test'])
-        try: audits[label] = audit_split(obs[of], split[of], donor, label if isinstance(h, Classes) else None)
+        try:
+            audits[label] = audit_split(obs[of], split[of], donor, label
+                if isinstance(h, Classes) else None)
         except LeakError as e: raise LeakError(f"Task {label!r}: {e}") from e
     return split, pd.concat(audits)
 
@@ -116,7 +125,7 @@ def finetune_tasks(
     donor:str=None, # obs column of donors; None splits by cell only if `split` is given
     *,
     weights:dict=None, # {column: weight of the task}; 1 where none is given
-    split=None, # "train", "test" or "" for each cell; None: a third of the donors is test
+    split=None, # "train", "test" or "" for each cell; None: holds out donors
     pool:str='attention', # "attention", "mean" or "cls"
     freeze_layers:int=0, # lowest layers left as they are
     lora=None, # as in `finetune`
@@ -131,15 +140,20 @@ def finetune_tasks(
 )->MultiTask: # with scores (a row a task), split, audit and history
     "Fine-tune one encoder for several tasks; raises `LeakError`, `GeneformerError`"
     _check(model, cells, args, finetune_tasks)
-    (heads, w), obs, how = _tasks(tasks, weights), cells.obs, Schedule(epochs, steps, batch, lr, weight_decay, args)
+    (heads, w), obs, how = _tasks(tasks, weights), cells.obs, Schedule(epochs, steps,
+        batch, lr, weight_decay, args)
     split, audit = _task_sides(obs, heads, donor, split, seed)
-    y = np.stack([h.fit(obs[k][split == 'train']).encode(obs[k]) for k, h in heads.items()], 1).astype(np.float32)
+    y = np.stack([h.fit(obs[k][split == 'train']).encode(obs[k])
+        for k, h in heads.items()], 1).astype(np.float32)
     train = np.flatnonzero((split == 'train') & (cells.lengths > 0))
     m = MultiTask(_learner(model, freeze_layers, lora, seed), heads, pool, seed)
-    def class_weights(h, c): return _class_weights(h, c[np.isfinite(c)], model.device) if balance else None
+    def class_weights(h, c):
+        return _class_weights(h, c[np.isfinite(c)], model.device) if balance else None
     of_class = [class_weights(h, y[train, k]) for k, h in enumerate(heads.values())]
-    def loss(tokens, offsets, labels): return m.loss(tokens, offsets.cpu(), labels, w, of_class)
-    m._learn(loss, cells, train, lambda r, _: y[r], how, how.total(len(train)), seed, 'fine-tuning tasks')
+    def loss(tokens, offsets, labels):
+        return m.loss(tokens, offsets.cpu(), labels, w, of_class)
+    m._learn(loss, cells, train, lambda r, _: y[r], how, how.total(len(train)), seed,
+        'fine-tuning tasks')
     m.donor, m.split, m.audit = donor, split, audit
     m.scores = _task_scores(m, cells)
     return m
@@ -151,5 +165,6 @@ def _task_scores(m, cells):
     for label, t in m.tasks.items():
         known = cells.obs[label].iloc[test].notna().to_numpy()
         own = cells.obs.iloc[test[known]]
-        rows[label] = t.score(own[label], held[label][known], own[m.donor] if m.donor else None)
+        rows[label] = t.score(own[label], held[label][known], own[m.donor]
+            if m.donor else None)
     return pd.DataFrame(rows).T

@@ -17,9 +17,11 @@ from .heads import Classes, make_head
 from ..model.bert import Geneformer, weights_digest
 
 # %% ../../nbs/11e_search.ipynb #efb80d33
-official_space = dict(lr=(1e-6, 1e-3, 'log'), weight_decay=(0., .3), lr_scheduler_type=['linear', 'cosine',
+official_space = dict(lr=(1e-6, 1e-3, 'log'), weight_decay=(0., .3), lr_scheduler_type=['linear',
+    'cosine',
     'polynomial'], warmup_steps=(100, 2000)) # of the published search
-small_space = dict(lr=(2e-4, 1e-2, 'log'), weight_decay=(0., .3), epochs=[2, 3, 4]) # for small models and few cells
+# for small models and few cells
+small_space = dict(lr=(2e-4, 1e-2, 'log'), weight_decay=(0., .3), epochs=[2, 3, 4])
 
 def _draw(trial, space):
     "Arguments of one trial"
@@ -27,7 +29,8 @@ def _draw(trial, space):
     def one(k, v):
         if isinstance(v, list): return trial.suggest_categorical(k, v)
         lo, hi, *log = v
-        return (trial.suggest_int if isinstance(lo, int) and isinstance(hi, int) else trial.suggest_float)(k, lo, hi,
+        return (trial.suggest_int if isinstance(lo, int) and isinstance(hi,
+            int) else trial.suggest_float)(k, lo, hi,
             log=bool(log))
     return {k: one(k, v) for k, v in space.items()}
 
@@ -35,34 +38,42 @@ def _check_space(space):
     "Raise `GeneformerError` for a space that cannot be drawn from"
     if callable(space): return
     if not isinstance(space, dict) or not space:
-        raise GeneformerError("space is a dict {argument of finetune: values}, or a function of an optuna trial.")
+        raise GeneformerError(
+            "space is a dict {argument of finetune: values}, or a function of an optuna trial.")
     for k, v in space.items():
-        fine = isinstance(v, list) and len(v) or isinstance(v, tuple) and (len(v) == 2 or v[2:] == ('log',
+        fine = isinstance(v, list) and len(v) or isinstance(v, tuple) and (len(v) == 2
+            or v[2:] == ('log',
             )) and v[0] < v[1]
         if not fine:
-            raise GeneformerError(f"space[{k!r}] is a list of values, or (lowest, highest) or (lowest, highest, "
+            raise GeneformerError(
+                f"space[{k!r}] is a list of values, or (lowest, highest) or (lowest, highest, "
                 f"'log'), not {v!r}.")
 
 # %% ../../nbs/11e_search.ipynb #f0811b7c
-def _inner(cells, split, folds, k): # number of the inner fold of each cell, and which is held out
-    "The split of one inner fold: outer test cells take no part"
-    return np.where(split != 'train', '', np.where(folds == k, 'test', 'train'))
+def _inner(split, fold, k):
+    "The split of inner fold k; outer test cells take no part"
+    return np.where(split != 'train', '', np.where(fold == k, 'test', 'train'))
 
-def _worth(clf): return float(clf.scores.iloc[0]['donor_accuracy' if isinstance(clf.task, Classes) else 'r2'])
+def _inner_score(clf):
+    "What a trial is chosen by: accuracy a donor, or R²"
+    column = 'donor_accuracy' if isinstance(clf.task, Classes) else 'r2'
+    return float(clf.scores.iloc[0][column])
+    return float(clf.scores.iloc[0]['donor_accuracy' if isinstance(clf.task, Classes) else 'r2'])
 
 @dataclass
 class Search:
     "A finished search"
-    best: dict           # arguments of the best trial
-    trials: pd.DataFrame # one row a trial: its arguments, its worth in each inner fold, their mean `inner`
-    model: CellModel     # trained with them on all training donors
-    split: np.ndarray    # "train", "test" or "" for each cell
+    best: dict # arguments of the best trial
+    trials: pd.DataFrame # a row a trial: arguments, score in each inner fold, their mean `inner`
+    model: CellModel # trained with `best` on all training donors
+    split: np.ndarray # "train", "test" or "" for each cell
     @property
     def scores(self): return self.model.scores # of the test donors, asked once
     def __repr__(self):
-        said = ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in self.best.items())
-        return (f"Search of {len(self.trials)} trials: best inner score {self.trials.inner.max():.2f} with {said}; "
-                f"{self.model}")
+        best = ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}'
+                         for k, v in self.best.items())
+        return (f"Search of {len(self.trials)} trials: best inner score "
+                f"{self.trials.inner.max():.2f} with {best}; {self.model}")
 
 # %% ../../nbs/11e_search.ipynb #b2b3db01
 def search_settings(
@@ -71,68 +82,76 @@ def search_settings(
     label:str, # obs column
     donor:str, # obs column of donors
     *,
-    space=small_space, # {argument of `finetune`: [values], (low, high), (low, high, "log")}, or function(trial) → dict
+    space=small_space, # {argument of `finetune`: values or range}, or function(trial) → dict
     trials:int=20, # how many in all; those already in `out` count
     folds:int=3, # inner folds over the training donors; 0 leaves out one donor at a time
     head='classes', # as in `finetune`
     classes=None, # as in `finetune`
-    split=None, # outer "train", "test" or "" for each cell; None holds out a third of the donors of each class
-    adata=None, # the same cells as AnnData with counts: baselines beside the score of the test donors
+    split=None, # outer "train", "test" or "" for each cell; None: a third of the donors is test
+    adata=None, # the same cells as AnnData with counts: adds baselines to the scores
     out=None, # folder of the study (study.db); the same call goes on. None keeps nothing
     seed:int=0, # splits, folds, trials, training
     show:bool=None, # progress bar
     **fixed, # further arguments of `finetune`, the same in every trial
 )->Search: # `.best`, `.trials`, `.model`, and `.scores` of the test donors
-    "Nested search of hyperparameters by optuna; raises `GeneformerError`, `LeakError`, `MissingDataError` without it"
+    "Nested search of hyperparameters; raises `GeneformerError`, `LeakError`, `MissingDataError`"
     optuna = need_package('optuna', 'tune')
-    if not isinstance(model, Geneformer): raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
-    _check_space(space); need_cells(cells).check_vocabulary(model.vocabulary)
+    if not isinstance(model, Geneformer):
+        raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
+    _check_space(space)
+    need_cells(cells).check_vocabulary(model.vocabulary)
     if trials < 1: raise GeneformerError("A search needs one trial or more.")
     if donor is None: raise GeneformerError("A nested search needs donors: name their obs column.")
     task = make_head(head, classes)
-    split, inside, part = _outer(cells.obs, label, donor, split, task, folds, fixed.get('drop_rare', 0.), seed)
-    kw = dict(head=head, classes=classes, seed=seed) | fixed
+    rare, kw = fixed.get('drop_rare', 0.), dict(head=head, classes=classes, seed=seed) | fixed
+    split, fold = _outer(cells.obs, label, donor, split, task, folds, rare, seed)
     data = digest(cells.tokens, cells.offsets, cells.obs[[label, donor]].astype(str), split)
-    named = space.__name__ if callable(space) else space
-    study = _study(optuna, out, seed, dict(data=data, model=weights_digest(model), label=label, donor=donor,
-        folds=str(folds), seed=seed, space=named, fixed={k: getattr(v, 'state', lambda: v)() for k, v in kw.items()}))
+    facts = dict(data=data, model=weights_digest(model), label=label, donor=donor, folds=str(folds),
+        seed=seed, space=space.__name__ if callable(space) else space,
+        fixed={k: getattr(v, 'state', lambda: v)() for k, v in kw.items()})
+    study = _study(optuna, out, facts)
     def objective(trial):
-        args = kw | _draw(trial, space)
-        worth = [_worth(finetune(model, cells, label, donor, split=_inner(cells, split, inside, k), **args))
-            for k in part]
-        trial.set_user_attr('folds', worth)
-        return float(np.mean(worth))
+        args, scores = kw | _draw(trial, space), []
+        for k in np.unique(fold[fold >= 0]):
+            clf = finetune(model, cells, label, donor, split=_inner(split, fold, k), **args)
+            scores.append(_inner_score(clf))
+        trial.set_user_attr('folds', scores)
+        return float(np.mean(scores))
     table = _run(optuna, study, objective, trials, seed, show)
     best = _draw(optuna.trial.FixedTrial(study.best_params), space)
-    return Search(best, table, finetune(model, cells, label, donor, split=split, adata=adata, **(kw | best)), split)
+    clf = finetune(model, cells, label, donor, split=split, adata=adata, **(kw | best))
+    return Search(best, table, clf, split)
 
 # %% ../../nbs/11e_search.ipynb #841d1097
 def _outer(obs, label, donor, split, task, folds, drop_rare, seed):
-    "Outer split, the inner fold of each training cell (-1 for others), and the numbers of the folds"
+    "(outer split, inner fold of each training cell and -1 for others)"
     named = isinstance(task, Classes)
     ok = _usable(obs, label, task, drop_rare)
     split, _ = _sides(obs, label, donor, split, named, ok, seed)
     train = split == 'train'
     own = obs[train] if named else obs[train].assign(**{label: 'all'})
-    inside = np.full(len(obs), -1)
-    inside[train] = fold_donors(own, donor, label, folds, seed)
-    return split, inside, sorted(set(inside[train]))
+    fold = np.full(len(obs), -1)
+    fold[train] = fold_donors(own, donor, label, folds, seed)
+    return split, fold
 
-def _study(optuna, folder, seed, facts):
+def _study(optuna, folder, facts):
     "A study in memory, or in a folder that holds this one or nothing"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if folder is None: return optuna.create_study(direction='maximize')
     folder = check_folder(folder)
     Manifest(folder, facts).open()
-    return optuna.create_study(direction='maximize', storage=f"sqlite:///{(folder/'study.db').resolve()}",
-        study_name='search', load_if_exists=True)
+    storage = f"sqlite:///{(folder/'study.db').resolve()}"
+    return optuna.create_study(direction='maximize', storage=storage, study_name='search',
+                               load_if_exists=True)
 
 def _run(optuna, study, objective, trials, seed, show):
-    "Trial by trial, each drawn with its own seed: an interrupted search goes on as if it had not been; the table"
+    "The table of trials; each is drawn with its own seed, so that a search can be resumed"
     def done(): return [t for t in study.trials if t.state.name == 'COMPLETE']
     for i in progress(range(len(done()), trials), 'searching', unit='trials', show=show):
         study.sampler = optuna.samplers.TPESampler(seed=1000 * seed + i)
         with _hushed(): study.optimize(objective, n_trials=1)
-    rows = [dict(t.params, **{f'fold {k + 1}': w for k, w in enumerate(t.user_attrs['folds'])}, inner=t.value)
-        for t in done()]
+    def row(t):
+        folds = {f'fold {k + 1}': w for k, w in enumerate(t.user_attrs['folds'])}
+        return dict(t.params, **folds, inner=t.value)
+    rows = [row(t) for t in done()]
     return pd.DataFrame(rows).rename_axis('trial')

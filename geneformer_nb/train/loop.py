@@ -23,7 +23,6 @@ def check_names(
     what:str, # what they name, such as "an argument of finetune"
 ): # None; raises `GeneformerError`
     "Refuse a name that is not known, and say which known name is nearest"
-    known = list(known)
     if not (odd := [k for k in given if k not in known]): return
     near = difflib.get_close_matches(odd[0], known, 1, .5)
     hint = f": did you mean {near[0]!r}?" if near else '.'
@@ -46,19 +45,25 @@ def trainer_args(
     if given.get('fsdp'): # `_sharded` wraps the layers, so the Trainer must not
         config = dict(given.get('fsdp_config') or {}, auto_wrap_policy='NO_WRAP')
         given = given | dict(fsdp_config=config)
-    shared = dict(output_dir=str(folder), remove_unused_columns=False, seed=seed, data_seed=seed, report_to='none',
-        disable_tqdm=True, optim='adamw_torch', dataloader_pin_memory=torch.cuda.is_available(),
-        save_total_limit=2, logging_strategy='steps', label_names=['labels'], prediction_loss_only=True)
+    shared = dict(output_dir=str(folder), remove_unused_columns=False, seed=seed,
+        data_seed=seed, report_to='none',
+        disable_tqdm=True, optim='adamw_torch',
+        dataloader_pin_memory=torch.cuda.is_available(),
+        save_total_limit=2, logging_strategy='steps', label_names=['labels'],
+        prediction_loss_only=True)
     args = TrainingArguments(**(shared | given))
-    if args.n_gpu > 1: args._n_gpu = 1 # one process uses one GPU: DataParallel would cut flat batches anywhere
+    if args.n_gpu > 1:
+        # one process uses one GPU: DataParallel would cut flat batches anywhere
+        args._n_gpu = 1
     return args
 
 # %% ../../nbs/08c_loop.ipynb #597e78e4
 @contextmanager
-def _attached(model, loss, parts): # a Geneformer, a function(tokens, offsets, labels), {name: module}
-    "For a while: `model.hf` holds the parts too, and its forward returns the loss"
+def _attached(model, loss, parts):
+    "Within the block, the stock module holds the parts too, and its forward returns the loss"
     def forward(self, tokens, offsets, labels, num_items_in_batch=None):
-        out = loss(tokens, offsets, labels, **({} if num_items_in_batch is None else dict(n=num_items_in_batch)))
+        out = loss(tokens, offsets, labels,
+            **({} if num_items_in_batch is None else dict(n=num_items_in_batch)))
         return out if isinstance(out, dict) else dict(loss=out)
     hf = model.hf
     for name, part in parts.items(): setattr(hf, name, part)
@@ -71,7 +76,7 @@ def _attached(model, loss, parts): # a Geneformer, a function(tokens, offsets, l
 
 # %% ../../nbs/08c_loop.ipynb #beec8a69
 class _Identity:
-    "Data set of n items whose item i is i, so that the collator receives what the batch sampler draws"
+    "Data set of n items; item i is i, so that the collator gets what the batch sampler draws"
     def __init__(self, n): self.n = n
     def __len__(self): return self.n
     def __getitem__(self, i): return i
@@ -83,21 +88,29 @@ def _trainer_class(batches, tests): # `Batches` to train on and to evaluate on, 
     class FlatTrainer(Trainer):
         def __init__(self, **kw):
             super().__init__(**kw)
-            self.model_accepts_loss_kwargs = batches is not None # then the Trainer counts the hidden genes of a step
+            # then the Trainer counts the hidden genes of a step
+            self.model_accepts_loss_kwargs = batches is not None
         def _load(self, b):
             names = ('num_workers', 'pin_memory', 'prefetch_factor', 'persistent_workers')
             how = {k: getattr(self.args, f'dataloader_{k}') for k in names}
-            return torch.utils.data.DataLoader(_Identity(len(b.rows)), batch_sampler=b, collate_fn=self.data_collator, **how)
-        def get_train_dataloader(self): return self._load(batches) if batches else super().get_train_dataloader()
-        def get_eval_dataloader(self, data=None): return self._load(tests) if tests else super().get_eval_dataloader(data)
+            return torch.utils.data.DataLoader(_Identity(len(b.rows)), batch_sampler=b,
+                collate_fn=self.data_collator, **how)
+        def get_train_dataloader(self):
+            return self._load(batches) if batches else super().get_train_dataloader()
+        def get_eval_dataloader(self, data=None):
+            return self._load(tests) if tests else super().get_eval_dataloader(data)
         def evaluation_loop(self, loader, *args, metric_key_prefix='eval', **kw):
-            if tests is None: return super().evaluation_loop(loader, *args, metric_key_prefix=metric_key_prefix, **kw)
+            if tests is None:
+                return super().evaluation_loop(
+                    loader, *args, metric_key_prefix=metric_key_prefix, **kw)
             self.model.eval()
             with torch.no_grad():
-                sums = sum(self.model(**self._prepare_inputs(b))['sums'].double().cpu() for b in loader)
+                sums = sum(self.model(**self._prepare_inputs(b))['sums'].double().cpu()
+                    for b in loader)
             if self.args.world_size > 1: sums = self.accelerator.reduce(sums.to(self.args.device))
             loss, right, n = sums.tolist()
-            scores = {f'{metric_key_prefix}_loss': loss / n, f'{metric_key_prefix}_accuracy': right / n}
+            scores = {f'{metric_key_prefix}_loss': loss / n,
+                f'{metric_key_prefix}_accuracy': right / n}
             return EvalLoopOutput(None, None, scores, len(tests.rows))
     return FlatTrainer
 
@@ -132,26 +145,31 @@ def _sharded(model, args):
     from accelerate.state import DistributedType, PartialState
     from torch.distributed.fsdp import fully_shard
     if args.world_size < 2:
-        raise GeneformerError("fsdp=True shares the weights out among processes: start several with torchrun.")
+        raise GeneformerError(
+            "fsdp=True shares the weights out among processes: start several with torchrun.")
     kind, config = type(model.hf), model.config
     model.hf.to(args.device)
     for layer in model.hf.base_model.encoder.layer: fully_shard(layer)
     fully_shard(model.hf) # embedding, head and their tied weights in one group
-    if args.device.type == 'cpu': # accelerate knows FSDP on accelerators only, and would take DDP without a word
+    # accelerate knows FSDP on accelerators only, and would take DDP without a word
+    if args.device.type == 'cpu':
         PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
     yield
-    state = {k: w.full_tensor() if hasattr(w, 'full_tensor') else w for k, w in model.hf.state_dict().items()}
+    state = {k: w.full_tensor() if hasattr(w, 'full_tensor') else w
+        for k, w in model.hf.state_dict().items()}
     hf = kind(config).to(args.device)
     hf.load_state_dict(state)
     model.__init__(hf, model.vocabulary)
 
 # %% ../../nbs/08c_loop.ipynb #c7c41082
 def _last_checkpoint(args):
-    "(folder, state) of the newest checkpoint that was written to its end; (None, {}) where there is none"
+    "(folder, state) of the newest whole checkpoint, or (None, {}); partial ones are removed"
     if args.save_strategy == 'no': return None, {}
     found = Path(args.output_dir).glob('checkpoint-*')
     for d in sorted(found, key=lambda d: -int(d.name.split('-')[1])):
-        try: return str(d), json.loads((d/'trainer_state.json').read_text()) # this file is written last
+        try:
+            # this file is written last
+            return str(d), json.loads((d/'trainer_state.json').read_text())
         except (OSError, ValueError):
             if args.process_index == 0: shutil.rmtree(d, ignore_errors=True)
     return None, {}
@@ -159,7 +177,7 @@ def _last_checkpoint(args):
 # %% ../../nbs/08c_loop.ipynb #6b721e92
 def train_loop(
     model:Geneformer, # trained in place
-    loss, # function(tokens, offsets, labels) → mean loss; with `Batches` see above: also n, and a sum
+    loss, # function(tokens, offsets, labels) → mean loss; see above for `Batches`
     rows, # `Batches`; or cell numbers, which the Trainer shuffles and cuts into batches
     collate, # function(cell numbers) → dict(tokens, offsets, labels)
     args, # of `trainer_args`
@@ -168,16 +186,18 @@ def train_loop(
     tests:Batches=None, # batches to evaluate on; None evaluates nothing
     desc:str='training', # word before the progress bar
 )->list: # of dicts with step, epoch and loss, or eval_loss and eval_accuracy
-    "Train with the transformers Trainer; raises `GeneformerError` where fsdp has one process only"
+    "Train with the Trainer of transformers; raises `GeneformerError`"
     batches = rows if isinstance(rows, Batches) else None
     data = _Identity(len(rows.rows)) if batches else np.asarray(rows).tolist()
     with args.main_process_first(local=False): last, state = _last_checkpoint(args)
     with no_bars(), _sharded(model, args), _attached(model, loss, parts or {}):
-        t = _make_trainer(desc, batches, tests, collate, model=model.hf, args=args, train_dataset=data,
+        t = _make_trainer(desc, batches, tests, collate, model=model.hf, args=args,
+            train_dataset=data,
                           eval_dataset=tests and _Identity(len(tests.rows)))
         if last is None or state['global_step'] < args.max_steps:
             t.train(resume_from_checkpoint=last)
             last, state = None, dict(log_history=t.state.log_history)
     if last: # all steps were done, and the model only had to be saved
-        model.hf.load_state_dict(load_file(Path(last)/'model.safetensors'), strict=False)
+        model.hf.load_state_dict(load_file(Path(last)/'model.safetensors'),
+            strict=False)
     return [h for h in state['log_history'] if 'loss' in h or 'eval_loss' in h]

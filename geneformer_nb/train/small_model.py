@@ -22,14 +22,15 @@ from .pretraining import _finished, evaluate_masked, pretrain
 from ..data.tokenizer import tokenize
 
 # %% ../../nbs/08b_small_model.ipynb #c6b232b9
-sets = dict(pbmc3k=None, kang_ifnb='donor', heart_embryo='section', heart_infarct='donor') # {data set: column of groups}
+# {data set: column of groups}
+sets = dict(pbmc3k=None, kang_ifnb='donor', heart_embryo='section', heart_infarct='donor')
 
 def small_model_cells(
     min_genes:int=7, # cells with fewer are left out (paper, Methods)
-    share:float=.1, # held out of every source; whole groups where they are known, so a little more
+    share:float=.1, # held out of every source; a little more where whole groups are held out
     seed:int=0, # which are held out
 )->Cells: # obs: source, group ("" where unknown), split ("train" or "held out")
-    "All real whole-transcriptome cells, tokenized for V1; raises `MissingDataError`, naming what is not here"
+    "All real cells of whole transcriptomes, tokenized for V1; raises `MissingDataError`"
     v, parts = Vocabulary.official('V1', datasets.load('official')), []
     for name, column in sets.items():
         c = tokenize(datasets.load(name), v)
@@ -37,7 +38,8 @@ def small_model_cells(
     corpus = datasets.load('genecorpus500')
     parts.append(('genecorpus500', Cells(*ragged(list(corpus['input_ids'])), vocabulary=v), ''))
     for name, c, group in parts:
-        c.obs = pd.DataFrame(dict(source=name, group=group), index=[f'{name}:{i}' for i in c.obs.index])
+        c.obs = pd.DataFrame(dict(source=name, group=group),
+            index=[f'{name}:{i}' for i in c.obs.index])
     cells = Cells.concat([c for _, c, _ in parts])
     cells = replace(cells[cells.lengths >= min_genes], match=None)
     cells.obs = cells.obs.assign(split=hold_out(cells.obs, share, seed))
@@ -49,11 +51,13 @@ def hold_out(
     share:float=.1, # of each source
     seed:int=0, # which
 )->np.ndarray: # "train" or "held out" for each cell
-    "Hold out whole groups of each source, or cells where it has none; cells of unknown group stay in training"
+    "Hold out whole groups of each source, or cells where a source names no group"
     rng, out = np.random.default_rng(seed), np.full(len(obs), 'train', dtype=object)
     for _, rows in obs.assign(i=np.arange(len(obs))).groupby('source', sort=False):
         named = rows[rows['group'] != '']
-        if not len(named): out[rng.permutation(rows['i'])[:round(share * len(rows))]] = 'held out'; continue
+        if not len(named):
+            out[rng.permutation(rows['i'])[:round(share * len(rows))]] = 'held out'
+            continue
         if named['group'].nunique() < 2: continue  # its only donor is needed to learn from
         for g in rng.permutation(sorted(named['group'].unique()))[:-1]:
             if (out[rows['i']] == 'held out').sum() >= .8 * share * len(rows): break
@@ -72,22 +76,26 @@ def truncate(
 
 # %% ../../nbs/08b_small_model.ipynb #6b5a3d14
 class RankFrequency:
-    "What counting says of a hidden gene: how often each gene stands at such a rank, and what is in view"
+    "What counting tells about a hidden gene, from its rank and from the genes in view"
     def __init__(self,
         cells:Cells, # training cells
-        edges=(0, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536), # first rank of each stretch
-        strength:float=30_000, # how many hidden genes the frequency at any rank is worth
+        edges=(0, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536), # of bins
+        strength:float=30_000, # weight of the frequency at any rank, in hidden genes
     ):
         v = cells.vocabulary
         self.k, self.edges, self.cls = len(v.specials), np.asarray(edges), v.cls
         n = np.zeros((len(edges), v.n_tokens))
-        rank = np.arange(len(cells.tokens)) - np.repeat(cells.offsets[:-1], cells.lengths) - v.cls
-        np.add.at(n, (self.stretch(rank), cells.tokens), 1)
+        first = np.repeat(cells.offsets[:-1], cells.lengths)
+        rank = np.arange(len(cells.tokens)) - first - v.cls
+        np.add.at(n, (self.bin(rank), cells.tokens), 1)
         n[:, :self.k] = 0
-        any_rank = n.sum(0) + 1; any_rank[:self.k] = 0
+        any_rank = n.sum(0) + 1
+        any_rank[:self.k] = 0
         n += strength * any_rank / any_rank.sum()
-        self.p = n / n.sum(1, keepdims=True)  # stretch × token
-    def stretch(self, rank): return np.maximum(np.searchsorted(self.edges, rank, 'right') - 1, 0)
+        self.p = n / n.sum(1, keepdims=True) # bins × tokens
+    def bin(self, rank):
+        "Number of the bin of each rank"
+        return np.maximum(np.searchsorted(self.edges, rank, 'right') - 1, 0)
 
 # %% ../../nbs/08b_small_model.ipynb #a4a237b4
 _seen = .01 # weight left to a gene that stands elsewhere in the cell
@@ -95,18 +103,19 @@ _seen = .01 # weight left to a gene that stands elsewhere in the cell
 @patch
 def guess(self:RankFrequency,
     shown, # tokens of one cell, as shown
-    at, # places asked for
-)->tuple: # two arrays (places × tokens), rows sum to one: by rank frequency, and in view
-    "Probability of every token at some places of a cell"
+    at, # positions of the hidden genes
+)->tuple: # two arrays (positions × tokens): by rank frequency, and in view
+    "Probability of every token at some positions of a cell"
     shown, at = np.asarray(shown), np.asarray(at)
-    p, own = self.p[self.stretch(at - self.cls)], shown[at]
+    p, own = self.p[self.bin(at - self.cls)], shown[at]
     there = np.unique(shown[shown >= self.k])
     q = p.copy()
     q[:, there] *= _seen
     rows = np.flatnonzero(own >= self.k)
     q[rows, own[rows]] = p[rows, own[rows]]
     q /= q.sum(1, keepdims=True)
-    keep = p[rows, own[rows]] / (p[rows, own[rows]] + 1 / (p.shape[1] - self.k))  # as it was, not a random gene
+    # chance that the gene in view is the true one, and not a random one
+    keep = p[rows, own[rows]] / (p[rows, own[rows]] + 1 / (p.shape[1] - self.k))
     q[rows] *= (1 - keep)[:, None]
     q[rows, own[rows]] += keep
     return p, q
@@ -115,12 +124,12 @@ def guess(self:RankFrequency,
 @patch
 def losses(self:RankFrequency,
     shown, # tokens of one cell, as shown
-    labels, # true tokens at the places asked for, -100 elsewhere
-)->tuple: # two arrays, one value a place asked for: by rank frequency, and in view
+    labels, # hidden genes, and -100 elsewhere
+)->tuple: # two arrays, a value a hidden gene: by rank frequency, and in view
     "Cross-entropy of the two guesses, without the whole distributions"
     shown, labels = np.asarray(shown), np.asarray(labels)
     at = np.flatnonzero(labels >= 0)
-    s, truth, own = self.stretch(at - self.cls), labels[at], shown[at]
+    s, truth, own = self.bin(at - self.cls), labels[at], shown[at]
     there, p, open = np.unique(shown[shown >= self.k]), self.p[s, labels[at]], own >= self.k
     p_own = np.where(open, self.p[s, own], 0)
     rest = 1 - (1 - _seen) * (self.p[:, there].sum(1)[s] - p_own)
@@ -132,19 +141,22 @@ def losses(self:RankFrequency,
 def summarize_masked(
     evaluated:pd.DataFrame, # what `evaluate_masked` returns
     by='source', # column, or first ranks of bins such as (0, 32, 512)
-)->pd.DataFrame: # a row a group and one for all: cells, hidden genes n, loss, perplexity, accuracy, loss of the guesses
+)->pd.DataFrame: # a row a group and one for all: cells, n, loss, perplexity, accuracy
     "Means over hidden genes; every gene counts once"
     if not isinstance(by, str):
         rank = evaluated['rank']
-        edges = [e for e in by if e <= rank.max()]
-        names = [f'{a}–{z - 1}' for a, z in zip(edges, [*edges[1:], int(rank.max()) + 1])]
-        by = pd.Categorical.from_codes(np.searchsorted(edges, rank, 'right') - 1, names, ordered=True)
+        edges, last = [e for e in by if e <= rank.max()], int(rank.max())
+        names = [f'{a}–{z - 1}' for a, z in zip(edges, [*edges[1:], last + 1])]
+        code = np.searchsorted(edges, rank, 'right') - 1
+        by = pd.Categorical.from_codes(code, names, ordered=True)
     def row(t):
-        guesses = {k: t[k].mean() for k in ('frequency', 'in_view') if k in t}
-        return pd.Series(dict(cells=t['cell'].nunique(), n=len(t), loss=t['loss'].mean(),
-                              perplexity=np.exp(t['loss'].mean()), accuracy=t['right'].mean(), **guesses))
+        guesses = [k for k in ('frequency', 'in_view') if k in t]
+        loss = t['loss'].mean()
+        return dict(cells=t['cell'].nunique(), n=len(t), loss=loss,
+            perplexity=np.exp(loss), accuracy=t['right'].mean(), **t[guesses].mean())
     groups = [*evaluated.groupby(by, sort=True, observed=True), ('all', evaluated)]
-    return pd.DataFrame({k: row(t) for k, t in groups}).T.astype({'cells': int, 'n': int})
+    out = pd.DataFrame({k: row(t) for k, t in groups}).T
+    return out.astype({'cells': int, 'n': int})
 
 # %% ../../nbs/08b_small_model.ipynb #1fe7ae7e
 def gene_vectors(
@@ -153,16 +165,19 @@ def gene_vectors(
     least:int=10, # a gene in fewer cells has no vector
     seed:int=0, # of the decomposition
 )->tuple: # (tokens, their vectors of length 1), for genes in enough cells
-    "Genes by the cells they are in: the leading axes after the first of a singular value decomposition"
+    "Vectors of genes from the cells they are in: singular vectors without the first"
     from scipy.sparse import csr_matrix
     from sklearn.decomposition import TruncatedSVD
     cell = np.repeat(np.arange(len(cells)), cells.lengths)
     f = np.bincount(cells.tokens, minlength=cells.vocabulary.n_tokens)
     rows = np.flatnonzero(f >= least)
     rows = rows[rows >= len(cells.vocabulary.specials)]
-    A = csr_matrix((1 / np.sqrt(f[cells.tokens] + 10), (cells.tokens, cell)), shape=(len(f), len(cells)))[rows]
-    U = TruncatedSVD(min(n + 1, *(x - 1 for x in A.shape)), random_state=seed).fit_transform(A)[:, 1:]
-    return rows, np.pad(U / (np.linalg.norm(U, axis=1, keepdims=True) + 1e-3), ((0, 0), (0, n - U.shape[1])))
+    A = csr_matrix((1 / np.sqrt(f[cells.tokens] + 10), (cells.tokens, cell)),
+        shape=(len(f), len(cells)))[rows]
+    svd = TruncatedSVD(min(n + 1, *(x - 1 for x in A.shape)), random_state=seed)
+    U = svd.fit_transform(A)[:, 1:]
+    U = U / (np.linalg.norm(U, axis=1, keepdims=True) + 1e-3)
+    return rows, np.pad(U, ((0, 0), (0, n - U.shape[1])))
 
 # %% ../../nbs/08b_small_model.ipynb #6db56972
 def init_small_model(
@@ -172,19 +187,22 @@ def init_small_model(
     counted:bool=True, # start the gene table at `gene_vectors`; False leaves it random
 )->Geneformer: # not trained
     "A model with random layers, whose head starts at the log frequency of the genes"
-    model, k = Geneformer.new('nano', cells.vocabulary, seed, **shape), len(cells.vocabulary.specials)
-    n = np.bincount(cells.tokens, minlength=cells.vocabulary.n_tokens) + 1.
+    v = cells.vocabulary
+    model, k = Geneformer.new('nano', v, seed, **shape), len(v.specials)
+    n = np.bincount(cells.tokens, minlength=v.n_tokens) + 1.
     n[:k] = 1e-3
     with torch.no_grad():
         model.hf.cls.predictions.bias.copy_(torch.tensor(np.log(n / n[k:].sum())))
         if counted:
             rows, U = gene_vectors(cells, model.config.hidden_size)
-            model.hf.get_input_embeddings().weight[rows] = torch.tensor(.06 / U.std() * U, dtype=torch.float32)
+            start = torch.tensor(.06 / U.std() * U, dtype=torch.float32)
+            model.hf.get_input_embeddings().weight[rows] = start
     return model
 
 # %% ../../nbs/08b_small_model.ipynb #82e866e1
 small_model_recipe = dict(
-    shape=dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=128, dropout=.02),
+    shape=dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4,
+               intermediate_size=128, dropout=.02), # fields of `BertConfig`
     stages=[dict(ranks=512, steps=2400, batch=4, lr=3e-3, warmup=50),
             dict(ranks=2048, steps=300, batch=4, lr=1e-3, warmup=20)])
 
@@ -193,57 +211,66 @@ def small_model_folder(
     recipe:dict=None, # changes of `small_model_recipe`
     seed:int=0, # of split, weights, order and masks
 )->Path: # in the user's cache
-    "Where the house model of a recipe lies, or will lie"
+    "The folder of the small model of a recipe, in the cache"
     files = {n: datasets.registry[n].files for n in [*sets, 'genecorpus500', 'official']}
-    return datasets._cache_folder()/'models'/f'house-{digest(small_model_recipe | (recipe or {}), seed, files)}'
+    fingerprint = digest(small_model_recipe | (recipe or {}), seed, files)
+    return datasets._cache_folder()/'models'/f'house-{fingerprint}'
 
 def _cells(cells, seed):
-    "Cells with a split, those given or all; raises `MissingDataError`"
+    "(training cells, held-out cells) of those given or of all; raises `MissingDataError`"
     if cells is None:
         try: cells = small_model_cells(seed=seed)
         except MissingDataError as e: raise MissingDataError(
-            f"The house model has not been trained on this machine, and cannot be: {e}") from e
+            f"The small model has not been trained on this machine, and cannot be: {e}") from e
     if 'split' not in cells.obs:
-        raise GeneformerError("cells need an obs column split with 'train' and 'held out': see hold_out.")
+        raise GeneformerError(
+            "cells need an obs column split with 'train' and 'held out': see hold_out.")
     return tuple(cells[(cells.obs['split'] == s).to_numpy()] for s in ('train', 'held out'))
 
 # %% ../../nbs/08b_small_model.ipynb #79067b5b
 def load_small_model(
-    folder=None, # where it lies or is to be made; None: in the user's cache, see `small_model_folder`
+    folder=None, # of the model; None: in the user's cache, see `small_model_folder`
     *,
     cells:Cells=None, # with obs column split; None: `small_model_cells`
     recipe:dict=None, # changes of `small_model_recipe`: shape, stages
     seed:int=0, # of split, weights, order and masks
     save_every:int=250, # steps between checkpoints
     device=None, # as in `pick_device`
-)->Geneformer: # the house model; `.history` has steps and training loss of its stages
-    "The cached model, or train it now; interrupted, the same call goes on. Raises `MissingDataError`, `StorageError`"
+)->Geneformer: # `.history` has steps and training loss of its stages
+    "The cached model, or train it now; raises `MissingDataError`, `StorageError`"
     if folder is None and cells is not None:
         raise GeneformerError("With cells of your own, name a folder for the model.")
-    r, folder = small_model_recipe | (recipe or {}), Path(folder).expanduser() if folder else small_model_folder(recipe, seed)
+    folder = Path(folder).expanduser() if folder else small_model_folder(recipe, seed)
     if (folder/'history.json').exists(): return _finished(folder, device)
+    recipe = small_model_recipe | (recipe or {})
     train, _ = _cells(cells, seed)
-    check_folder(folder, 20 * 30_000 * r['shape']['hidden_size'])
-    with FileLock(folder.with_name(folder.name + '.lock')):  # of two processes that want it, one trains and the other waits
-        if not (folder/'history.json').exists(): _train_small(train, r, folder, seed, save_every, device)
+    check_folder(folder, 20 * 30_000 * recipe['shape']['hidden_size'])
+    # of two processes that need it, one trains and the other waits
+    with FileLock(folder.with_name(folder.name + '.lock')):
+        if not (folder/'history.json').exists():
+            _train_small(train, recipe, folder, seed, save_every, device)
     return _finished(folder, device)
 
-def _train_small(train, r, folder, seed, save_every, device):
-    "All stages, from what is there of them to a finished folder"
-    if not (folder/'start').exists():  # kept, since the last bits of the start depend on the number of threads
-        with atomic(folder/'start') as tmp: init_small_model(train, r['shape'], seed).save_pretrained(tmp)
-    model, log, done = Geneformer.from_pretrained(folder/'start'), [], 0
-    for i, stage in enumerate(r['stages']):
-        kw = {k: x for k, x in stage.items() if k != 'ranks'}
-        at = folder/f'stage{i + 1}'
-        model = pretrain(truncate(train, stage['ranks']), model, at, holdout=0., weight_decay=0., seed=seed, device=device,
-                         save_every=save_every, args=dict(optim='adamw_torch_fused'), **kw)
+def _train_small(train, recipe, folder, seed, save_every, device):
+    "Train all stages, from what is there of them to a finished folder"
+    start = folder/'start' # kept, since its last bits depend on the number of threads
+    if not start.exists():
+        with atomic(start) as tmp:
+            init_small_model(train, recipe['shape'], seed).save_pretrained(tmp)
+    model, log, done = Geneformer.from_pretrained(start), [], 0
+    how = dict(holdout=0., weight_decay=0., seed=seed, device=device,
+               save_every=save_every, args=dict(optim='adamw_torch_fused'))
+    places = [folder/f'stage{i + 1}' for i in range(len(recipe['stages']))]
+    for i, (place, stage) in enumerate(zip(places, recipe['stages'])):
+        own = {k: x for k, x in stage.items() if k != 'ranks'}
+        cells = truncate(train, stage['ranks'])
+        model = pretrain(cells, model, place, **how, **own)
         h = model.history.dropna(subset='loss')
         log += h.assign(stage=i + 1, step=h['step'] + done).to_dict('records')
         done += stage['steps']
     model.save_pretrained(folder)
-    write_json(folder/'history.json', log)  # last: what makes the folder a finished model
-    for name in ['start', *(f'stage{i + 1}' for i in range(len(r['stages'])))]: shutil.rmtree(folder/name)
+    write_json(folder/'history.json', log) # last: now the folder holds a finished model
+    for place in [start, *places]: shutil.rmtree(place)
 
 # %% ../../nbs/08b_small_model.ipynb #59a074f8
 def small_model_scores(
@@ -254,7 +281,7 @@ def small_model_scores(
     seed:int=0, # as in `load_small_model`
     device=None, # as in `pick_device`
 )->pd.DataFrame: # what `evaluate_masked` returns, for all held-out cells
-    "The house model evaluated, gene by gene, beside what counting reaches; raises as `load_small_model` does"
+    "Losses of the small model and of counting, gene by gene; raises as `load_small_model`"
     at = Path(folder).expanduser() if folder else small_model_folder(recipe, seed)
     if (at/'held_out.parquet').exists(): return pd.read_parquet(at/'held_out.parquet')
     model = load_small_model(folder, cells=cells, recipe=recipe, seed=seed, device=device)
@@ -265,8 +292,9 @@ def small_model_scores(
 
 # %% ../../nbs/08b_small_model.ipynb #977d2dae
 def main(argv=None):
-    "Train the house model, or find it, and print what it is worth"
-    p = argparse.ArgumentParser('python -m geneformer_nb.train.small_model', description=main.__doc__)
+    "Train the small model, or load it, and print its losses"
+    p = argparse.ArgumentParser('python -m geneformer_nb.train.small_model',
+        description=main.__doc__)
     p.add_argument('--out', help='folder of the model; default: the cache of the user')
     p.add_argument('--seed', type=int, default=0, help='of split, weights, order and masks')
     p.add_argument('--device', help='cpu, cuda, mps')
@@ -274,8 +302,9 @@ def main(argv=None):
     try:
         model = load_small_model(a.out, seed=a.seed, device=a.device)
         evaluated = small_model_scores(a.out, seed=a.seed, device=a.device)
-    except GeneformerError as e: sys.exit(f'house model: {e}')
-    print(model, summarize_masked(evaluated).round(3).to_string(), f"blind guess {np.log(len(model.vocabulary)):.3f}", sep='\n\n')
+    except GeneformerError as e: sys.exit(f'small model: {e}')
+    print(model, summarize_masked(evaluated).round(3).to_string(),
+        f"blind guess {np.log(len(model.vocabulary)):.3f}", sep='\n\n')
 
 # %% ../../nbs/08b_small_model.ipynb #3d9333e4
 #| eval: false
