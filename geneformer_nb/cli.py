@@ -35,10 +35,14 @@ def values_of(
     out = {}
     for x in items or []:
         column, sep, value = x.partition('=')
-        if not sep: raise GeneformerError(f"--where and --group take name=value, such as cell_type=cardiomyocyte, not {x!r}.")
+        if not sep:
+            raise GeneformerError(
+                f"--where and --group take name=value, such as cell_type=cardiomyocyte, not {x!r}."
+            )
         out.setdefault(column, []).append(value)
     return out
 
+# %% ../nbs/55_cli.ipynb #0f8a6403
 def _add_option(parser, name, p, text):
     "One parameter of a command as an option or a word of its parser"
     kind, flag = p.annotation, '--' + name.replace('_', '-')
@@ -46,17 +50,23 @@ def _add_option(parser, name, p, text):
     if p.kind is p.VAR_POSITIONAL: parser.add_argument(name, nargs='+', help=text)
     elif p.kind is not p.KEYWORD_ONLY: parser.add_argument(name, help=text)
     elif kind is bool: parser.add_argument(flag, action='store_true', help=text)
-    elif kind is dict: parser.add_argument(flag, action='append', metavar='NAME=VALUE', help=f'{text}; may be repeated')
+    elif kind is dict:
+        parser.add_argument(
+            flag, action='append', metavar='NAME=VALUE', help=f'{text}; may be repeated'
+        )
     else:
         required, default = p.default is p.empty, None if p.default is p.empty else p.default
         shown = '' if default is None else f'; default {default}'
-        parser.add_argument(flag, type=names_list if kind is list else kind, default=default, required=required, help=text + shown)
+        parser.add_argument(
+            flag, type=names_list if kind is list else kind, default=default, required=required,
+            help=text + shown)
 
 # %% ../nbs/55_cli.ipynb #eb86b0f9
 def _add_command(sub, fn):
     "The parser of one command"
-    parser = sub.add_parser(fn.__name__, help=inspect.getdoc(fn).splitlines()[0], description=inspect.getdoc(fn),
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sub.add_parser(
+        fn.__name__, help=inspect.getdoc(fn).splitlines()[0], description=inspect.getdoc(fn),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     said = comments_beside(fn)
     for name, p in inspect.signature(fn).parameters.items():
         if not is_dataclass(p.annotation): _add_option(parser, name, p, said.get(name))
@@ -67,17 +77,21 @@ def _add_group(parser, kind):
     "The fields of a dataclass as a group of options"
     group, said = parser.add_argument_group(inspect.getdoc(kind)), comments_beside(kind)
     for f in fields(kind):
-        p = inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        p = inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
+        )
         _add_option(group, f.name, p, said.get(f.name))
 
 def parser()->argparse.ArgumentParser:
     "All commands and their options"
-    p = argparse.ArgumentParser('geneformer-nb', description='Geneformer from the command line.',
-                                epilog='geneformer-nb COMMAND --help shows the options of a command, with an example.')
+    p = argparse.ArgumentParser(
+        'geneformer-nb', description='Geneformer from the command line.',
+        epilog='geneformer-nb COMMAND --help shows the options of a command, with an example.')
     sub = p.add_subparsers(required=True, metavar='COMMAND')
     for fn in commands.values(): _add_command(sub, fn)
     return p
 
+# %% ../nbs/55_cli.ipynb #b80c1f40
 def call(
     fn, # a command
     given, # parsed options
@@ -85,17 +99,24 @@ def call(
     "Run a command with the options of a command line"
     words, options = [], {}
     for name, p in inspect.signature(fn).parameters.items():
-        if is_dataclass(p.annotation): options[name] = p.annotation(**{f.name: getattr(given, f.name) for f in fields(p.annotation)})
-        elif p.kind is p.VAR_POSITIONAL: words += getattr(given, name)
-        elif p.kind is p.KEYWORD_ONLY: options[name] = getattr(given, name)
-        else: words.append(getattr(given, name))
+        if is_dataclass(p.annotation):
+            options[name] = p.annotation(
+                **{f.name: getattr(given, f.name) for f in fields(p.annotation)}
+            )
+        elif p.kind is p.VAR_POSITIONAL:
+            words += getattr(given, name)
+        elif p.kind is p.KEYWORD_ONLY:
+            options[name] = getattr(given, name)
+        else:
+            words.append(getattr(given, name))
     return fn(*words, **options)
 
 # %% ../nbs/55_cli.ipynb #a95a6021
 @dataclass
 class CountOptions:
     "how the counts of raw files are read"
-    counts_layer: str = None # layer with the counts, "X" or "raw.X"; default: layers["counts"], X or raw.X, whichever holds counts
+    counts_layer: str = None # layer with the counts, "X" or "raw.X"; default: layers["counts"], X
+    # or raw.X, whichever holds counts
     logged: bool = False     # the values are log1p of normalized counts
     fractional: bool = False # accept estimated counts (SoupX, alevin), which are not whole numbers
     gene_ids: str = None     # column of var that names the genes, or "index"
@@ -103,14 +124,16 @@ class CountOptions:
     min_match: float = .2    # smallest share of counts on known genes
 
 def read_vocabulary(
-    where:str, # vocabulary.json, the name of a checkpoint, V1 or V2 for the official dictionaries, or V1:FOLDER
+    where:str, # vocabulary.json, the name of a checkpoint, V1 or V2 for the official dictionaries,
+    # or V1:FOLDER
 ): # Vocabulary
     "The vocabulary that an option names; raises `VocabularyError`, `MissingDataError`"
     from geneformer_nb.data.vocabulary import Vocabulary
     from geneformer_nb.model.checkpoints import checkpoint_vocabulary
     version, sep, folder = str(where).partition(':')
     if version in ('V1', 'V2'): return Vocabulary.official(version, *[folder] if sep else [])
-    if Path(where).suffix == '.json' or (Path(where)/'vocabulary.json').exists() or sep: return Vocabulary.load(where)
+    if Path(where).suffix == '.json' or (Path(where)/'vocabulary.json').exists() or sep:
+        return Vocabulary.load(where)
     return checkpoint_vocabulary(where)
 
 def read_model(
@@ -142,8 +165,10 @@ def _part(text):
 # %% ../nbs/55_cli.ipynb #9c3027f8
 @command
 def tokenize(
-    *data, # .h5ad, .zarr, .loom, 10x .h5 or folder with raw counts, or a pattern; several are allowed
-    vocabulary:str, # vocabulary.json, the name of a checkpoint, V1 or V2 for the official dictionaries, or V1:FOLDER
+    *data, # .h5ad, .zarr, .loom, 10x .h5 or folder with raw counts, or a pattern; several are
+    # allowed
+    vocabulary:str, # vocabulary.json, the name of a checkpoint, V1 or V2 for the official
+    # dictionaries, or V1:FOLDER
     out:str, # Arrow folder to write; the same command again goes on where it stopped
     counts:CountOptions,
     rows:int=16_384, # cells in a shard
@@ -163,12 +188,21 @@ def tokenize(
 
     geneformer-nb tokenize 'atlas/*.h5ad' --vocabulary V2 --out atlas.dataset"""
     from geneformer_nb.data.corpus import tokenize_to
-    part, carry = _part(shard), None if obs is None else {x.partition('=')[0]: x.partition('=')[2] or x for x in obs}
-    done = tokenize_to(list(data), read_vocabulary(vocabulary), out, rows=rows, executor=executor, workers=workers, part=part, obs=carry,
-                       keep=None if keep_all else keep, special=False if no_special else None, max_len=max_len, counts=levels,
-                       uncropped=uncropped, collapse=not no_collapse, **asdict(counts))
-    if done is None: print(f"shards {part[0]}, {part[0] + part[1]}, … are done; '{Path(out).name}' waits for those of other tasks")
-    else: print(done, done.report().to_string(), sep='\n')
+    part, carry = (
+        _part(shard),
+        None if obs is None else {x.partition('=')[0]: x.partition('=')[2] or x for x in obs})
+    done = tokenize_to(
+        list(data), read_vocabulary(vocabulary), out, rows=rows, executor=executor, workers=workers,
+        part=part, obs=carry, keep=None if keep_all else keep,
+        special=False if no_special else None, max_len=max_len, counts=levels, uncropped=uncropped,
+        collapse=not no_collapse, **asdict(counts))
+    if done is None:
+        print(
+            f"shards {part[0]}, {part[0] + part[1]}, … are done; '{Path(out).name}' waits for "
+            "those of other tasks"
+        )
+    else:
+        print(done, done.report().to_string(), sep='\n')
 
 # %% ../nbs/55_cli.ipynb #2139e107
 @command
@@ -176,7 +210,8 @@ def pretrain(
     cells:str, # folder of tokenized cells
     *,
     out:str, # checkpoints and the model; the same command again goes on where it stopped
-    model:str=None, # nano, V1-10M, V2-104M or V2-316M for random weights of that size, or the folder of a checkpoint to go on with
+    model:str=None, # nano, V1-10M, V2-104M or V2-316M for random weights of that size, or the
+    # folder of a checkpoint to go on with
     recipe:str='small', # small, V1 or V2; the next options change it
     vocabulary:str=None, # as in tokenize, where the cells do not carry it
     epochs:float=None, # passes over the cells
@@ -198,20 +233,30 @@ def pretrain(
     """Masked pretraining, on this process or on as many as torchrun started.
 
     geneformer-nb pretrain atlas.dataset --recipe V1 --out model
-    torchrun --nproc-per-node 8 -m geneformer_nb.cli pretrain atlas.dataset --recipe V2 --out model"""
+    torchrun --nproc-per-node 8 -m geneformer_nb.cli pretrain atlas.dataset --out model"""
     import torch
     from geneformer_nb.model.bert import Geneformer
     from geneformer_nb.train import pretraining
-    changes = dict(epochs=epochs, steps=steps, batch=batch, budget=budget, lr=lr, schedule=schedule, warmup=warmup, mask=mask,
-                   attention_dropout=attention_dropout, holdout=holdout, save_every=save_every, dtype=dtype)
+    changes = dict(
+        epochs=epochs, steps=steps, batch=batch, budget=budget, lr=lr, schedule=schedule,
+        warmup=warmup, mask=mask, attention_dropout=attention_dropout, holdout=holdout,
+        save_every=save_every, dtype=dtype)
     changes = {k: v for k, v in changes.items() if v is not None}
     try: args = {k: json.loads(v) for k, _, v in (x.partition('=') for x in arg or [])}
-    except ValueError as e: raise GeneformerError(f"--arg takes NAME=JSON, such as fsdp=true or 'report_to=\"wandb\"', not {' '.join(arg)!r}.") from e
+    except ValueError as e:
+        raise GeneformerError(
+            "--arg takes NAME=JSON, such as fsdp=true or 'report_to=\"wandb\"', not "
+            f"{' '.join(arg)!r}."
+        ) from e
     start = Geneformer.from_pretrained(model) if model and Path(model).exists() else model
-    done = pretraining.pretrain(cells, start, out, recipe=recipe, vocabulary=read_vocabulary(vocabulary) if vocabulary else None,
-                                seed=seed, device=device, **changes, **(dict(args=args) if args else {}))
-    if int(os.environ.get('RANK', 0)) == 0: print(done, done.history.dropna(subset='loss').tail(1).to_string(index=False), sep='\n')
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    done = pretraining.pretrain(
+        cells, start, out, recipe=recipe,
+        vocabulary=read_vocabulary(vocabulary) if vocabulary else None, seed=seed, device=device,
+        **changes, **(dict(args=args) if args else {}))
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(done, done.history.dropna(subset='loss').tail(1).to_string(index=False), sep='\n')
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 # %% ../nbs/55_cli.ipynb #87570566
 @command
@@ -245,14 +290,19 @@ def _actions(genes, op, how, together):
     kinds = dict(KO=KO, OE=OE, Dose=Dose)
     if op not in kinds: raise GeneformerError(f"--op takes {', '.join(kinds)}, not {op!r}.")
     name, sep, value = (how or '').partition('=')
-    if bool(how) != bool(sep): raise GeneformerError(f"--how takes name=value, such as down=0.5, quartiles=-1 or ranks=hold, not {how!r}.")
+    if bool(how) != bool(sep):
+        raise GeneformerError(
+            f"--how takes name=value, such as down=0.5, quartiles=-1 or ranks=hold, not {how!r}."
+        )
     number = dict(ranks=str, quartiles=int).get(name, float)
     try: more = {name: number(value)} if sep else {}
     except ValueError as e: raise GeneformerError(f"--how {how}: {value!r} is no number.") from e
     if not together: return each(names, kinds[op], **more)
-    if isinstance(names, str): raise GeneformerError("--together needs --genes: the genes that are perturbed at once.")
+    if isinstance(names, str):
+        raise GeneformerError("--together needs --genes: the genes that are perturbed at once.")
     return kinds[op](*names, **more)
 
+# %% ../nbs/55_cli.ipynb #d9fbbb61
 @command
 def perturb(
     data:str, # file or folder with raw counts
@@ -260,7 +310,8 @@ def perturb(
     model:str, # name of a checkpoint, or the folder of a fine-tuned classifier
     out:str, # folder of shards; the same command again goes on where it stopped
     counts:CountOptions,
-    genes:list=None, # genes to perturb one at a time: a,b,c, a file, or vocabulary; default: those each cell has
+    genes:list=None, # genes to perturb one at a time: a,b,c, a file, or vocabulary; default: those
+    # each cell has
     op:str='KO', # KO deletes, OE puts first, Dose shifts in rank
     how:str=None, # down=0.5, up=0.25, quartiles=-1 (Dose), ranks=hold (KO)
     together:bool=False, # all of --genes at once
@@ -279,13 +330,19 @@ def perturb(
 ):
     """Counts to shifts of perturbed cells, in shards.
 
-    geneformer-nb perturb hearts.h5ad --model V2-104M --genes GATA4,TBX5 --label disease --start DCM --goal NF --out shifts"""
+    geneformer-nb perturb hearts.h5ad --model V2-104M --genes GATA4,TBX5 --out shifts
+        --label disease --start DCM --goal NF"""
     from geneformer_nb import tl
     what, part, reader = _actions(genes, op, how, together), _part(shard), read_model(model, device)
     adata = read_cells(data, reader, counts)
-    shifts = tl.perturb(adata, reader, what, label=label, goal=goal, start=start, where=values_of(where) or None, layer=layer, out=out,
-                        shard=cells, part=part, executor=executor, workers=workers, affected=affected or False, dtype=dtype)
-    print(f"{len(shifts):,} perturbed cells of {shifts['cell'].nunique():,} in '{Path(out).name}', shards of Parquet and their manifest")
+    shifts = tl.perturb(
+        adata, reader, what, label=label, goal=goal, start=start, where=values_of(where) or None,
+        layer=layer, out=out, shard=cells, part=part, executor=executor, workers=workers,
+        affected=affected or False, dtype=dtype)
+    print(
+        f"{len(shifts):,} perturbed cells of {shifts['cell'].nunique():,} in '{Path(out).name}', "
+        "shards of Parquet and their manifest"
+    )
     columns = [c for c in shifts if c.startswith('shift_')] or ['cosine']
     means = shifts.groupby('perturbation', observed=True)[columns].mean()
     print(means.sort_values(columns[0], ascending=columns[0] == 'cosine').head(10).to_string())
@@ -321,26 +378,35 @@ def screen(
 ):
     """Counts with states and donors to a report of targets.
 
-    geneformer-nb screen hearts.h5ad --model V2-104M --label disease --donor donor --start DCM --goal NF --out dcm"""
+    geneformer-nb screen hearts.h5ad --model V2-104M --out dcm
+        --label disease --donor donor --start DCM --goal NF"""
     from geneformer_nb.screen import run
     words = read_vocabulary(vocabulary) if vocabulary else None
     reader, some = read_model(model, device) if model else words, values_of(where) or None
     own = dict(top_genes=top_genes, keep=known or (), where=some) if reader is None else {}
     adata = read_cells(data, reader, counts, **own)
-    result = run.screen(adata, reader, label=label, donor=donor, start=start, goal=goal, out=out, where=some,
-        groups={k: v[0].split(',') for k, v in values_of(group).items()} or None, directions=_listed(directions), controls=_listed(controls),
-        genes=genes or 'detected', known=known, max_cells=max_cells, folds=int(folds) if folds.isdigit() else folds, pairs=pairs,
-        seeds=seeds, seed=seed, device=device, pretraining=dict(steps=steps), finetuning=dict(epochs=epochs))
+    result = run.screen(
+        adata, reader, label=label, donor=donor, start=start, goal=goal, out=out, where=some,
+        groups={k: v[0].split(',') for k, v in values_of(group).items()} or None,
+        directions=_listed(directions), controls=_listed(controls), genes=genes or 'detected',
+        known=known, max_cells=max_cells, folds=int(folds) if folds.isdigit() else folds,
+        pairs=pairs, seeds=seeds, seed=seed, device=device, pretraining=dict(steps=steps),
+        finetuning=dict(epochs=epochs))
     columns = ['perturbation', 'score', 'shift', 'null_shift', 'p', 'fdr', 'consistency', 'flag']
     print(result.table[columns].head(10).to_string(index=False))
     return result
 
+# %% ../nbs/55_cli.ipynb #2c6ee094
 def _listed(x): return names_list(x) if isinstance(x, str) else x
 
 # %% ../nbs/55_cli.ipynb #6715c1b9
 demo_size = dict(n_cells=3600, n_donors=24, n_genes=150, seed=0) # the cohort of the demonstration
-demo_plan = dict(max_cells=6, folds=2, pretraining=dict(steps=2000), controls=('first_order',), pairs=2) # how it is screened
+# how it is screened
+demo_plan = dict(
+    max_cells=6, folds=2, pretraining=dict(steps=2000), controls=('first_order',), pairs=2
+)
 
+# %% ../nbs/55_cli.ipynb #17efd7f6
 @command
 def demo(
     *,
@@ -354,13 +420,19 @@ def demo(
     folder, cohort = check_folder(out), toy.simulate(**demo_size)
     cohort.write_h5ad(folder/'cohort.h5ad')
     drivers = toy.truth_of(cohort).drivers.query("disease == 'hypertrophic'")
-    print('A simulated cohort of', cohort.n_obs, 'cells and', cohort.obs['donor'].nunique(), 'donors; planted in the hypertrophic ones:',
-          ', '.join(f'{s} {d}' for s, d in zip(drivers['symbol'], drivers['direction'])))
+    print(
+        'A simulated cohort of', cohort.n_obs, 'cells and', cohort.obs['donor'].nunique(),
+        'donors; planted in the hypertrophic ones:',
+        ', '.join(f'{s} {d}' for s, d in zip(drivers['symbol'], drivers['direction'])))
     muscle, known = dict(cell_type='cardiomyocyte'), list(drivers['symbol'])
     pp.tokenize(cohort, where=muscle, keep=known)
-    result = run.screen(cohort, label='disease', donor='donor', start='hypertrophic', goal='non-failing', where=muscle, known=known,
-                        out=folder/'screen', title='Demonstration: a simulated cohort with planted drivers', **demo_plan)
-    print('\nHow the planted drivers rank:', result.known.round(2).to_string(), result.known_by_gene.to_string(), sep='\n')
+    result = run.screen(
+        cohort, label='disease', donor='donor', start='hypertrophic', goal='non-failing',
+        where=muscle, known=known, out=folder / 'screen',
+        title='Demonstration: a simulated cohort with planted drivers', **demo_plan)
+    print(
+        '\nHow the planted drivers rank:', result.known.round(2).to_string(),
+        result.known_by_gene.to_string(), sep='\n')
     print(f"\nOpen {Path(out)/'screen'/'report.html'}")
     return result
 

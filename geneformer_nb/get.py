@@ -21,9 +21,14 @@ def embedding(
     key:str='X_geneformer', # name in obsm
 )->pd.DataFrame: # cells × dimensions, by barcode
     "The embedding of each cell; raises `GeneformerError` for a key that is not there"
-    if key not in need_adata(adata).obsm: raise GeneformerError(f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): run tl.embed first.")
+    if key not in need_adata(adata).obsm:
+        raise GeneformerError(
+            f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): run tl.embed "
+            "first."
+        )
     X = adata.obsm[key]
-    X = X if isinstance(X, pd.DataFrame) else X.toarray() if hasattr(X, 'toarray') else np.asarray(X)
+    if isinstance(X, pd.DataFrame): return X.set_axis(adata.obs_names)
+    X = X.toarray() if hasattr(X, 'toarray') else np.asarray(X)
     return pd.DataFrame(X, index=adata.obs_names)
 
 # %% ../nbs/53_get.ipynb #49f640eb
@@ -34,7 +39,8 @@ def match(
 )->pd.DataFrame: # one row a line of the report, one column `value`
     "The report of the gene match; raises `VocabularyError` when there is none"
     record = find_record(adata, vocabulary)
-    where = {'vocabulary': record.vocabulary, 'counts in': record.source, 'genes by': record.gene_ids}
+    where = {
+        'vocabulary': record.vocabulary, 'counts in': record.source, 'genes by': record.gene_ids}
     return pd.DataFrame({'value': where | record.match}, dtype=object)
 
 # %% ../nbs/53_get.ipynb #58d273a1
@@ -49,16 +55,25 @@ def targets(
 )->pd.DataFrame: # rows of the table over all donors, best first, numbered from 1
     "The best perturbations of a result; raises `GeneformerError`"
     table = getattr(result, 'table', result)
-    if not isinstance(table, pd.DataFrame) or 'state' not in table: raise GeneformerError(
-        f"A screen or the table of tl.summarize holds targets, not {type(result).__name__}"
-        + (': run gf.tl.summarize on this table of shifts first.' if isinstance(table, pd.DataFrame) and 'cosine' in table else '.'))
+    if not isinstance(table, pd.DataFrame) or 'state' not in table:
+        shifts = isinstance(table, pd.DataFrame) and 'cosine' in table
+        hint = ': run gf.tl.summarize on this table of shifts first.' if shifts else '.'
+        raise GeneformerError("A screen or the table of tl.summarize holds targets, not "
+                              f"{type(result).__name__}{hint}")
     for column, want in dict(state=state, kind=kind).items():
         there = list(pd.unique(table[column].astype(str)))
-        if want is not None and want not in there: raise GeneformerError(f"No row has {column} {want!r}; there is {', '.join(there)}.")
+        if want is not None and want not in there:
+            raise GeneformerError(f"No row has {column} {want!r}; there is {', '.join(there)}.")
         if want is not None: table = table[table[column].astype(str) == want]
-        elif column == 'state' and len(there) > 1: raise GeneformerError(f"The table has several states: pass state=, one of {', '.join(there)}.")
+        elif column == 'state' and len(there) > 1:
+            raise GeneformerError(
+                f"The table has several states: pass state=, one of {', '.join(there)}."
+            )
     if 'donor' in table: table = table[table['donor'].astype(str) == 'all']
     by = by or ('score' if 'score' in table else 'shift')
-    if by not in table: raise GeneformerError(f"The table has no column {by!r} to rank by; it has {', '.join(map(str, table))}.")
+    if by not in table:
+        raise GeneformerError(
+            f"The table has no column {by!r} to rank by; it has {', '.join(map(str, table))}."
+        )
     out = table.sort_values(by, ascending=False, kind='stable').head(len(table) if n is None else n)
     return out.set_axis(pd.RangeIndex(1, len(out) + 1, name='rank'))

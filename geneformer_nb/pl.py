@@ -14,10 +14,12 @@ from .data.ranks import find_record, need_adata, recorded_counts, recorded_match
 
 # %% ../nbs/52_pl.ipynb #51c3860f
 def _two(X):
-    "The first two principal components of the rows without nan, and the share of variance they hold"
+    """The first two principal components of the rows without nan, and the share of variance they
+    hold"""
     X = np.asarray(X, dtype=np.float64)
     whole = np.isfinite(X).all(1)
-    if whole.sum() < 2: raise GeneformerError("Fewer than two cells have an embedding: there is nothing to draw.")
+    if whole.sum() < 2:
+        raise GeneformerError("Fewer than two cells have an embedding: there is nothing to draw.")
     C = X - X[whole].mean(0)
     values, vectors = np.linalg.eigh(C[whole].T @ C[whole])
     return C @ vectors[:, ::-1][:, :2], float(values[-2:].sum() / max(values.sum(), 1e-300))
@@ -26,19 +28,28 @@ def _two(X):
 def embedding(
     adata, # AnnData
     *,
-    basis:str='X_geneformer', # key of obsm; with more than two columns its first two principal components are drawn
+    basis:str='X_geneformer', # key of obsm; with more than two columns its first two principal
+    # components are drawn
     color:str=None, # a column of obs
     size:float=None, # area of a dot; None fits it to the number of cells
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Cells by their embedding; raises `GeneformerError` for a key or column that is not there"
     key = basis if basis in need_adata(adata).obsm else f'X_{basis}'
-    if key not in adata.obsm: raise GeneformerError(f"obsm has no {basis!r}; it has {', '.join(adata.obsm) or 'nothing'}.")
+    if key not in adata.obsm:
+        raise GeneformerError(
+            f"obsm has no {basis!r}; it has {', '.join(adata.obsm) or 'nothing'}."
+        )
     if adata.obsm[key].shape[1] == 2: return plots.embedding(adata, basis, color, size=size, ax=ax)
-    if isinstance(color, str) and color not in adata.obs: raise GeneformerError(f"There is no column '{color}' in obs to color by.")
+    if isinstance(color, str) and color not in adata.obs:
+        raise GeneformerError(f"There is no column '{color}' in obs to color by.")
     xy, share = _two(adata.obsm[key])
-    ax = plots.embedding(xy, color=adata.obs[color] if isinstance(color, str) else color, size=size, ax=ax)
-    ax.set(xlabel='PC 1', ylabel='PC 2', title=f"{key.removeprefix('X_')}: {share:.0%} of the variance")
+    ax = plots.embedding(
+        xy, color=adata.obs[color] if isinstance(color, str) else color, size=size, ax=ax
+    )
+    ax.set(
+        xlabel='PC 1', ylabel='PC 2', title=f"{key.removeprefix('X_')}: {share:.0%} of the variance"
+    )
     if isinstance(color, str) and ax.get_legend(): ax.get_legend().set_title(color)
     return ax
 
@@ -52,9 +63,11 @@ def ranks(
     mark=(), # genes to point out in the last of them: ids or symbols
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "Counts per 10,000 over the gene's median, by rank; raises `GeneformerError` for a cell that is not there"
+    """Counts per 10,000 over the gene's median, by rank; raises `GeneformerError` for a cell that
+    is not there"""
     names = [cell] if isinstance(cell, str) else list(cell)
-    if lost := [c for c in names if c not in need_adata(adata).obs_names]: raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
+    if lost := [c for c in names if c not in need_adata(adata).obs_names]:
+        raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
     record, some = find_record(adata, vocabulary), adata[names]
     counts = recorded_counts(some, record)
     at = recorded_match(some, counts, vocabulary, record).index
@@ -63,7 +76,9 @@ def ranks(
     x /= vocabulary.medians
     k = len(vocabulary.specials)
     shown = {vocabulary.symbol(int(t)): x[-1, t - k] for t in vocabulary.token(list(mark))}
-    return plots.rank_curve(dict(zip(names, x)), mark={g: v for g, v in shown.items() if v > 0}, ax=ax)
+    return plots.rank_curve(
+        dict(zip(names, x)), mark={g: v for g, v in shown.items() if v > 0}, ax=ax
+    )
 
 # %% ../nbs/52_pl.ipynb #57cfd1ca
 @verb
@@ -72,17 +87,24 @@ def confusion(
     *,
     label:str, # obs column of true classes
     pred:str='geneformer_pred', # obs column of predictions
-    split:str='geneformer_split', # obs column of the split: only cells marked "test" count; None takes all cells
+    split:str='geneformer_split', # obs column of the split: only cells marked "test" count; None
+    # takes all cells
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Confusion matrix of held-out cells; raises `GeneformerError`"
     obs = need_adata(adata).obs
     for c in [label, pred] + ([split] if split else []):
-        if c not in obs: raise GeneformerError(f"obs has no column {c!r} (it has {', '.join(map(str, obs.columns))})"
-                                               + (': pass split=None to count all cells.' if c == split else '.'))
+        if c not in obs:
+            raise GeneformerError(
+                f"obs has no column {c!r} (it has {', '.join(map(str, obs.columns))})"
+                + (': pass split=None to count all cells.' if c == split else '.')
+            )
     obs = obs[obs[split].astype(str) == 'test'] if split else obs
     obs = obs[obs[pred].notna() & obs[label].notna()]
-    if not len(obs): raise GeneformerError("No held-out cell has a label and a prediction: there is nothing to count.")
+    if not len(obs):
+        raise GeneformerError(
+            "No held-out cell has a label and a prediction: there is nothing to count."
+        )
     return plots.confusion(obs[label], obs[pred], ax=ax)
 
 @verb
@@ -94,7 +116,8 @@ def loss(
 ): # Axes
     "Loss over the steps of a training"
     history = getattr(trained, 'history', trained)
-    if not isinstance(history, (pd.DataFrame, list)): raise GeneformerError(f"{type(trained).__name__} has no history of losses.")
+    if not isinstance(history, (pd.DataFrame, list)):
+        raise GeneformerError(f"{type(trained).__name__} has no history of losses.")
     return plots.loss_curve(history, ax=ax, **kwargs)
 
 # %% ../nbs/52_pl.ipynb #32e49f6f
@@ -102,12 +125,17 @@ def _of_result(plot, by_donor=False):
     "Let a figure take a screen as well as a table"
     @wraps(plot)
     def drawn(result, *args, **kwargs):
-        if hasattr(result, 'table'): result = pd.concat([result.table, result.by_donor]) if by_donor else result.table
-        if not isinstance(result, pd.DataFrame): raise GeneformerError(f"A screen or a result table can be drawn, not {type(result).__name__}.")
+        if hasattr(result, 'table'):
+            result = pd.concat([result.table, result.by_donor]) if by_donor else result.table
+        if not isinstance(result, pd.DataFrame):
+            raise GeneformerError(
+                f"A screen or a result table can be drawn, not {type(result).__name__}."
+            )
         return plot(result, *args, **kwargs)
     drawn.__doc__ = described(plot)
     return drawn
 
-volcano, targets, shifts = _of_result(plots.volcano), _of_result(plots.top_targets), _of_result(plots.shift_plot, True)
+volcano, targets, shifts = (
+    _of_result(plots.volcano), _of_result(plots.top_targets), _of_result(plots.shift_plot, True))
 recall = verb(plots.recall_curve)
 _all_ = ['volcano', 'targets', 'shifts', 'recall']

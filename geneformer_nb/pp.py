@@ -20,11 +20,15 @@ from .model.embed import pick_cells
 
 # %% ../nbs/50_pp.ipynb #45586ff6
 def _vocabulary(model):
-    "The vocabulary of what a person passed: a model, a classifier, the name of a checkpoint, or a vocabulary itself"
+    """The vocabulary of what a person passed: a model, a classifier, the name of a checkpoint, or a
+    vocabulary itself"""
     if isinstance(model, Vocabulary): return model
     if isinstance(model, (str, Path)): return checkpoint_vocabulary(model)
     if isinstance(model, Reader): return model.encoder.vocabulary
-    raise VocabularyError(f"model is a Geneformer, a classifier, the name of a checkpoint or a Vocabulary, not {type(model).__name__}.")
+    raise VocabularyError(
+        "model is a Geneformer, a classifier, the name of a checkpoint or a Vocabulary, not "
+        f"{type(model).__name__}."
+    )
 
 def _own_vocabulary(adata, where, options, counts):
     "A vocabulary of the genes of these cells, or of those that `where` takes"
@@ -43,56 +47,85 @@ def _key(adata, vocabulary, key_added):
 def _fits(adata, vocabulary, max_gb):
     "Raise `StorageError` when the ranks would take more memory than is allowed"
     stored = [m.nnz for m in (adata.X, *adata.layers.values()) if hasattr(m, 'nnz')]
-    most = adata.n_obs*min(vocabulary.max_len, adata.n_vars if adata.raw is None else adata.raw.n_vars)
+    most = adata.n_obs * min(
+        vocabulary.max_len, adata.n_vars if adata.raw is None else adata.raw.n_vars
+    )
     size = 8*min([most, *stored])/1e9
-    if size > max_gb: raise StorageError(f"The ranks of {adata.n_obs:,} cells may take {size:.0f} GB in obsm, more than max_gb={max_gb:g}: write them to "
-        "disk with gf.data.tokenize_to(files, model.vocabulary, out) and give that folder to the methods of the model, or raise max_gb.")
+    if size > max_gb:
+        raise StorageError(
+            f"The ranks of {adata.n_obs:,} cells may take {size:.0f} GB in obsm, more than "
+            f"max_gb={max_gb:g}: write them to "
+            "disk with gf.data.tokenize_to(files, model.vocabulary, out) and give that folder to "
+            "the methods of the model, or raise max_gb."
+        )
 
+# %% ../nbs/50_pp.ipynb #a5334848
 @verb
 def tokenize(
     adata, # AnnData with raw counts
-    model=None, # Geneformer, classifier, name of a checkpoint, or a Vocabulary; None makes a vocabulary of these genes
+    model=None, # Geneformer, classifier, name of a checkpoint, or a Vocabulary; None makes a
+    # vocabulary of these genes
     *,
-    counts_layer:str=None, # layer with the counts, "X" or "raw.X"; None: layers["counts"], X or raw.X, whichever holds counts
+    counts_layer:str=None, # layer with the counts, "X" or "raw.X"; None: layers["counts"], X or
+    # raw.X, whichever holds counts
     logged:bool=False, # True: the values are log1p of normalized counts, and are turned back first
-    fractional:bool=False, # True accepts estimated counts (SoupX, alevin), which are not whole numbers
-    gene_ids:str=None, # column of var that names the genes, or "index"; None tries ensembl_id, gene_ids, the index
-    orthologs=None, # for another species: table of its genes and the human ones, as in `match_genes`
+    fractional:bool=False, # True accepts estimated counts (SoupX, alevin), which are not whole
+    # numbers
+    gene_ids:str=None, # column of var that names the genes, or "index"; None tries ensembl_id,
+    # gene_ids, the index
+    orthologs=None, # for another species: table of its genes and the human ones, as in
+    # `match_genes`
     min_match:float=.2, # smallest share of counts on known genes; below it is an error
-    top_genes:int=None, # without a model: only so many genes, the most variable ones; None takes all
+    top_genes:int=None, # without a model: only so many genes, the most variable ones; None takes
+    # all
     keep=(), # without a model: genes that stay whatever their variance
-    where:dict=None, # without a model: {obs column: values} of the cells whose genes are counted; None takes all
+    where:dict=None, # without a model: {obs column: values} of the cells whose genes are counted;
+    # None takes all
     min_cells:int=3, # without a model: a gene seen in fewer cells is left out
     max_len:int=2048, # without a model: longest cell, in genes
-    key_added:str=None, # key of obsm; None: "X_ranks", or "X_ranks_<vocabulary>" where that holds another vocabulary's
+    key_added:str=None, # key of obsm; None: "X_ranks", or "X_ranks_<vocabulary>" where that holds
+    # another vocabulary's
     max_gb:float=8., # largest size of the ranks in memory
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
     block:int=2048, # cells read at a time
-): # None, or the copy. Adds obsm[key] (cells × genes of the vocabulary, CSR int32 ranks from 1), obs[key + "_counts"] and the record in uns["geneformer"]
-    "Rank the genes of every cell; a cell without a known gene is an empty row. Raises `CountsError`, `GeneMatchError`, `VocabularyError`"
+): # None, or the copy. Adds obsm[key] (cells × genes of the vocabulary, CSR int32 ranks from 1),
+# obs[key + "_counts"] and the record in uns["geneformer"]
+    """Rank the genes of every cell; a cell without a known gene is an empty row. Raises
+    `CountsError`, `GeneMatchError`, `VocabularyError`"""
     counts = dict(counts_layer=counts_layer, logged=logged, fractional=fractional)
     need_adata(adata, where or ())
-    own = dict(top_genes=top_genes, keep=tuple(keep), min_cells=min_cells, max_len=max_len, gene_ids=gene_ids)
+    own = dict(
+        top_genes=top_genes, keep=tuple(keep), min_cells=min_cells, max_len=max_len,
+        gene_ids=gene_ids)
     vocabulary = _own_vocabulary(adata, where, own, counts) if model is None else _vocabulary(model)
     _fits(adata, vocabulary, max_gb)
-    cells = rank_counts(adata, vocabulary, gene_ids=gene_ids, orthologs=orthologs, min_match=0 if model is None else min_match,
-                        obs=[], keep=None, keep_empty=True, block=block, **counts)
+    cells = rank_counts(
+        adata, vocabulary, gene_ids=gene_ids, orthologs=orthologs,
+        min_match=0 if model is None else min_match, obs=[], keep=None, keep_empty=True,
+        block=block, **counts)
     out = adata.copy() if copy else adata
-    record = _record(adata, cells, vocabulary, _key(adata, vocabulary, key_added), counts, gene_ids, model is None)
+    record = _record(
+        adata, cells, vocabulary, _key(adata, vocabulary, key_added), counts, gene_ids,
+        model is None)
     out.obsm[record.key] = to_ranks(cells, vocabulary)
     out.obs[record.totals] = cells.obs['n_counts'].to_numpy(float)
     record.write(out)
-    if n := int((cells.lengths == 0).sum()): warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: "
+    if n := int((cells.lengths == 0).sum()):
+        warnings.warn(f"{n} of {len(cells)} cells hold no gene of the vocabulary: "
         "their rows are empty.", stacklevel=3)
     return out if copy else None
 
+# %% ../nbs/50_pp.ipynb #8afc381e
 def _record(adata, cells, vocabulary, key, counts, gene_ids, own):
     "What was done, with every choice that was left open written out"
     some = counts_of(adata[:1], **counts)
     source = some.source.removesuffix(' (expm1)')
-    layer = source if source in ('X', 'raw.X') else source.removeprefix("layers['").removesuffix("']")
+    layer = (
+        source if source in ('X', 'raw.X') else source.removeprefix("layers['").removesuffix("']")
+    )
     column = gene_ids or next((c for c in ('ensembl_id', 'gene_ids') if c in some.var), 'index')
     gene_names(some.var, column)
-    return Record(key, source, layer, counts['logged'], counts['fractional'], column, vocabulary.name, vocabulary.hash,
-                  vocabulary.max_len, cells.match.report(), {k: str(v) for k, v in versions().items()},
-                  vocabulary.to_json() if own else '')
+    return Record(
+        key, source, layer, counts['logged'], counts['fractional'], column, vocabulary.name,
+        vocabulary.hash, vocabulary.max_len, cells.match.report(),
+        {k: str(v) for k, v in versions().items()}, vocabulary.to_json() if own else '')

@@ -26,12 +26,18 @@ def _model(model, device=None):
     if isinstance(model, (str, Path)):
         tuned = (Path(model).expanduser()/'classes.json').exists()
         return (CellModel.load if tuned else Geneformer.from_pretrained)(model, device=device)
-    raise GeneformerError(f"model is a Geneformer, a classifier or the name of a checkpoint, not {type(model).__name__}.")
+    raise GeneformerError(
+        "model is a Geneformer, a classifier or the name of a checkpoint, not "
+        f"{type(model).__name__}."
+    )
 
 def _values(adata, label, names):
     "Raise `GeneformerError` unless every name is a value of the obs column"
     if not names: return
-    if label is None: raise GeneformerError(f"{names[0]!r} is a state: say in which column of obs it stands (label=…).")
+    if label is None:
+        raise GeneformerError(
+            f"{names[0]!r} is a state: say in which column of obs it stands (label=…)."
+        )
     need_adata(adata, [label])
     there = sorted(set(adata.obs[label].dropna().astype(str)))
     if lost := [s for s in names if str(s) not in there]: raise GeneformerError(
@@ -43,20 +49,26 @@ def embed(
     adata, # AnnData that `pp.tokenize` has been over
     model, # Geneformer, a classifier (its encoder is used), or the name of a checkpoint
     *,
-    layer='second_to_last', # layer of the model: "last", "second_to_last", or the official 0 and -1; a list of these
+    layer='second_to_last', # layer of the model: "last", "second_to_last", or the official 0 and
+    # -1; a list of these
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
-    key_added:str='X_geneformer', # name in obsm and uns; for a list of layers followed by each of them
+    key_added:str='X_geneformer', # name in obsm and uns; for a list of layers followed by each of
+    # them
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
     budget:int=16_384, # tokens of a batch
     dtype=None, # "bfloat16" or "float16" compute in half precision; None is float32
     show:bool=None, # progress bar; None shows it outside of tests
-): # None, or the copy. Adds obsm[key_added] (cells × d, float32; nan for a cell without known genes) and uns[key_added]
-    "Embed every cell (official `EmbExtractor`); raises `VocabularyError` where there are no ranks of the model"
+): # None, or the copy. Adds obsm[key_added] (cells × d, float32; nan for a cell without known
+# genes) and uns[key_added]
+    """Embed every cell (official `EmbExtractor`); raises `VocabularyError` where there are no ranks
+    of the model"""
     model = _model(model).encoder
     cells = ranked_cells(adata, model.vocabulary, obs=[])
     out = adata.copy() if copy else adata
-    store_embedding(out, cells, model, layer, pool, key_added, dict(ranks=find_record(adata, model.vocabulary).key),
-                    dict(budget=budget, dtype=dtype, show=show))
+    store_embedding(
+        out, cells, model, layer, pool, key_added,
+        dict(ranks=find_record(adata, model.vocabulary).key),
+        dict(budget=budget, dtype=dtype, show=show))
     return out if copy else None
 
 # %% ../nbs/51_tl.ipynb #3af87694
@@ -67,12 +79,14 @@ def finetune(
     *,
     label:str, # obs column of classes
     donor:str=None, # obs column of donors, which are never split; None needs a `split`
-    split=None, # "train", "test" or "" for each cell, or an obs column of those; None holds out a third of the donors of each class
+    split=None, # "train", "test" or "" for each cell, or an obs column of those; None holds out a
+    # third of the donors of each class
     key_added:str='geneformer_split', # obs column for the split
     baselines:bool=True, # majority class and logistic regression on the counts beside the score
     **how, # freeze_layers, epochs, steps, lr, seed … as in `tasks.finetune`
 )->CellClassifier: # with `.scores`, `.split`, `.audit`; adds obs[key_added]
-    "Fine-tune a cell classifier on donors it is not tested on (official `Classifier`); raises `LeakError`, `GeneformerError`, `CountsError`"
+    """Fine-tune a cell classifier on donors it is not tested on (official `Classifier`); raises
+    `LeakError`, `GeneformerError`, `CountsError`"""
     model = _model(model).encoder
     need_adata(adata, [label, donor, *([split] if isinstance(split, str) else [])])
     cells = ranked_cells(adata, model.vocabulary)
@@ -80,7 +94,10 @@ def finetune(
     record = find_record(adata, model.vocabulary)
     if baselines: recorded_counts(adata, record)
     clf = finetune_cells(model, cells, label, donor, split=split, **how)
-    if baselines: clf.scores = pd.concat([clf.scores, cell_baselines(adata, label, clf.split, donor, **record.how)[0]])
+    if baselines:
+        clf.scores = pd.concat(
+            [clf.scores, cell_baselines(adata, label, clf.split, donor, **record.how)[0]]
+        )
     adata.obs[key_added] = pd.Categorical(clf.split)
     return clf
 
@@ -92,10 +109,13 @@ def predict(
     *,
     key_added:str='geneformer', # beginning of the names of what is added
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
-): # None, or the copy. Adds obs[key + "_pred"], obsm[key + "_proba"] (cells × classes) and uns[key + "_classes"]
-    "Class and probabilities of every cell, missing for a cell without known genes; raises `GeneformerError`, `VocabularyError`"
-    if not isinstance(classifier, (CellClassifier, str, Path)): raise GeneformerError(
-        f"classifier is what finetune returned or the folder of a saved one, not {type(classifier).__name__}.")
+): # None, or the copy. Adds obs[key + "_pred"], obsm[key + "_proba"] (cells × classes) and uns[key
+# + "_classes"]
+    """Class and probabilities of every cell, missing for a cell without known genes; raises
+    `GeneformerError`, `VocabularyError`"""
+    if not isinstance(classifier, (CellClassifier, str, Path)):
+        raise GeneformerError("classifier is what finetune returned or the folder of a saved one, "
+                              f"not {type(classifier).__name__}.")
     clf = classifier if isinstance(classifier, CellClassifier) else CellClassifier.load(classifier)
     p = clf.predict(ranked_cells(adata, clf.encoder.vocabulary, obs=[]))
     out = adata.copy() if copy else adata
@@ -106,7 +126,8 @@ def predict(
 
 # %% ../nbs/51_tl.ipynb #a8ae8a4c
 def _state_vectors(adata, cells, model, label, goal, how):
-    "{state: vector} of the goal: vectors as they are, names by the mean of their cells; None without a goal"
+    """{state: vector} of the goal: vectors as they are, names by the mean of their cells; None
+    without a goal"""
     if goal is None or isinstance(goal, dict): return goal
     names = [goal] if isinstance(goal, str) else list(goal)
     return state_embeddings(cells, model, label, names, **how)
@@ -114,8 +135,10 @@ def _state_vectors(adata, cells, model, label, goal, how):
 @verb(also=[perturb_cells, perturb_to])
 def perturb(
     adata, # AnnData that `pp.tokenize` has been over
-    model, # Geneformer, a fine-tuned classifier (its answers are read too), or the name of a checkpoint
-    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, sums of them, `each(…)`, `pairs(…)`, `drug(…)`, or a list of those
+    model, # Geneformer, a fine-tuned classifier (its answers are read too), or the name of a
+    # checkpoint
+    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, sums of them, `each(…)`, `pairs(…)`, `drug(…)`, or a
+    # list of those
     *,
     label:str=None, # obs column of states; needed for names in `goal` and `start`
     goal=None, # state to measure shifts towards, or several, or {state: vector}; None measures none
@@ -123,22 +146,33 @@ def perturb(
     where:dict=None, # {obs column: value or values}: only these cells
     layer=None, # layer of the model; None: "second_to_last", and "last" for a classifier
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
-    affected=False, # True or a number: also the effects on other genes, all or so many that changed most
+    affected=False, # True or a number: also the effects on other genes, all or so many that changed
+    # most
     out=None, # folder for shards; the same call goes on from them
     **how, # budget, dtype, show; with `out` also shard, part, executor, workers
-): # table of shifts: cell (row of adata), barcode, perturbation, cosine, shift_<state> (positive: towards it); `.obs` is the table
+): # table of shifts: cell (row of adata), barcode, perturbation, cosine, shift_<state> (positive:
+# towards it); `.obs` is the table
    # of the cells; with `affected` and without `out` also the table of effects
-    "Perturb cells and measure where they go (official `InSilicoPerturber`); raises `VocabularyError`, `GeneformerError`, `StorageError`"
+    """Perturb cells and measure where they go (official `InSilicoPerturber`); raises
+    `VocabularyError`, `GeneformerError`, `StorageError`"""
     model = _model(model)
-    encoder, names = model.encoder, [] if isinstance(goal, dict) or goal is None else np.atleast_1d(goal).tolist()
+    encoder, names = (
+        model.encoder,
+        [] if isinstance(goal, dict) or goal is None else np.atleast_1d(goal).tolist())
     need_adata(adata, [label, *(where or {})])
     _values(adata, label, names + ([] if start is None else [start]))
     ActionPlan([actions], encoder.vocabulary)
     cells = ranked_cells(adata, encoder.vocabulary)
     at = dict(zip(('layer', 'pool'), layer_and_pool(model, layer, pool)))
     chosen = (where or {}) | ({} if start is None else {label: start})
-    how |= at | dict(where=chosen or None, affected=affected, states=_state_vectors(adata, cells, encoder, label, goal, at))
-    return perturb_cells(model, cells, actions, **how) if out is None else perturb_to(out, model, cells, actions, **how)
+    how |= at | dict(
+        where=chosen or None, affected=affected,
+        states=_state_vectors(adata, cells, encoder, label, goal, at))
+    return (
+        perturb_cells(model, cells, actions, **how)
+        if out is None
+        else perturb_to(out, model, cells, actions, **how)
+    )
 
 # %% ../nbs/51_tl.ipynb #56dfe189
 _all_ = ['summarize', 'screen']

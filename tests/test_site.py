@@ -84,9 +84,6 @@ def test_anchors_as_pandoc_makes_them():
     assert site_preview.slug('<code>Manifest.open</code>') == 'manifest.open'
     assert site_preview.slug('By hand, then: fast') == 'by-hand-then-fast'
 
-def _browser():
-    return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
-
 FRAMES = """<!doctype html><title>?</title><body><script>
 const names = NAMES, width = WIDTH, found = {};
 const look = (name, frame) => { const d = frame.contentDocument; found[name] = {
@@ -99,10 +96,8 @@ for (const name of names) { const f = document.createElement('iframe');
 </script>"""
 
 @pytest.fixture
-def look(site, tmp_path):
+def look(site, tmp_path, browser):
     "Open every page in frames of one width in headless Chromium; {page: what was measured there}"
-    browser = _browser()
-    if not browser: pytest.skip('no Chromium on PATH: pages were checked without a browser only')
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(site)))
     Thread(target=server.serve_forever, daemon=True).start()
     flags = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
@@ -121,6 +116,7 @@ def look(site, tmp_path):
     server.shutdown()
     frames.unlink(missing_ok=True)
 
+@pytest.mark.browser
 @pytest.mark.parametrize('width,shown', [(1400, True), (400, False)], ids=['desk', 'phone'])
 def test_opens_in_a_browser(look, width, shown):
     "Fits its window, shows its pictures, and folds the sidebar away on a narrow screen"
