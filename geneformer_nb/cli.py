@@ -66,7 +66,7 @@ def _add_command(sub, fn):
     "The parser of one command"
     parser = sub.add_parser(
         fn.__name__, help=inspect.getdoc(fn).splitlines()[0], description=inspect.getdoc(fn),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     said = comments_beside(fn)
     for name, p in inspect.signature(fn).parameters.items():
         if not is_dataclass(p.annotation): _add_option(parser, name, p, said.get(name))
@@ -180,7 +180,7 @@ def tokenize(
     keep_all:bool=False, # take all cells, whatever that column says
     max_len:int=None, # longest cell in tokens; default: as the vocabulary says
     no_special:bool=False, # no <cls> and <eos>
-    levels:bool=False, # also keep counts per 10,000 in the order of the tokens
+    keep_counts:bool=False, # also keep counts per 10,000 in the order of the tokens
     uncropped:bool=False, # also keep all tokens, uncut
     no_collapse:bool=False, # rows of one gene are an error
 ):
@@ -194,7 +194,7 @@ def tokenize(
     done = tokenize_to(
         list(data), read_vocabulary(vocabulary), out, rows=rows, executor=executor, workers=workers,
         part=part, obs=carry, keep=None if keep_all else keep,
-        special=False if no_special else None, max_len=max_len, counts=levels, uncropped=uncropped,
+        special=False if no_special else None, max_len=max_len, counts=keep_counts, uncropped=uncropped,
         collapse=not no_collapse, **asdict(counts))
     if done is None:
         print(

@@ -397,7 +397,7 @@ def test_damaged_cells_and_vocabularies(cells, vocab, tmp_path):
 
 def test_a_folder_that_holds_no_cells_or_no_model(tmp_path):
     with says(StorageError, 'state.json'): Cells.load(tmp_path)
-    with says(MissingDataError, 'config.json', 'hub id'): Geneformer.from_pretrained(tmp_path)
+    with says(MissingDataError, 'config.json', 'path on the hub'): Geneformer.from_pretrained(tmp_path)
 
 # --- what runs long must not fail at its end, and what is wrong must not pass
 

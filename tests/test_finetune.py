@@ -90,7 +90,7 @@ def test_untrained_attention_is_the_mean():
     torch.testing.assert_close(AttentionPool(4)(x, [0, 4, 9]), pool_cells(x, [0, 4, 9], 'mean'))
 
 def test_position_0_is_refused_without_cls(model, cells):
-    with says(GeneformerError, "'cls'", 'top gene'): tune(model, cells, pool='cls')
+    with says(GeneformerError, "'cls'", 'first token is a gene'): tune(model, cells, pool='cls')
 
 def test_cls_pool_where_there_is_a_cls(cohort, vocab):
     two = Vocabulary(vocab.genes, vocab.medians, cls=True, max_len=32)

@@ -380,7 +380,7 @@ def test_a_hub_that_does_not_answer(hub, monkeypatch):
     import huggingface_hub
     def fails(*_, **__): raise huggingface_hub.errors.LocalEntryNotFoundError('offline')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', fails)
-    with says(MissingDataError, 'models/v1', 'LocalEntryNotFound', 'path'): Geneformer.from_pretrained('models/v1')
+    with says(MissingDataError, 'models/v1', 'LocalEntryNotFound', 'mend the name'): Geneformer.from_pretrained('models/v1')
     with says(MissingDataError, 'nowhere', 'config.json'): Geneformer.from_pretrained('/nowhere/at/all/nowhere')
 
 def test_a_hub_id_with_a_wrong_subfolder_names_the_right_ones(hub):

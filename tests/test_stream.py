@@ -422,9 +422,9 @@ def test_columns_that_bear_our_names(corpus, tmp_path):
                                         ('{c} --rows 0', '0'),
                                         ('{c} --max-len 999', 'max_len'), ('{c} --obs nope', 'nope'),
                                         ('{c} --keep nope', 'nope'), ('{c} --orthologs nope.csv', 'nope.csv'),
-                                        ('{c} --layer x', 'layer'),
-                                        ('{c} --gene-column x', 'var'), ('{c} --workers -1', 'workers'),
-                                        ('{c} --min-match 5', 'min_match'), ('{c} --vocabulary nope', 'vocabulary'),
+                                        ('{c} --counts-layer x', 'layer'),
+                                        ('{c} --gene-ids x', 'var'), ('{c} --workers -1', 'workers'),
+                                        ('{c} --min-match 5', 'min_match'), ('{c} --vocabulary nope', 'nope'),
                                         ('{c} --vocabulary V3:.', 'vocabulary'), ('{c} --vocabulary V2:.',
                                             'token_dictionary'), ('{c} --logged', 'logged')])
 def test_the_command_says_one_sentence(corpus, words, said, tmp_path, capsys):
@@ -440,6 +440,6 @@ def test_the_command_says_one_sentence(corpus, words, said, tmp_path, capsys):
 def test_the_command_does_what_the_function_does(corpus, serial, tmp_path, capsys):
     voc.save(tmp_path)
     status = main(['tokenize', str(corpus), '--out', str(tmp_path/'o'), '--vocabulary', str(tmp_path), '--rows', '4',
-                   '--counts', '--uncropped'])
+                   '--keep-counts', '--uncropped'])
     assert status == 0 and '33 cells' in capsys.readouterr().out
     assert tokens(Cells.load(tmp_path/'o')) == tokens(serial.cells())

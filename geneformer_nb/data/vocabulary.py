@@ -216,7 +216,7 @@ def load(cls:Vocabulary,
     "Read a vocabulary; raises `VocabularyError` when its content and its hash disagree"
     file = _vocab_file(path)
     if not file.exists(): raise VocabularyError(f"There is no {file.name} in '{file.parent}': pass vocabulary=… instead.")
-    return cls.from_json(file.read_text(), file.name)
+    return cls.from_json(file.read_text(errors='replace'), file.name)
 
 # %% ../../nbs/02_vocabulary.ipynb #1fe99f70
 def _number_type(name, *_):
