@@ -80,13 +80,13 @@ def page_faults(path):
 
 def problems():
     "Every fault of the notebooks, one sentence each"
-    import readme, sidebar
+    import readme, sidebar, style
     nbs = notebooks()
     found = [u for p in nbs if (u := unclean(p))]
     found += [f'{p.name}: {f}' for p in nbs for f in page_faults(p)]
     pages = [page(p) for p in nbs]
     found += [f'{p.name}: another notebook has the page {page(p)} too' for p in nbs if pages.count(page(p)) > 1]
-    return found + out_of_sync() + sidebar.faults() + readme.faults()
+    return found + style.faults(nbs) + out_of_sync() + sidebar.faults() + readme.faults()
 
 WHY = dict(realdata='GENEFORMER_NB_DATA names no data folder', gpu='needs a GPU; ask with --flags gpu',
            slow='takes minutes; ask with --flags slow', notest='not for testing')

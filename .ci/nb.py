@@ -2,7 +2,7 @@
 """Notebook chores: save their outputs, check them, write the README, build the site preview.
 
   python .ci/nb.py save nbs/07_bert.ipynb [...] [--flags "slow gpu"]   run and store true outputs
-  python .ci/nb.py check                     clean, in sync with the modules, outputs small and free of local paths
+  python .ci/nb.py check                     clean, in sync with the modules, in style, outputs small and free of local paths
   python .ci/nb.py skips                     which cells do not run here, and why
   python .ci/nb.py readme [--check]          README.md from nbs/index.ipynb
   python .ci/nb.py sidebar                   list every notebook in the sidebar of _quarto.yml

@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'.ci'))
-import checking, saving, sidebar
+import checking, saving, sidebar, style
 
 NBS = checking.notebooks()
 ids = lambda p: p.stem
@@ -16,6 +16,28 @@ def test_clean(nb): assert checking.unclean(nb) is None
 
 @pytest.mark.parametrize('nb', NBS, ids=ids)
 def test_fit_for_the_site(nb): assert list(checking.page_faults(nb)) == []
+
+def test_style_of_modules(): assert [*style.import_faults(), *style.module_faults()] == []
+
+@pytest.mark.parametrize('nb', NBS, ids=ids)
+def test_style_of_notebooks(nb): assert list(style.notebook_faults(nb)) == []
+
+def test_the_gate_of_style_sees_what_it_should(tmp_path):
+    "One module and one cell for each fault"
+    (tmp_path/'data').mkdir()
+    (tmp_path/'data/a.py').write_text("from ..screen.run import screen\nfrom ..core import _secret\nx = 1; y = 2\n"
+                                      f"z = 1 if x else 2 if y else 3\n{'w' * 90} = 'too long a line'\n")
+    found = [*style.import_faults(tmp_path), *style.module_faults(tmp_path)]
+    for word in ('stands above', 'private name _secret', 'joins statements', 'nests conditional', 'columns'):
+        assert sum(word in f for f in found) == 1, (word, found)
+    cells = [f"#| export\ndef f():\n{'    a = 1' + chr(10)}" + '    a = 1\n' * 31, f"print('{'x' * 90}')", f"#| hide\nprint('{'x' * 90}')"]
+    found = list(style.notebook_faults(_notebook(tmp_path/'n.ipynb', *cells)))
+    assert len(found) == 2 and 'has 33 lines' in found[0] and 'shows a line' in found[1], found
+
+def test_lines_of_a_signature_do_not_count():
+    long = 'def f(\n' + ''.join(f'    a{i}, # one\n' for i in range(40)) + '):\n    "What it does"\n    return 1'
+    fields = '@dataclass\nclass A:\n' + ''.join(f'    a{i}: int = 0 # one\n' for i in range(40))
+    assert style.code_lines(long) == 1 and style.code_lines(fields) == 1
 
 def test_modules_in_sync(): assert checking.out_of_sync() == []
 
