@@ -11,12 +11,11 @@ def _links(text):
     "Links and images of the notebook, as seen from the root"
     return re.sub(r'(\]\()(?!https?:|#|mailto:|/)([^)\s]+)', r'\1nbs/\2', text)
 
-def _output(o):
-    "One stored output as Markdown"
+def _output(o, alt=''):
+    "One stored output as Markdown; a figure is told by its alternative text"
     data = o.get('data', {})
     if 'text/markdown' in data: return ''.join(data['text/markdown'])
-    if any(k.startswith('image/') for k in data):
-        raise ValueError('index.ipynb shows a figure made by a cell: keep it as a file under nbs/images instead.')
+    if any(k.startswith('image/') for k in data): return f'*Figure on the front page of the site: {alt.strip(chr(34))}*'
     text = ''.join(o.get('text', data.get('text/plain', '')))
     return '\n'.join('    ' + l for l in text.rstrip().splitlines())
 
@@ -28,7 +27,7 @@ def render(nb):
         if c['cell_type'] == 'markdown': parts.append(_links(''.join(c['source'])))
         elif c['cell_type'] == 'code' and not d.keys() & HIDDEN and 'nbdev_export(' not in code:
             if d.get('echo', '').lower() != 'false': parts.append(f'```python\n{code}\n```')
-            parts += [t for o in c['outputs'] if (t := _output(o))]
+            parts += [t for o in c['outputs'] if (t := _output(o, d.get('fig-alt', '')))]
     return NOTE + '\n' + '\n\n'.join(p.strip('\n') for p in parts) + '\n'
 
 def current(): return render(json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8')))
