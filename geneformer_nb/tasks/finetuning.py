@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from .adapters import add_lora, load_lora, merge_lora, save_lora
-from ..data.cells import Cells, need_cells
+from ..data.cells import Cells, as_cells
 from ..core import GeneformerError, LeakError, MissingDataError, write_json
 from ..evaluate.splits import audit_split, split_donors
 from ..evaluate.baselines import cell_baselines
@@ -275,13 +275,15 @@ def _learn(self:FineTuned, loss, cells, rows, labels, how, total, seed, desc):
 
 # %% ../../nbs/11_finetuning.ipynb #78d26f1f
 def _check(model, cells, args, function):
-    "Raise `GeneformerError` for a model, cells or arguments that cannot be fine-tuned with"
+    "The cells; raises `GeneformerError` for a model or arguments that cannot be fine-tuned with"
     if not isinstance(model, Geneformer):
         raise GeneformerError(f"model is a Geneformer, not {type(model).__name__}.")
     known = [*inspect.signature(function).parameters, *training_fields()]
     check_names(args, known,
         f'an argument of {function.__name__}, and no field of TrainingArguments')
-    need_cells(cells).check_vocabulary(model.vocabulary)
+    cells = as_cells(cells, model.vocabulary)
+    cells.check_vocabulary(model.vocabulary)
+    return cells
 
 def _learner(model, freeze_layers, lora, seed):
     "A copy of the encoder that is ready to learn"
@@ -339,7 +341,7 @@ def finetune(
     **args, # any field of TrainingArguments
 )->CellModel: # with scores, split, audit and history; a `CellClassifier` for classes
     "Fine-tune on donors it is not tested on; raises `GeneformerError`, `LeakError`"
-    _check(model, cells, args, finetune)
+    cells = _check(model, cells, args, finetune)
     if balance not in (True, False, None, 'weights', 'sampling'):
         raise GeneformerError(
             f"balance is 'weights', 'sampling' or None, not {balance!r}.")
@@ -368,6 +370,8 @@ def finetune(
     clf.label, clf.donor, clf.split, clf.audit = label, donor, split, audit
     clf.scores = pd.DataFrame({'Geneformer, fine-tuned': _score(clf, cells)} | scores).T
     return clf
+
+Geneformer.finetune = finetune # the same function, as a method
 
 # %% ../../nbs/11_finetuning.ipynb #4e4bbcb8
 def _training_cells(cells, label, task, split, y):

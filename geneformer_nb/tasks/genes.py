@@ -210,7 +210,7 @@ def finetune_genes(
     **args, # any field of TrainingArguments
 )->GeneClassifier: # with scores, tested (by gene), labels, split, audit, lost, history
     "Fine-tune on genes it is not tested on; raises `LeakError`, `GeneformerError`"
-    _check(model, cells, args, finetune_genes)
+    cells = _check(model, cells, args, finetune_genes)
     v, how = model.vocabulary, Schedule(epochs, steps, batch, lr, weight_decay, args)
     cells, labels = replace(cells, vocabulary=v), gene_labels(v, classes, overlap)
     if split is None: split = split_by_gene(labels, seed=seed)

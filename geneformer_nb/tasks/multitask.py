@@ -139,7 +139,7 @@ def finetune_tasks(
     **args, # any field of TrainingArguments
 )->MultiTask: # with scores (a row a task), split, audit and history
     "Fine-tune one encoder for several tasks; raises `LeakError`, `GeneformerError`"
-    _check(model, cells, args, finetune_tasks)
+    cells = _check(model, cells, args, finetune_tasks)
     (heads, w), obs, how = _tasks(tasks, weights), cells.obs, Schedule(epochs, steps,
         batch, lr, weight_decay, args)
     split, audit = _task_sides(obs, heads, donor, split, seed)
