@@ -27,13 +27,19 @@ class Op(NamedTuple):
     drug: str = '' # of whose targets it is one
     @property
     def kind(self): return 'drug' if self.drug else f'{self.act} {self.how}'.strip()
-    def __str__(self): return self.drug or f'{self.act}({self.gene}{", " * bool(self.how)}{self.how})'
+    def __str__(self):
+        return self.drug or f'{self.act}({self.gene}{", " * bool(self.how)}{self.how})'
 
 @dataclass(frozen=True)
 class Perturbation:
     "What is done to one cell, all at once; join with `+`"
     ops: tuple # of `Op`, in order
-    def __add__(self, other): return NotImplemented if hasattr(other, 'form') else Perturbation(self.ops + _as_perturbation(other).ops)
+    def __add__(self, other):
+        return (
+            NotImplemented
+            if hasattr(other, 'form')
+            else Perturbation(self.ops + _as_perturbation(other).ops)
+        )
     def __radd__(self, other): return self if other == 0 else _as_perturbation(other) + self
     def __repr__(self): return ' + '.join(dict.fromkeys(map(str, self.ops)))
     @property
@@ -41,27 +47,39 @@ class Perturbation:
 
 def _as_perturbation(x):
     if isinstance(x, Perturbation): return x
-    raise GeneformerError(f"{x!r} is no perturbation: write KO('GENE'), OE('GENE'), Dose('GENE', down=.5), or their sum.")
+    raise GeneformerError(
+        f"{x!r} is no perturbation: write KO('GENE'), OE('GENE'), Dose('GENE', down=.5), or their "
+        "sum."
+    )
 
 def _op(act, genes, how=''):
     if not genes or not all(isinstance(g, str) for g in genes):
-        raise GeneformerError(f"{act} takes gene names, such as {act}('GATA4') or {act}('GATA4', 'TBX5'), not {genes!r}.")
+        raise GeneformerError(
+            f"{act} takes gene names, such as {act}('GATA4') or {act}('GATA4', 'TBX5'), not "
+            f"{genes!r}."
+        )
     return Perturbation(tuple(Op(act, g, how) for g in genes))
 
 @verb
 def KO(
     *genes:str, # ids or symbols; several are deleted together
-    ranks:str='shift', # "shift": later genes move up, as in the official code; "hold": they keep their ranks
+    ranks:str='shift', # "shift": later genes move up, as in the official code; "hold": they keep
+    # their ranks
 )->Perturbation:
     "Delete genes (official `delete`); raises `GeneformerError`"
-    if ranks not in ('shift', 'hold'): raise GeneformerError(f"KO(…, ranks={ranks!r}) takes 'shift' (later genes move up) or 'hold' (they stay).")
+    if ranks not in ('shift', 'hold'):
+        raise GeneformerError(
+            f"KO(…, ranks={ranks!r}) takes 'shift' (later genes move up) or 'hold' (they stay)."
+        )
     return _op('KO', genes, '' if ranks == 'shift' else 'hold')
 
+# %% ../../nbs/30_perturb.ipynb #7f352684
 @verb
 def OE(
     *genes:str, # ids or symbols; the first named stands first
 )->Perturbation:
-    "Overexpress genes: to the front of the cell, after <cls> where there is one (official `overexpress`)"
+    """Overexpress genes: to the front of the cell, after <cls> where there is one (official
+    `overexpress`)"""
     return _op('OE', genes)
 
 # %% ../../nbs/30_perturb.ipynb #9e1e012f
@@ -72,27 +90,48 @@ def Dose(
     down:float=None, # the same towards the end
     quartiles:int=None, # quartiles to rise (1 to 3) or to fall (-1 to -3)
 )->Perturbation:
-    "Shift genes in rank (announced by the official code as `perturb_rank_shift`); raises `GeneformerError`"
+    """Shift genes in rank (announced by the official code as `perturb_rank_shift`); raises
+    `GeneformerError`"""
     said = {k: v for k, v in dict(up=up, down=down, quartiles=quartiles).items() if v is not None}
-    if len(said) != 1: raise GeneformerError("Dose takes one of up=, down= (a share of the cell's genes) or quartiles=, such as Dose('MYH7', down=.5).")
+    if len(said) != 1:
+        raise GeneformerError(
+            "Dose takes one of up=, down= (a share of the cell's genes) or quartiles=, such as "
+            "Dose('MYH7', down=.5)."
+        )
     (word, x), = said.items()
-    fits = x in (-3, -2, -1, 1, 2, 3) if word == 'quartiles' else isinstance(x, (int, float)) and 0 < x <= 1
-    if not fits or isinstance(x, bool): raise GeneformerError(f"Dose(…, {word}={x!r}): " + (
-        'quartiles are 1, 2, 3, or -1, -2, -3.' if word == 'quartiles' else f'{word} is a share of the genes of a cell, above 0 and up to 1.'))
+    fits = (
+        x in (-3, -2, -1, 1, 2, 3)
+        if word == 'quartiles'
+        else isinstance(x, (int, float)) and 0 < x <= 1
+    )
+    if not fits or isinstance(x, bool):
+        raise GeneformerError(
+            f"Dose(…, {word}={x!r}): "
+            + (
+                'quartiles are 1, 2, 3, or -1, -2, -3.'
+                if word == 'quartiles'
+                else f'{word} is a share of the genes of a cell, above 0 and up to 1.'
+            )
+        )
     return _op('Dose', genes, f'{word}={int(x) if word == "quartiles" else float(x)}')
 
+# %% ../../nbs/30_perturb.ipynb #7c6df34c
 @verb
 def drug(
     name:str, # how it stands in tables
     inhibits=(), # genes it takes down
     activates=(), # genes it brings up
-    inhibit=KO, # what inhibition does to a gene: `KO`, or a function of genes such as partial(Dose, down=.5)
+    inhibit=KO, # what inhibition does to a gene: `KO`, or a function of genes such as partial(Dose,
+    # down=.5)
     activate=OE, # what activation does
 )->Perturbation:
-    "A drug as the set of its targets; those a cell does not express are passed over. Raises `GeneformerError`"
+    """A drug as the set of its targets; those a cell does not express are passed over. Raises
+    `GeneformerError`"""
     inhibits, activates = ([x] if isinstance(x, str) else list(x) for x in (inhibits, activates))
-    if not isinstance(name, str) or not name: raise GeneformerError(f"A drug has a name, not {name!r}.")
-    if not inhibits and not activates: raise GeneformerError(f"drug({name!r}) needs targets: inhibits=[…] or activates=[…].")
+    if not isinstance(name, str) or not name:
+        raise GeneformerError(f"A drug has a name, not {name!r}.")
+    if not inhibits and not activates:
+        raise GeneformerError(f"drug({name!r}) needs targets: inhibits=[…] or activates=[…].")
     ops = sum((f(*g).ops for f, g in ((inhibit, inhibits), (activate, activates)) if g), ())
     return Perturbation(tuple(o._replace(drug=name) for o in ops))
 
@@ -103,28 +142,42 @@ class Each:
     genes: object # tuple of names, "detected" or "vocabulary"
     form: Perturbation # what is done, "*" in place of the gene
     def __add__(self, other):
-        if isinstance(other, Each): raise GeneformerError("each(…) + each(…) would be all pairs: write pairs(genes), or each(…) + KO('GENE').")
+        if isinstance(other, Each):
+            raise GeneformerError(
+                "each(…) + each(…) would be all pairs: write pairs(genes), or each(…) + KO('GENE')."
+            )
         return replace(self, form=self.form + other)
     def __radd__(self, other): return replace(self, form=_as_perturbation(other) + self.form)
-    def __repr__(self): return f"each({self.genes if isinstance(self.genes, str) else f'{len(self.genes)} genes'}, {self.form})"
+    def __repr__(self):
+        return f"each({self.genes if isinstance(self.genes, str) else f'{len(self.genes)} genes'}, {self.form})"
 
 @verb
 def each(
-    genes='detected', # names; "detected": the genes of each cell; "vocabulary": every gene (for OE, also where not detected)
+    genes='detected', # names; "detected": the genes of each cell; "vocabulary": every gene (for OE,
+    # also where not detected)
     op=KO, # `KO`, `OE`, `Dose`, or a function of a gene that returns a perturbation
     **how, # for `op`: ranks="hold", down=.5 …
 )->Each:
-    "Perturb genes one at a time; a deletion or a dose concerns the cells that have the gene. Raises `GeneformerError`"
+    """Perturb genes one at a time; a deletion or a dose concerns the cells that have the gene.
+    Raises `GeneformerError`"""
     try: form = op('*', **how)
-    except TypeError as e: raise GeneformerError(f"each(…, op) takes KO, OE, Dose or a function of a gene that returns a perturbation, not {op!r} "
-                                                 f"with {how} ({e}).") from e
-    if not isinstance(form, Perturbation) or sum(o.gene == '*' for o in form.ops) != 1: raise GeneformerError(
-        f"each(…, op) takes KO, OE, Dose or a function that perturbs the gene it is given, once; {op!r} gives {form!r}.")
+    except TypeError as e:
+        raise GeneformerError(
+            "each(…, op) takes KO, OE, Dose or a function of a gene that returns a perturbation, "
+            f"not {op!r} "
+            f"with {how} ({e})."
+        ) from e
+    if not isinstance(form, Perturbation) or sum(o.gene == '*' for o in form.ops) != 1:
+        raise GeneformerError(
+            "each(…, op) takes KO, OE, Dose or a function that perturbs the gene it is given, "
+            f"once; {op!r} gives {form!r}."
+        )
     if isinstance(genes, str) and genes not in ('detected', 'vocabulary'): genes = [genes]
     if not isinstance(genes, str) and (not np.iterable(genes) or not all(isinstance(g, str) for g in genes) or not len(genes)):
         raise GeneformerError(f"each takes gene names, 'detected' or 'vocabulary', not {genes!r}.")
     return Each(genes if isinstance(genes, str) else tuple(dict.fromkeys(genes)), form)
 
+# %% ../../nbs/30_perturb.ipynb #f5a06618
 @verb
 def pairs(
     genes='detected', # names; with `with_` also "detected" or "vocabulary"
@@ -133,11 +186,18 @@ def pairs(
     **how, # for `op`
 )->list: # of perturbations: each gene alone, then the pairs
     "Pairs, and each gene alone; raises `GeneformerError`"
-    if with_ is not None: return [each(genes, op, **how), op(with_, **how), each(genes, op, **how) + op(with_, **how)]
-    if isinstance(genes, str) or len(set(genes)) < 2: raise GeneformerError(
-        f"All pairs of {genes!r}: name two genes or more, or one to pair the others with (with_=…); a cell of 2,000 genes has two million pairs.")
+    if with_ is not None:
+        return [each(genes, op, **how), op(with_, **how), each(genes, op, **how) + op(with_, **how)]
+    if isinstance(genes, str) or len(set(genes)) < 2:
+        raise GeneformerError(
+            f"All pairs of {genes!r}: name two genes or more, or one to pair the others with "
+            "(with_=…); a cell of 2,000 genes has two million pairs."
+        )
     genes = list(dict.fromkeys(genes))
-    return [each(genes, op, **how), *(op(a, **how) + op(b, **how) for a, b in combinations(genes, 2))]
+    return [
+        each(genes, op, **how),
+        *(op(a, **how) + op(b, **how) for a, b in combinations(genes, 2)),
+    ]
 
 # %% ../../nbs/30_perturb.ipynb #67c1315b
 class ActionPlan:
@@ -146,26 +206,41 @@ class ActionPlan:
         actions, # perturbations, or lists of them
         vocabulary, # names the genes
     ):
-        def flat(w): return [p for x in w for p in flat(x)] if isinstance(w, (list, tuple)) and not isinstance(w, Perturbation) else [w]
+        def flat(w):
+            return (
+                [p for x in w for p in flat(x)]
+                if isinstance(w, (list, tuple)) and not isinstance(w, Perturbation)
+                else [w]
+            )
         self.actions, self.vocabulary = flat(actions), vocabulary
-        if not self.actions: raise GeneformerError("There is nothing to do: the list of actions is empty. Write KO('GENE'), each(), or a list of those.")
+        if not self.actions:
+            raise GeneformerError(
+                "There is nothing to do: the list of actions is empty. Write KO('GENE'), each(), "
+                "or a list of those."
+            )
         self.parts = [self.resolve(w) for w in self.actions]
 
     def resolve(self, w):
         "(ops in tokens, tokens of `each` or its word)"
         v, form = self.vocabulary, w.form if isinstance(w, Each) else _as_perturbation(w)
-        if form is w and any(o.gene == '*' for o in w.ops): raise GeneformerError(f"{w}: '*' stands for each gene in turn; write each(…).")
+        if form is w and any(o.gene == '*' for o in w.ops):
+            raise GeneformerError(f"{w}: '*' stands for each gene in turn; write each(…).")
         names = [o.gene for o in form.ops if o.gene != '*']
         tokens = v.token(names).tolist() if names else []
         room = v.max_len - 2*v.cls - 1
         if len(set(tokens)) < len(tokens): raise GeneformerError(f"{w} names one gene twice.")
-        if len(form.ops) > room: raise GeneformerError(f"{len(form.ops)} genes at once leave no room for others in a cell of {v.max_len} tokens.")
+        if len(form.ops) > room:
+            raise GeneformerError(
+                f"{len(form.ops)} genes at once leave no room for others in a cell of {v.max_len} "
+                "tokens."
+            )
         it = iter(tokens)
         ops = [(o.act, None if o.gene == '*' else next(it), o.how, o.drug) for o in form.ops]
         return ops, self.genes_of(w)
 
     def genes_of(self, w):
-        "Tokens that `each` goes through: an array, the word detected, or None for a single perturbation"
+        """Tokens that `each` goes through: an array, the word detected, or None for a single
+        perturbation"""
         if not isinstance(w, Each): return None
         if w.genes == 'detected': return w.genes
         names = self.vocabulary.genes if w.genes == 'vocabulary' else w.genes
@@ -175,13 +250,17 @@ class ActionPlan:
         "Kind, perturbation and gene_id, as in the table"
         v, (i, token) = self.vocabulary, divmod(int(label), self.vocabulary.n_tokens)
         w, (ops, _) = self.actions[i], self.parts[i]
-        form, of = w.form if isinstance(w, Each) else w, [token if t is None else t for _, t, *_ in ops]
+        form, of = (
+            w.form if isinstance(w, Each) else w,
+            [token if t is None else t for _, t, *_ in ops],
+        )
         said = Perturbation(tuple(o._replace(gene=v.unique_name(t)) for o, t in zip(form.ops, of)))
         return form.kind, repr(said), '+'.join(v.gene(t) for t in of)
 
 # %% ../../nbs/30_perturb.ipynb #ba081a52
 from fastcore.basics import patch
 
+# %% ../../nbs/30_perturb.ipynb #957312ce
 @patch
 def forms(self:ActionPlan,
     cells:Cells, # to perturb
@@ -196,21 +275,40 @@ def forms(self:ActionPlan,
         if genes is not None and len(ops) == 1 and not drug and (act == 'KO' or act == 'OE' and isinstance(genes, str)):
             mine = at if isinstance(genes, str) else at[np.isin(x[at], genes)]
             if act == 'OE': mine = mine[mine != front]
-            if len(mine): yield singles(x, f'{act} {how}'.strip(), mine, label + x[mine].astype(np.int64), c, cells.special)
+            if len(mine):
+                yield singles(
+                    x,
+                    f'{act} {how}'.strip(),
+                    mine,
+                    label + x[mine].astype(np.int64),
+                    c,
+                    cells.special,
+                )
             continue
         for g in [None] if genes is None else x[at] if isinstance(genes, str) else genes:
             done = [(a, int(g) if t is None else t, h, d) for a, t, h, d in ops]
             these = [o[:3] for o in done if not o[3] or o[0] == 'OE' or o[1] in x]
-            idle = {d for *_, d in done} - {d for a, t, _, d in done if not d or a == 'OE' or t in x}
+            idle = {d for *_, d in done} - {
+                d for a, t, _, d in done if not d or a == 'OE' or t in x
+            }
             if idle or len({t for _, t, _ in these}) < len(these): continue
-            made = arrange(x, these, cells.special, v.max_len, cell=c, label=label + (0 if g is None else int(g)))
+            made = arrange(
+                x,
+                these,
+                cells.special,
+                v.max_len,
+                cell=c,
+                label=label + (0 if g is None else int(g)),
+            )
             if made is not None: yield made
 
 # %% ../../nbs/30_perturb.ipynb #a0c27feb
 @patch
-def table(self:ActionPlan, parts, columns): # dicts of columns, and the names of those that were read
+def table(self:ActionPlan, parts, columns): # dicts of columns, and the names of those that were
+# read
     "One row a cell and perturbation"
-    def join(k, kind=float): return np.concatenate([p[k] for p in parts]) if parts else np.zeros(0, kind)
+    def join(k, kind=float):
+        return np.concatenate([p[k] for p in parts]) if parts else np.zeros(0, kind)
     label, code = np.unique(join('label', np.int64), return_inverse=True)
     words = np.array([self.words(n) for n in label], dtype=object).reshape(-1, 3)
     out = {'cell': join('cell', np.int64)}
@@ -220,34 +318,61 @@ def table(self:ActionPlan, parts, columns): # dicts of columns, and the names of
     return pd.DataFrame(out | {k: join(k) for k in ('rank', 'cosine', *columns)})
 
 @patch
-def gene_table(self:ActionPlan, parts, rows): # (cosine, form, token) of each batch, and the forms of each
+def gene_table(self:ActionPlan, parts, rows): # (cosine, form, token) of each batch, and the forms
+# of each
     "One row for each remaining gene of each perturbed cell"
     start = np.concatenate([[0], np.cumsum(rows)])
-    got = [np.concatenate(x) for x in zip(*[(f + s, t, c) for (c, f, t), s in zip(parts, start)])] if parts else [np.zeros(0)]*3
+    got = (
+        [np.concatenate(x) for x in zip(*[(f + s, t, c) for (c, f, t), s in zip(parts, start)])]
+        if parts
+        else [np.zeros(0)] * 3
+    )
     return pd.DataFrame(dict(zip(('row', 'affected', 'cosine'), got)))
 
 # %% ../../nbs/30_perturb.ipynb #ff15f055
 def layer_and_pool(model, layer, pool):
     "Layer and pooling to read a model at: those asked for, or the usual ones"
-    return layer if layer is not None else model.read_layer, model.read_pool if model.parts and pool is None else pool
+    return (
+        layer if layer is not None else model.read_layer,
+        model.read_pool if model.parts and pool is None else pool,
+    )
 
+# %% ../../nbs/30_perturb.ipynb #53f8aebf
 def make_engine(model, cells, states, layer, pool, affected, dtype):
     "What was asked of the model, checked"
-    if not isinstance(model, Reader): raise GeneformerError(f"model is a Geneformer, or what finetune returned, not {type(model).__name__}.")
+    if not isinstance(model, Reader):
+        raise GeneformerError(
+            f"model is a Geneformer, or what finetune returned, not {type(model).__name__}."
+        )
     encoder, tuned = model.encoder, model is not model.encoder
-    if model.read_pool is None: raise GeneformerError(f"A {type(model).__name__} gives no one answer a cell: pass its .encoder.")
+    if model.read_pool is None:
+        raise GeneformerError(
+            f"A {type(model).__name__} gives no one answer a cell: pass its .encoder."
+        )
     need_cells(cells).check_vocabulary(encoder.vocabulary)
     layer, pool = layer_and_pool(model, layer, pool)
-    if tuned and (encoder.n_run(layer) != encoder.config.num_hidden_layers or pool != model.pool): raise GeneformerError(
-        f"A fine-tuned model is read at its last layer and its own pooling ({model.pool}): leave layer and pool out, or pass its .encoder.")
-    if isinstance(affected, bool) is False and (not isinstance(affected, (int, np.integer)) or affected < 1): raise GeneformerError(
-        f"affected={affected!r} is True for the cosine of every remaining gene, or the number of the most changed ones to keep.")
+    if tuned and (encoder.n_run(layer) != encoder.config.num_hidden_layers or pool != model.pool):
+        raise GeneformerError(
+            f"A fine-tuned model is read at its last layer and its own pooling ({model.pool}): "
+            "leave layer and pool out, or pass its .encoder."
+        )
+    if isinstance(affected, bool) is False and (not isinstance(affected, (int, np.integer)) or affected < 1):
+        raise GeneformerError(
+            f"affected={affected!r} is True for the cosine of every remaining gene, or the number "
+            "of the most changed ones to keep."
+        )
     if states is not None and not isinstance(states, dict):
-        raise GeneformerError("states is a dict of vectors by name: make it with state_embeddings(cells, model, label).")
+        raise GeneformerError(
+            "states is a dict of vectors by name: make it with state_embeddings(cells, model, "
+            "label)."
+        )
     for name, s in (states or {}).items():
         if np.shape(s) != (encoder.config.hidden_size,) or not np.isfinite(s).all():
-            raise GeneformerError(f"The embedding of state {name!r} is no finite vector of {encoder.config.hidden_size} numbers: "
-                                  "make it with state_embeddings, same model and layer.")
+            raise GeneformerError(
+                f"The embedding of state {name!r} is no finite vector of "
+                f"{encoder.config.hidden_size} numbers: "
+                "make it with state_embeddings, same model and layer."
+            )
     return Engine(model, cells, pool, layer, states, affected, dtype)
 
 # %% ../../nbs/30_perturb.ipynb #854ca0a8
@@ -262,7 +387,9 @@ def with_obs(
     obs:pd.DataFrame, # of the cells that were given, in their order
 )->Shifts: # with the column barcode, and `.obs`
     "A table of shifts that knows its cells"
-    barcodes = pd.Categorical.from_codes(*_codes(np.asarray(obs.index).astype(str), table['cell'].to_numpy()))
+    barcodes = pd.Categorical.from_codes(
+        *_codes(np.asarray(obs.index).astype(str), table['cell'].to_numpy())
+    )
     out = Shifts(table.drop(columns='barcode', errors='ignore'))
     out.insert(1, 'barcode', barcodes)
     out.obs = obs
@@ -284,28 +411,44 @@ def joined_shifts(
 def perturb(
     model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers are then read too
     cells:Cells, # tokenized with the model's vocabulary
-    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, sums of them, `each(…)`, `pairs(…)`, `drug(…)`, or a list of those
+    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, sums of them, `each(…)`, `pairs(…)`, `drug(…)`, or a
+    # list of those
     *,
-    where:dict=None, # {obs column: value or values}: only these cells (official `filter_data`); None takes all
+    where:dict=None, # {obs column: value or values}: only these cells (official `filter_data`);
+    # None takes all
     states:dict=None, # {state: vector (d,)} to measure shifts towards
-    layer=None, # as in `Geneformer.n_run`; None: "second_to_last", and "last" for a fine-tuned model
+    layer=None, # as in `Geneformer.n_run`; None: "second_to_last", and "last" for a fine-tuned
+    # model
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
-    affected=False, # True also returns the cosine of every remaining gene; a number, of so many that changed most
+    affected=False, # True also returns the cosine of every remaining gene; a number, of so many
+    # that changed most
     budget:int=None, # tokens of a batch; None as `fit_budget` says
     dtype=None, # "bfloat16" computes in half precision: see below before using it
     show:bool=None, # progress bar; None shows it outside of tests
-)->Shifts: # cell, barcode, kind, perturbation, gene_id, rank (of its first gene; -1: not there), cosine, shift_<state> (positive:
-   # towards it), shift_p(<class>) (change of its probability); with `affected` also a table (row, affected, cosine)
-    "Perturb cells and measure where they go (official `InSilicoPerturber`); raises `VocabularyError`, `GeneformerError`"
+)->Shifts: # cell, barcode, kind, perturbation, gene_id, rank (of its first gene; -1: not there),
+# cosine, shift_<state> (positive:
+   # towards it), shift_p(<class>) (change of its probability); with `affected` also a table (row,
+   # affected, cosine)
+    """Perturb cells and measure where they go (official `InSilicoPerturber`); raises
+    `VocabularyError`, `GeneformerError`"""
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
     if budget is not None: check_positive(budget=budget)
     plan, parts, effects = ActionPlan([actions], engine.encoder.vocabulary), [], []
     rows = pick_cells(cells.obs, where)
-    forms = (f for c in progress(rows, 'perturbing', unit='cells', show=show) for f in plan.forms(cells, c))
+    forms = (
+        f
+        for c in progress(rows, 'perturbing', unit='cells', show=show)
+        for f in plan.forms(cells, c)
+    )
     for batch in packed(forms, budget or fit_budget(model)):
         for columns, of_genes in engine.run(batch):
             parts.append(columns)
             effects.append(of_genes)
-    if not parts: raise GeneformerError(f"Nothing to perturb: none of the {len(rows)} cells has the genes of {actions}.")
+    if not parts:
+        raise GeneformerError(
+            f"Nothing to perturb: none of the {len(rows)} cells has the genes of {actions}."
+        )
     table = with_obs(plan.table(parts, engine.columns), cells.obs)
-    return (table, plan.gene_table(effects, [len(p['label']) for p in parts])) if affected else table
+    return (
+        (table, plan.gene_table(effects, [len(p['label']) for p in parts])) if affected else table
+    )

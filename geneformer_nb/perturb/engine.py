@@ -40,6 +40,7 @@ class Variants:
         if self.single: part['single'] = self.single[0], self.single[1][lo:hi]
         return Variants(**part)
 
+# %% ../../nbs/30a_engine.ipynb #d7b79ac7
 def singles(
     tokens, # of one cell
     act:str, # "KO", "KO hold" or "OE"
@@ -51,25 +52,42 @@ def singles(
     "All forms of a cell in which one gene is perturbed"
     front, at, n = int(special), np.asarray(at), len(tokens)
     j, p = np.arange(n - (act != 'OE')), at[:, None]
-    src = np.where(j == front, p, np.where((j > front) & (j <= p), j - 1, j + 0*p)) if act == 'OE' else j + (j >= p)
+    src = (
+        np.where(j == front, p, np.where((j > front) & (j <= p), j - 1, j + 0 * p))
+        if act == 'OE'
+        else j + (j >= p)
+    )
     moved = np.broadcast_to((j == front) & (act == 'OE'), src.shape)
     positions = src if act == 'KO hold' else np.broadcast_to(j, src.shape)
     v = len(at)
-    return Variants(cell, src.ravel(), tokens[src].ravel(), np.full(v, src.shape[1]), moved.ravel(), np.asarray(label), at - front, np.zeros(v, int),
-                    positions.ravel(), (act, at))
+    return Variants(
+        cell,
+        src.ravel(),
+        tokens[src].ravel(),
+        np.full(v, src.shape[1]),
+        moved.ravel(),
+        np.asarray(label),
+        at - front,
+        np.zeros(v, int),
+        positions.ravel(),
+        (act, at),
+    )
 
 # %% ../../nbs/30a_engine.ipynb #3b4fdf7a
 def _target(how, p, n):
     "The rank a gene of rank p among n goes to"
     word, _, x = how.partition('=')
     x = float(x)
-    if word != 'quartiles': return max(0, p - round(x*n)) if word == 'up' else min(n - 1, p + round(x*n))
+    if word != 'quartiles':
+        return max(0, p - round(x*n)) if word == 'up' else min(n - 1, p + round(x*n))
     q = 4*p//n - int(x)
     return 0 if q < 0 else n - 1 if q > 3 else int((q + .5)*n/4)
 
+# %% ../../nbs/30a_engine.ipynb #41a887c4
 def arrange(
     tokens, # of one cell
-    ops, # (act, token, how) of each gene: act "KO", "OE" or "Dose"; how "hold" for KO, "up=.5", "down=.5" or "quartiles=1" for Dose
+    ops, # (act, token, how) of each gene: act "KO", "OE" or "Dose"; how "hold" for KO, "up=.5",
+    # "down=.5" or "quartiles=1" for Dose
     special:bool=False, # does the cell begin with <cls> and end with <eos>?
     max_len:int=None, # longest cell; None sets no limit
     **where, # cell and label for the answer
@@ -78,10 +96,14 @@ def arrange(
     front, named = int(special), [t for _, t, _ in ops]
     genes = tokens[front:len(tokens) - front]
     place, n = {t: i for i, t in enumerate(genes.tolist())}, len(genes)
-    if any(a != 'OE' and t not in place for a, t, _ in ops) or not set(place) - set(named): return None
+    if any(a != 'OE' and t not in place for a, t, _ in ops) or not set(place) - set(named):
+        return None
     lead = [t for a, t, _ in ops if a == 'OE']
     new = [t for t in lead if t not in place]
-    ids, src = np.concatenate([genes, new]).astype(np.int32), np.concatenate([np.arange(n) + front, np.full(len(new), -1)]).astype(int)
+    ids, src = (
+        np.concatenate([genes, new]).astype(np.int32),
+        np.concatenate([np.arange(n) + front, np.full(len(new), -1)]).astype(int),
+    )
     key = dict(zip(ids.tolist(), np.arange(len(ids), dtype=float)))
     key |= {t: i - len(lead) for i, t in enumerate(lead)}
     for a, t, how in ops:
@@ -95,9 +117,21 @@ def arrange(
     src, told, ids = src[order][stay], told[stay], ids[order][stay]
     if special:
         told = np.concatenate([[0], told, [front + len(order)]])
-        src, ids = np.concatenate([[0], src, [len(tokens) - 1]]), np.concatenate([tokens[:1], ids, tokens[-1:]])
-    return Variants(where.get('cell', 0), src, ids, np.array([len(ids)]), np.isin(ids, named), np.array([where.get('label', 0)]),
-                    np.array([place.get(named[0], -1)]), np.array([cut]), told)
+        src, ids = (
+            np.concatenate([[0], src, [len(tokens) - 1]]),
+            np.concatenate([tokens[:1], ids, tokens[-1:]]),
+        )
+    return Variants(
+        where.get('cell', 0),
+        src,
+        ids,
+        np.array([len(ids)]),
+        np.isin(ids, named),
+        np.array([where.get('label', 0)]),
+        np.array([place.get(named[0], -1)]),
+        np.array([cut]),
+        told,
+    )
 
 # %% ../../nbs/30a_engine.ipynb #ad9ce3c6
 def packed(
@@ -110,21 +144,31 @@ def packed(
         while len(v):
             ends = np.cumsum(v.lengths)
             k = int(np.searchsorted(ends, budget - size, 'right'))
-            if not k and size: yield batch; batch, size = [], 0; continue
+            if not k and size:
+                yield batch
+                batch, size = [], 0
+                continue
             k = max(k, 1)
-            batch.append(v[:k]); size += int(ends[k - 1]); v = v[k:]
+            batch.append(v[:k])
+            size += int(ends[k - 1])
+            v = v[k:]
     if batch: yield batch
 
 # %% ../../nbs/30a_engine.ipynb #eb772261
 def _heads(block, x, *names):
     "What a layer makes of some tokens for its attention, of query, key and value (heads, t, e)"
     a = block.attention.self
-    return [getattr(a, name)(x).unflatten(-1, (a.num_attention_heads, -1)).transpose(0, 1) for name in names]
+    return [
+        getattr(a, name)(x).unflatten(-1, (a.num_attention_heads, -1)).transpose(0, 1)
+        for name in names
+    ]
 
 def _shared(q, k, v, lo, hi, n, at):
-    "Attention of all forms that lack one place of `at`: (forms, n - 1, d), and the row of `q` each token stands for"
+    """Attention of all forms that lack one place of `at`: (forms, n - 1, d), and the row of `q`
+    each token stands for"""
     span, dev = hi - lo, q.device
-    w = (q * q.shape[-1]**-.5) @ k.transpose(1, 2)  # h, n + span, n + span; rows and columns: before (0..hi), then after (lo..n)
+    # h, n + span, n + span; rows and columns: before (0..hi), then after (lo..n)
+    w = (q * q.shape[-1]**-.5) @ k.transpose(1, 2)
     w = w.sub_(w.amax(-1, keepdim=True)).exp_()
     v1 = F.pad(v, (0, 1), value=1.)  # the sum of weights comes as one more number
     rest = w[..., :lo] @ v1[:, :lo] + w[..., hi + span:] @ v1[:, hi + span:]
@@ -138,12 +182,14 @@ def _shared(q, k, v, lo, hi, n, at):
     o, total = o[..., :-1], o[..., -1:]
     return (o / total).permute(1, 2, 0, 3).flatten(2), row, total
 
+# %% ../../nbs/30a_engine.ipynb #11281a53
 def first_layer(
     model:Geneformer, # the encoder
     tokens, # of the unperturbed cell (n,)
     act:str, # "KO" or "KO hold"
     at, # deleted places, ascending
-): # (t, d), every token of every form after the first layer; None where the shared way does not serve
+): # (t, d), every token of every form after the first layer; None where the shared way does not
+# serve
     "The first layer of all forms of a cell that lack one gene"
     at, n, dev = np.asarray(at), len(tokens), model.device
     lo, hi = int(at[0]), int(at[-1]) + 1
@@ -151,11 +197,15 @@ def first_layer(
     place = np.concatenate([np.arange(hi), np.arange(lo, n)])  # before, after
     told = place - (np.arange(len(place)) >= hi)*(act == 'KO')
     bert = model.hf.base_model
-    ids, told = (torch.as_tensor(y, device=dev).long()[None] for y in (np.asarray(tokens)[place], told.clip(0)))
+    ids, told = (
+        torch.as_tensor(y, device=dev).long()[None]
+        for y in (np.asarray(tokens)[place], told.clip(0))
+    )
     x, block = bert.embeddings(input_ids=ids, position_ids=told)[0], bert.encoder.layer[0]
     with fast_matmul(dev):
         o, row, total = _shared(*_heads(block, x, 'query', 'key', 'value'), lo, hi, n, at)
-        if (total < 1e-30).any(): return None  # the deleted gene had all the attention: nothing left to divide by
+        if (total < 1e-30).any():
+            return None  # the deleted gene had all the attention: nothing left to divide by
         y = block.attention.output(o.flatten(0, 1), x[row.flatten()])
         return block.output(block.intermediate(y), y)
 
@@ -168,10 +218,21 @@ def first_tokens(
     "The first token of each cell after a layer"
     first = x[torch.as_tensor(np.asarray(offsets)[:-1], device=x.device)]
     with fast_matmul(x.device):
-        (q,), (k, v), parts, done = _heads(block, first, 'query'), _heads(block, x, 'key', 'value'), [], 0
+        (q,), (k, v), parts, done = (
+            _heads(block, first, 'query'),
+            _heads(block, x, 'key', 'value'),
+            [],
+            0,
+        )
         for s, b, n in length_groups(offsets):
-            kk, vv = (y[:, s:s + b*n].unflatten(1, (b, n)).transpose(0, 1) for y in (k, v))  # b h n e
-            parts.append(F.scaled_dot_product_attention(q[:, done:done + b].transpose(0, 1)[:, :, None], kk, vv)[:, :, 0].flatten(1)); done += b
+            # b h n e
+            kk, vv = (y[:, s:s + b*n].unflatten(1, (b, n)).transpose(0, 1) for y in (k, v))
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q[:, done : done + b].transpose(0, 1)[:, :, None], kk, vv
+                )[:, :, 0].flatten(1)
+            )
+            done += b
         y = block.attention.output(torch.cat(parts), first)
         return block.output(block.intermediate(y), y)
 
@@ -194,13 +255,22 @@ class Engine:
         pool:str=None, # as in `Geneformer.pooling`
         layer='second_to_last', # as in `Geneformer.n_run`
         states:dict=None, # {state: vector (d,)}
-        affected=False, # True: also the cosine of each remaining gene; a number: of so many that changed most
+        affected=False, # True: also the cosine of each remaining gene; a number: of so many that
+        # changed most
         dtype=None, # "bfloat16" computes in half precision
     ):
         self.model, self.encoder = model, model.encoder
         self.pool = model.read_pool if model is not self.encoder else self.encoder.pooling(pool)
-        self.cells, self.layer, self.affected, self.dtype = cells, layer, affected, pick_dtype(dtype)
-        self.states = {k: F.normalize(torch.as_tensor(s, dtype=torch.float64).cpu(), dim=0) for k, s in (states or {}).items()}
+        self.cells, self.layer, self.affected, self.dtype = (
+            cells,
+            layer,
+            affected,
+            pick_dtype(dtype),
+        )
+        self.states = {
+            k: F.normalize(torch.as_tensor(s, dtype=torch.float64).cpu(), dim=0)
+            for k, s in (states or {}).items()
+        }
         self.depth, self.seen = self.encoder.n_run(layer), {}
         self.answers = [f'shift_{name}' for name in model.answers]
         self.columns = [f'shift_{s}' for s in self.states] + self.answers
@@ -210,7 +280,8 @@ class Engine:
         return self.encoder.hidden(tokens, offsets, layer=self.layer, **kw)
 
     def read(self, x, offsets):
-        "Unit cell vectors, and answers of the head, in double precision on the processor (not every device knows it)"
+        """Unit cell vectors, and answers of the head, in double precision on the processor (not
+        every device knows it)"""
         vectors, answers = self.model.read(x, offsets, self.pool)
         return F.normalize(vectors.cpu().double(), dim=-1), answers
 
@@ -218,7 +289,8 @@ class Engine:
 from fastcore.basics import patch
 
 @patch
-def before(self:Engine, keys): # (cell, tokens cut from its end) of each cell a batch is compared with
+def before(self:Engine, keys): # (cell, tokens cut from its end) of each cell a batch is compared
+# with
     "What the unperturbed cells look like"
     special, new = self.cells.special, [k for k in keys if k not in self.seen]
     def cropped(c, cut):
@@ -232,9 +304,14 @@ def before(self:Engine, keys): # (cell, tokens cut from its end) of each cell a 
         vec, said = self.read(x, off)
         unit = _unit(x) if self.affected or self.pool == 'mean' else None
         for i, k in enumerate(new):
-            self.seen[k] = Before(None if unit is None else unit[off[i]:off[i+1]], vec[i], None if said is None else said[i])
+            self.seen[k] = Before(
+                None if unit is None else unit[off[i] : off[i + 1]],
+                vec[i],
+                None if said is None else said[i],
+            )
     return [self.seen[k] for k in keys]
 
+# %% ../../nbs/30a_engine.ipynb #abf7b104
 @patch
 def after(self:Engine, batch, offsets): # `Variants`, and where each of their forms begins
     "Vectors of the perturbed cells and where each begins; what need not be computed is not"
@@ -242,11 +319,20 @@ def after(self:Engine, batch, offsets): # `Variants`, and where each of their fo
     if len(batch) == 1 and self.depth and v.single and v.single[0] != 'OE' and len(v) > 1:
         x = first_layer(self.encoder, self.cells[v.cell].tokens, *v.single)
         below = None if x is None else (1, x)
-    tokens, positions = (np.concatenate([getattr(v, k) for v in batch]) for k in ('tokens', 'positions'))
-    if self.pool != 'cls' or self.affected or not self.depth: return self.hidden(tokens, offsets, positions=positions, below=below), offsets
+    tokens, positions = (
+        np.concatenate([getattr(v, k) for v in batch]) for k in ('tokens', 'positions')
+    )
+    if self.pool != 'cls' or self.affected or not self.depth:
+        return self.hidden(tokens, offsets, positions=positions, below=below), offsets
     depth = self.depth - 1 - self.encoder.config.num_hidden_layers  # as `layer` says it
-    x = below[1] if below and self.depth == 1 else self.encoder.hidden(tokens, offsets, positions=positions, below=below, layer=depth)
-    return first_tokens(self.encoder.hf.base_model.encoder.layer[self.depth - 1], x, offsets), np.arange(len(offsets))
+    x = (
+        below[1]
+        if below and self.depth == 1
+        else self.encoder.hidden(tokens, offsets, positions=positions, below=below, layer=depth)
+    )
+    return first_tokens(
+        self.encoder.hf.base_model.encoder.layer[self.depth - 1], x, offsets
+    ), np.arange(len(offsets))
 
 # %% ../../nbs/30a_engine.ipynb #7bcf1472
 @patch
@@ -254,7 +340,12 @@ def effects(self:Engine, batch): # `Variants`
     "Columns of one batch, and (cosine, form, token) of the genes that remain"
     keys, own = {}, []
     for v in batch: own += [keys.setdefault((v.cell, int(c)), len(keys)) for c in v.cut]
-    was, own, special, dev = self.before(list(keys)), np.array(own), self.cells.special, self.encoder.device
+    was, own, special, dev = (
+        self.before(list(keys)),
+        np.array(own),
+        self.cells.special,
+        self.encoder.device,
+    )
     lengths = np.concatenate([v.lengths for v in batch])
     off, n = np.concatenate([[0], np.cumsum(lengths)]), len(lengths)
     x, ends = self.after(batch, off)
@@ -266,41 +357,73 @@ def effects(self:Engine, batch): # `Variants`
         inside = (src >= 0) & ~moved
         if special: inside[off[:-1]] = inside[off[1:] - 1] = False
         seg = np.repeat(np.arange(n), lengths)[inside]
-        here, ours = (torch.as_tensor(y, device=dev) for y in (src[inside] + start[own[seg]], np.flatnonzero(inside)))
-        far = torch.cat([b.tokens for b in was])[here] - (_unit(x) if inside.all() else _unit(x[ours]))
-        cos = 1 - far.square().sum(-1).cpu().numpy().astype(float)/2  # of unit vectors; a sum of fast_matmul would round near 1
-        if self.affected: per_gene = self.strongest(cos, seg, np.concatenate([v.tokens for v in batch])[inside])
-    out['cosine'] = np.bincount(seg, cos, n)/np.bincount(seg, minlength=n) if self.pool == 'mean' else (u0 * u1).sum(-1).numpy()
+        here, ours = (
+            torch.as_tensor(y, device=dev)
+            for y in (src[inside] + start[own[seg]], np.flatnonzero(inside))
+        )
+        far = torch.cat([b.tokens for b in was])[here] - (
+            _unit(x) if inside.all() else _unit(x[ours])
+        )
+        # of unit vectors; a sum of fast_matmul would round near 1
+        cos = 1 - far.square().sum(-1).cpu().numpy().astype(float)/2
+        if self.affected:
+            per_gene = self.strongest(cos, seg, np.concatenate([v.tokens for v in batch])[inside])
+    out['cosine'] = (
+        np.bincount(seg, cos, n) / np.bincount(seg, minlength=n)
+        if self.pool == 'mean'
+        else (u0 * u1).sum(-1).numpy()
+    )
     for k, s in self.states.items(): out[f'shift_{k}'] = (u1 @ s - u0 @ s).numpy()
-    if said is not None: out |= dict(zip(self.answers, (said - torch.stack([b.answer for b in was])[own]).numpy().T))
-    out |= dict(cell=np.repeat([v.cell for v in batch], [len(v) for v in batch]), rank=np.concatenate([v.rank for v in batch]),
-                label=np.concatenate([v.label for v in batch]))
+    if said is not None:
+        out |= dict(zip(self.answers, (said - torch.stack([b.answer for b in was])[own]).numpy().T))
+    out |= dict(
+        cell=np.repeat([v.cell for v in batch], [len(v) for v in batch]),
+        rank=np.concatenate([v.rank for v in batch]),
+        label=np.concatenate([v.label for v in batch]),
+    )
     return out, per_gene
 
+# %% ../../nbs/30a_engine.ipynb #77aebece
 @patch
 def strongest(self:Engine, cos, form, token): # flat
     "The genes to report: all, or those that changed most in each form"
     if self.affected is True: return cos, form, token
     order = np.lexsort((token, cos, form))
-    place = np.arange(len(form)) - np.searchsorted(form, form)  # forms are in order, so places within a form count up
+    # forms are in order, so places within a form count up
+    place = np.arange(len(form)) - np.searchsorted(form, form)
     order = order[place < self.affected]
     return cos[order], form[order], token[order]
 
 # %% ../../nbs/30a_engine.ipynb #9743dfa8
-def _no_memory(e): return isinstance(e, torch.OutOfMemoryError) or 'allocate memory' in str(e) or 'not enough memory' in str(e)
+def _no_memory(e):
+    return (
+        isinstance(e, torch.OutOfMemoryError)
+        or 'allocate memory' in str(e)
+        or 'not enough memory' in str(e)
+    )
 
 @patch
 def run(self:Engine, batch): # `Variants`
-    "Effects of a batch, in halves where memory does not hold it; raises `GeneformerError` where one cell does not fit"
+    """Effects of a batch, in halves where memory does not hold it; raises `GeneformerError` where
+    one cell does not fit"""
     try:
-        with torch.inference_mode(), torch.autocast(self.encoder.device.type, self.dtype, enabled=self.dtype != torch.float32): return [self.effects(batch)]
+        with torch.inference_mode(), torch.autocast(self.encoder.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return [self.effects(batch)]
     except RuntimeError as e:
         if not _no_memory(e): raise
     forms = [len(v) for v in batch]
     half = sum(forms)//2
-    if not half: raise GeneformerError(f"One cell of {batch[0].lengths[0]:,} tokens does not fit in the memory of {self.encoder.device}: "
-                                       "use device='cpu', dtype='bfloat16', or a smaller model.")
-    warnings.warn(f"A batch of {sum(forms):,} perturbed cells did not fit in memory and was halved: a smaller budget avoids that.", stacklevel=2)
+    if not half:
+        raise GeneformerError(
+            f"One cell of {batch[0].lengths[0]:,} tokens does not fit in the memory of "
+            f"{self.encoder.device}: "
+            "use device='cpu', dtype='bfloat16', or a smaller model."
+        )
+    warnings.warn(
+        f"A batch of {sum(forms):,} perturbed cells did not fit in memory and was halved: a "
+        "smaller budget avoids that.",
+        stacklevel=2,
+    )
     first, second = [], []
     for v, start in zip(batch, np.cumsum([0] + forms)):
         k = int(np.clip(half - start, 0, len(v)))
@@ -316,6 +439,7 @@ def fit_budget(
     encoder = model.encoder
     if encoder.device.type != 'cuda': return 16_384
     c = encoder.config
-    per_token = 4*(8*c.hidden_size + 2*c.intermediate_size)  # float32: what a layer holds at once, residual, queries, feed-forward
+    # float32: what a layer holds at once, residual, queries, feed-forward
+    per_token = 4*(8*c.hidden_size + 2*c.intermediate_size)
     free, _ = torch.cuda.mem_get_info(encoder.device)
     return 1 << int(np.clip(np.log2(.5*free/per_token), 13, 20))

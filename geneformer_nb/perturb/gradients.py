@@ -11,14 +11,24 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from ..data.cells import Cells
 from ..core import GeneformerError, progress
 from ..model.embed import pick_cells
-from .actions import KO, ActionPlan, joined_shifts, make_engine, with_obs, each, perturb
+from geneformer_nb.perturb.actions import (
+    KO,
+    ActionPlan,
+    joined_shifts,
+    make_engine,
+    with_obs,
+    each,
+    perturb,
+)
 
 # %% ../../nbs/30b_gradients.ipynb #3d2fa4cf
 @contextmanager
 def _rank_vectors(model):
     "Catch the rank embeddings of a pass, as a leaf to differentiate by"
     caught = []
-    def catch(module, args, out): caught.append(out.detach().requires_grad_()); return caught[0]
+    def catch(module, args, out):
+        caught.append(out.detach().requires_grad_())
+        return caught[0]
     hook = model.hf.base_model.embeddings.position_embeddings.register_forward_hook(catch)
     try: yield caught
     finally: hook.remove()
@@ -31,24 +41,37 @@ def _gated(engine, h, gate): # (a, n, d), (a, n)
     elif special: gate = F.pad(gate[:, 1:-1], (1, 1))
     return (h*gate[..., None]).sum(1) / gate.sum(1, keepdim=True)
 
+# %% ../../nbs/30b_gradients.ipynb #a553c205
 def _slopes(engine, x, positions): # tokens (n,), places told to them (a, n)
-    "What is read in each of `a` states of a cell (a, r), and its slopes by rank vector (r, a, n, d) and by presence (r, a, n)"
+    """What is read in each of `a` states of a cell (a, r), and its slopes by rank vector (r, a, n,
+    d) and by presence (r, a, n)"""
     a, n = positions.shape
     gate = torch.ones(a, n, device=engine.encoder.device, requires_grad=True)
     with torch.enable_grad(), _rank_vectors(engine.encoder) as caught:
-        h = engine.hidden(np.tile(x, a), np.arange(a + 1)*n, positions=positions.ravel(), gate=gate.flatten())
+        h = engine.hidden(
+            np.tile(x, a), np.arange(a + 1) * n, positions=positions.ravel(), gate=gate.flatten()
+        )
         vec = _gated(engine, h.view(a, n, -1), gate)
         u = F.normalize(vec.cpu().double(), dim=-1)
         read = [u @ s for s in engine.states.values()]
-        if engine.answers: read += engine.model.task.link(engine.model.head(vec).cpu().double()).unbind(-1)
-        got = [torch.autograd.grad(f.sum(), [caught[0], gate], retain_graph=i < len(read) - 1) for i, f in enumerate(read)]
-    return torch.stack(read, -1).detach(), torch.stack([g[0].view(a, n, -1) for g, _ in got]), torch.stack([g for _, g in got]).cpu().double()
+        if engine.answers:
+            read += engine.model.task.link(engine.model.head(vec).cpu().double()).unbind(-1)
+        got = [
+            torch.autograd.grad(f.sum(), [caught[0], gate], retain_graph=i < len(read) - 1)
+            for i, f in enumerate(read)
+        ]
+    return (
+        torch.stack(read, -1).detach(),
+        torch.stack([g[0].view(a, n, -1) for g, _ in got]),
+        torch.stack([g for _, g in got]).cpu().double(),
+    )
 
 # %% ../../nbs/30b_gradients.ipynb #d353ad0e
 def _along(engine, x, steps):
     "Shift of each place of a cell (r, n) under deletion, later genes moving up"
     n = len(x)
-    ends = np.unique(np.linspace(1, n, steps + 1).round().astype(int)) if steps else np.array([n])  # first place that has moved
+    # first place that has moved
+    ends = np.unique(np.linspace(1, n, steps + 1).round().astype(int)) if steps else np.array([n])
     f, by_rank, by_gate = _slopes(engine, x, np.arange(n) - (np.arange(n) >= ends[:, None]))
     table = engine.encoder.hf.base_model.embeddings.position_embeddings.weight.detach()
     step = torch.zeros(n, table.shape[1], device=table.device)
@@ -57,7 +80,8 @@ def _along(engine, x, steps):
     presence = by_gate[:, -1]  # in the unperturbed cell
     if not steps: return slope[:, 0].flip(-1).cumsum(-1).flip(-1) - slope[:, 0] - presence
     j, ends = torch.arange(n), torch.as_tensor(ends)
-    k = (torch.searchsorted(ends, j, right=True) - 1).clamp(0, len(ends) - 2)  # the piece each place moves in
+    # the piece each place moves in
+    k = (torch.searchsorted(ends, j, right=True) - 1).clamp(0, len(ends) - 2)
     own = (slope[:, k, j] + slope[:, k + 1, j])/2
     own[:, 0] = 0  # the first place stays
     piece = torch.zeros(len(own), len(ends) - 1, dtype=own.dtype).index_add(1, k, own)
@@ -72,15 +96,25 @@ def first_order(
     *,
     states:dict=None, # {state: vector (d,)} to measure shifts towards; an encoder needs one
     ranks:str='shift', # as in `KO`: "shift" or "hold"
-    steps:int=2, # pieces of the path of ranks: steps + 1 forward and backward passes; 0 takes the slope of the unperturbed cell
+    steps:int=2, # pieces of the path of ranks: steps + 1 forward and backward passes; 0 takes the
+    # slope of the unperturbed cell
     where:dict=None, layer=None, pool:str=None, show:bool=None, # as in `perturb`
 )->pd.DataFrame: # the table of `perturb` for each() of every cell, without cosine
     "Approximate shifts of all single deletions; raises as `perturb`"
     KO('*', ranks=ranks)
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0: raise GeneformerError(f"steps={steps!r} is a number from 0 up.")
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
+        raise GeneformerError(f"steps={steps!r} is a number from 0 up.")
     engine = make_engine(model, cells, states, layer, pool, False, None)
-    if not engine.columns: raise GeneformerError("There is nothing to differentiate: pass states=state_embeddings(…), or a fine-tuned model.")
-    plan, front, parts = ActionPlan([each(ranks=ranks)], engine.encoder.vocabulary), int(cells.special), []
+    if not engine.columns:
+        raise GeneformerError(
+            "There is nothing to differentiate: pass states=state_embeddings(…), or a fine-tuned "
+            "model."
+        )
+    plan, front, parts = (
+        ActionPlan([each(ranks=ranks)], engine.encoder.vocabulary),
+        int(cells.special),
+        [],
+    )
     rows = pick_cells(cells.obs, where)
     for c in progress(rows, 'differentiating', unit='cells', show=show):
         x = cells[c].tokens
@@ -89,9 +123,17 @@ def first_order(
         if ranks == 'shift': shift = _along(engine, x, min(steps, len(x) - 2))
         else: shift = -_slopes(engine, x, np.arange(len(x))[None])[2][:, 0]
         shift = shift[:, at].numpy()
-        parts.append(dict(cell=np.full(len(at), c), label=x[at].astype(np.int64), rank=at - front, cosine=np.zeros(len(at)),
-                          **dict(zip(engine.columns, shift))))
-    if not parts: raise GeneformerError(f"Nothing to perturb: none of the {len(rows)} cells has two genes.")
+        parts.append(
+            dict(
+                cell=np.full(len(at), c),
+                label=x[at].astype(np.int64),
+                rank=at - front,
+                cosine=np.zeros(len(at)),
+                **dict(zip(engine.columns, shift)),
+            )
+        )
+    if not parts:
+        raise GeneformerError(f"Nothing to perturb: none of the {len(rows)} cells has two genes.")
     return with_obs(plan.table(parts, engine.columns).drop(columns='cosine'), cells.obs)
 
 # %% ../../nbs/30b_gradients.ipynb #5efdacef
@@ -101,14 +143,28 @@ def shortlist(
     goal:str, # the state, or class as "p(class)", whose shift decides
     *,
     top:int=100, # genes of each cell to perturb exactly, by the size of the approximate shift
-    states:dict=None, ranks:str='shift', steps:int=2, where:dict=None, layer=None, pool:str=None, show:bool=None, # as in `first_order`
+    states:dict=None, ranks:str='shift', steps:int=2, where:dict=None, layer=None, pool:str=None, show:bool=None,
+    # as in `first_order`
 )->pd.DataFrame: # the table of `perturb` for these genes, and `first_order`, the approximate shift
-    "Exact deletion of the genes that a first-order screen puts first in each cell; raises as `perturb`"
-    if isinstance(top, bool) or not isinstance(top, (int, np.integer)) or top < 1: raise GeneformerError(f"top={top!r} is the number of genes to perturb, 1 or more.")
+    """Exact deletion of the genes that a first-order screen puts first in each cell; raises as
+    `perturb`"""
+    if isinstance(top, bool) or not isinstance(top, (int, np.integer)) or top < 1:
+        raise GeneformerError(f"top={top!r} is the number of genes to perturb, 1 or more.")
     how = dict(states=states, layer=layer, pool=pool)
-    fast, column = first_order(model, cells, ranks=ranks, steps=steps, where=where, show=show, **how), f'shift_{goal}'
-    if column not in fast: raise GeneformerError(f"goal={goal!r} is not one of {', '.join(c.removeprefix('shift_') for c in fast if c.startswith('shift_'))}.")
-    fast = fast.loc[fast[column].abs().sort_values(ascending=False, kind='stable').index].groupby('cell').head(top)
+    fast, column = (
+        first_order(model, cells, ranks=ranks, steps=steps, where=where, show=show, **how),
+        f'shift_{goal}',
+    )
+    if column not in fast:
+        raise GeneformerError(
+            f"goal={goal!r} is not one of "
+            f"{', '.join(c.removeprefix('shift_') for c in fast if c.startswith('shift_'))}."
+        )
+    fast = (
+        fast.loc[fast[column].abs().sort_values(ascending=False, kind='stable').index]
+        .groupby('cell')
+        .head(top)
+    )
     parts = []
     for c, part in progress(list(fast.groupby('cell')), 'perturbing', unit='cells', show=show):
         exact = perturb(model, cells[[c]], each(list(part.gene_id), ranks=ranks), show=False, **how)

@@ -13,9 +13,13 @@ from ..core import GeneformerError
 
 # %% ../../nbs/31b_official.ipynb #22aa1783
 def shift_column(raw, state):
-    "The column of `raw` to work on: `shift_<state>`, or `cosine` for None; raises `GeneformerError` for a bad table"
+    """The column of `raw` to work on: `shift_<state>`, or `cosine` for None; raises
+    `GeneformerError` for a bad table"""
     lacks = [c for c in ('cell', 'kind', 'perturbation', 'gene_id') if c not in raw]
-    if lacks: raise GeneformerError(f"The raw table lacks the column {', '.join(lacks)}: pass what `perturb` returned.")
+    if lacks:
+        raise GeneformerError(
+            f"The raw table lacks the column {', '.join(lacks)}: pass what `perturb` returned."
+        )
     if not len(raw): raise GeneformerError("The raw table has no rows: no cell was perturbed.")
     column = 'cosine' if state is None else f'shift_{state}'
     if column not in raw:
@@ -23,8 +27,10 @@ def shift_column(raw, state):
         raise GeneformerError(f"The raw table has no column '{column}'; its states are: {have}.")
     if (bad := ~np.isfinite(raw[column].to_numpy(float))).any():
         first = raw[bad].iloc[0]
-        raise GeneformerError(f"'{column}' holds {bad.sum()} missing or infinite values, the first for "
-                              f"{first.perturbation} in cell {first.cell}: mend or drop those rows.")
+        raise GeneformerError(
+            f"'{column}' holds {bad.sum()} missing or infinite values, the first for "
+            f"{first.perturbation} in cell {first.cell}: mend or drop those rows."
+        )
     return column
 
 def _states(raw): return [c.removeprefix('shift_') for c in raw if c.startswith('shift_')]
@@ -33,9 +39,12 @@ def _states(raw): return [c.removeprefix('shift_') for c in raw if c.startswith(
 def rank_sums(
     values, # (n,) numbers
     group, # (n,) the group of each
-    pool=None, # numbers to compare each group with; None compares it with the values of all other groups
-)->pd.DataFrame: # by group: n, auc (chance that a value of the group exceeds one of the pool), p (two-sided)
-    "Wilcoxon rank-sum test of each group; normal approximation without tie correction, as `scipy.stats.ranksums`"
+    pool=None, # numbers to compare each group with; None compares it with the values of all other
+    # groups
+)->pd.DataFrame: # by group: n, auc (chance that a value of the group exceeds one of the pool), p
+# (two-sided)
+    """Wilcoxon rank-sum test of each group; normal approximation without tie correction, as
+    `scipy.stats.ranksums`"""
     from scipy.stats import norm, rankdata
     values, (code, names) = np.asarray(values, float), pd.factorize(np.asarray(group))
     n = np.bincount(code, minlength=len(names))
@@ -68,13 +77,19 @@ def perturbation_codes(raw):
         one, names = pd.factorize(raw[c].astype(object), sort=True)
         key = key*len(names) + one
     _, first, code = np.unique(key, return_index=True, return_inverse=True)
-    return code, raw[['perturbation', 'kind', 'gene_id']].iloc[first].astype(object).reset_index(drop=True)
+    return code, raw[['perturbation', 'kind', 'gene_id']].iloc[first].astype(object).reset_index(
+        drop=True
+    )
 
 def _official_pool(values, code):
     "All values, gene after gene; above 100,000 a sample of them, as the official code draws it"
     import random
     values = np.asarray(values, float)[np.argsort(code, kind='stable')]
-    return values if len(values) <= 100_000 else np.array(random.Random(42).sample(values.tolist(), 100_000))
+    return (
+        values
+        if len(values) <= 100_000
+        else np.array(random.Random(42).sample(values.tolist(), 100_000))
+    )
 
 # %% ../../nbs/31b_official.ipynb #437f6e2c
 def goal_state_shift(
@@ -84,23 +99,44 @@ def goal_state_shift(
     official:bool=False, # True: the gene's own values in the pool, no minimum of cells
     min_cells:int=5, # cells a gene needs for a p-value
     alpha:float=.05, # false discovery rate below which a gene is called significant
-)->pd.DataFrame: # perturbation, kind, gene_id, state, shift, auc, p, fdr, n_cells, significant; best first
-    "Rank-sum test of each gene's shifts, cells as witnesses; raises `GeneformerError` when no gene can be tested"
+)->pd.DataFrame: # perturbation, kind, gene_id, state, shift, auc, p, fdr, n_cells, significant;
+# best first
+    """Rank-sum test of each gene's shifts, cells as witnesses; raises `GeneformerError` when no
+    gene can be tested"""
     column, parts = shift_column(raw, state), []
     for _, part in raw.groupby('kind', sort=False, observed=True):
         (code, table), x = perturbation_codes(part), part[column].to_numpy(float)
         test = rank_sums(x, code, _official_pool(x, code) if official else None).sort_index()
-        table = table.assign(state=state, shift=np.bincount(code, x)/test.n, auc=test.auc, p=test.p, n_cells=test.n)
+        table = table.assign(
+            state=state, shift=np.bincount(code, x) / test.n, auc=test.auc, p=test.p, n_cells=test.n
+        )
         if not official: table.loc[table.n_cells < min_cells, 'p'] = np.nan
         parts.append(table.assign(fdr=bh(table.p)))
     out = pd.concat(parts, ignore_index=True)
     if out.p.isna().all():
-        raise GeneformerError(f"No gene can be tested: the largest number of cells is {out.n_cells.max()} for "
-                              f"{out.perturbation.nunique()} perturbation(s), and a test needs {min_cells} cells and "
-                              "another gene to compare with.")
+        raise GeneformerError(
+            f"No gene can be tested: the largest number of cells is {out.n_cells.max()} for "
+            f"{out.perturbation.nunique()} perturbation(s), and a test needs {min_cells} cells and "
+            "another gene to compare with."
+        )
     out = out.assign(significant=out.fdr < alpha)
-    out = out.sort_values(['significant', 'shift', 'fdr'], ascending=[False, False, True], ignore_index=True)
-    return out[['perturbation', 'kind', 'gene_id', 'state', 'shift', 'auc', 'p', 'fdr', 'n_cells', 'significant']]
+    out = out.sort_values(
+        ['significant', 'shift', 'fdr'], ascending=[False, False, True], ignore_index=True
+    )
+    return out[
+        [
+            'perturbation',
+            'kind',
+            'gene_id',
+            'state',
+            'shift',
+            'auc',
+            'p',
+            'fdr',
+            'n_cells',
+            'significant',
+        ]
+    ]
 
 # %% ../../nbs/31b_official.ipynb #63218907
 def vs_null(
@@ -108,22 +144,36 @@ def vs_null(
     null:pd.DataFrame, # raw table of the null cells
     state:str=None, # a state, or None for the cosine
     alpha:float=.05, # false discovery rate below which a gene is called significant
-)->pd.DataFrame: # perturbation, kind, gene_id, shift, null_shift, difference, p, fdr, n_cells, n_null, significant
-    "Rank-sum test of each gene between two sets of cells; p is 1 for a gene the null lacks, as in the official code"
+)->pd.DataFrame: # perturbation, kind, gene_id, shift, null_shift, difference, p, fdr, n_cells,
+# n_null, significant
+    """Rank-sum test of each gene between two sets of cells; p is 1 for a gene the null lacks, as in
+    the official code"""
     from scipy.stats import ranksums
     column = shift_column(raw, state)
-    by = null.groupby(['kind', 'perturbation'], sort=False, observed=True)[shift_column(null, state)]
+    by = null.groupby(['kind', 'perturbation'], sort=False, observed=True)[
+        shift_column(null, state)
+    ]
     other = {k: v.to_numpy() for k, v in by}
     code, table = perturbation_codes(raw)
-    values = np.split(raw[column].to_numpy(float)[np.argsort(code, kind='stable')], np.cumsum(np.bincount(code))[:-1])
+    values = np.split(
+        raw[column].to_numpy(float)[np.argsort(code, kind='stable')],
+        np.cumsum(np.bincount(code))[:-1],
+    )
     against = [other.get(k, np.empty(0)) for k in zip(table.kind, table.perturbation)]
     mean = lambda v: v.mean() if len(v) else np.nan
     p = [ranksums(a, b).pvalue if len(b) else 1. for a, b in zip(values, against)]
     out = table.assign(shift=[mean(v) for v in values], null_shift=[mean(v) for v in against])
-    out = out.assign(difference=out['shift'] - out.null_shift, p=p, fdr=bh(p), n_cells=[*map(len, values)],
-                     n_null=[*map(len, against)])
+    out = out.assign(
+        difference=out['shift'] - out.null_shift,
+        p=p,
+        fdr=bh(p),
+        n_cells=[*map(len, values)],
+        n_null=[*map(len, against)],
+    )
     out = out.assign(significant=out.fdr < alpha)
-    return out.sort_values(['significant', 'difference', 'fdr'], ascending=[False, False, True], ignore_index=True)
+    return out.sort_values(
+        ['significant', 'difference', 'fdr'], ascending=[False, False, True], ignore_index=True
+    )
 
 # %% ../../nbs/31b_official.ipynb #1ad317e0
 def mixture_model(
@@ -131,45 +181,72 @@ def mixture_model(
     state:str=None, # a state, or None for the cosine
     seed:int=0, # of the fit
     *,
-    official:bool=False, # True: take the first component for the lower one, as the official code does
-)->pd.DataFrame: # perturbation, kind, gene_id, shift (mean), impact (0 or 1), impact_percent (of its cells), n_cells
-    "Split genes into those whose perturbation matters and those where it does not; warns when one group fits as well"
+    official:bool=False, # True: take the first component for the lower one, as the official code
+    # does
+)->pd.DataFrame: # perturbation, kind, gene_id, shift (mean), impact (0 or 1), impact_percent (of
+# its cells), n_cells
+    """Split genes into those whose perturbation matters and those where it does not; warns when one
+    group fits as well"""
     from sklearn.mixture import GaussianMixture
     x, (code, table) = raw[shift_column(raw, state)].to_numpy(float), perturbation_codes(raw)
     n = np.bincount(code)
     mean = np.bincount(code, x)/n
     if (k := len(np.unique(mean))) < 3:
-        raise GeneformerError(f"A mixture of two groups needs 3 or more perturbations with different means; here: {k}.")
+        raise GeneformerError(
+            "A mixture of two groups needs 3 or more perturbations with different means; here: "
+            f"{k}."
+        )
     one, two = (GaussianMixture(k, random_state=seed).fit(mean[:, None]) for k in (1, 2))
     low, high = (0, 1) if official else np.argsort(two.means_[:, 0])
     def impact(v):
-        return np.select([v > two.means_[high, 0], v < two.means_[low, 0]], [0, 1], two.predict(v[:, None]) == low)
-    out = table.assign(shift=mean, impact=impact(mean), impact_percent=100*np.bincount(code, impact(x))/n, n_cells=n)
+        return np.select(
+            [v > two.means_[high, 0], v < two.means_[low, 0]],
+            [0, 1],
+            two.predict(v[:, None]) == low,
+        )
+    out = table.assign(
+        shift=mean,
+        impact=impact(mean),
+        impact_percent=100 * np.bincount(code, impact(x)) / n,
+        n_cells=n,
+    )
     out = out.sort_values(['impact', 'shift'], ascending=[False, True], ignore_index=True)
     out.attrs['bic'] = {k: float(m.bic(mean[:, None])) for k, m in ((1, one), (2, two))}
     if out.attrs['bic'][1] <= out.attrs['bic'][2]:
-        warnings.warn("One group of genes fits as well as two (BIC): the split into impact and none is arbitrary.",
-                      stacklevel=2)
+        warnings.warn(
+            "One group of genes fits as well as two (BIC): the split into impact and none is "
+            "arbitrary.",
+            stacklevel=2,
+        )
     return out
 
 # %% ../../nbs/31b_official.ipynb #9046e251
 def aggregate_gene_shifts(
-    effects:pd.DataFrame, # one row a cell, perturbation and affected gene: perturbation, affected, cosine
-)->pd.DataFrame: # perturbation, affected, cosine_mean, cosine_sd (population), n_cells; strongest first
-    "What a perturbation does to other genes, over cells; raises `GeneformerError` for missing columns"
+    effects:pd.DataFrame, # one row a cell, perturbation and affected gene: perturbation, affected,
+    # cosine
+)->pd.DataFrame: # perturbation, affected, cosine_mean, cosine_sd (population), n_cells; strongest
+# first
+    """What a perturbation does to other genes, over cells; raises `GeneformerError` for missing
+    columns"""
     lacks = [c for c in ('perturbation', 'affected', 'cosine') if c not in effects]
     if lacks:
-        raise GeneformerError(f"The table of gene effects lacks the column {', '.join(lacks)}: run with gene effects.")
+        raise GeneformerError(
+            f"The table of gene effects lacks the column {', '.join(lacks)}: run with gene effects."
+        )
     by = effects.groupby(['perturbation', 'affected'], sort=False, observed=True).cosine
-    out = pd.DataFrame(dict(cosine_mean=by.mean(), cosine_sd=by.std(ddof=0), n_cells=by.size())).reset_index()
+    out = pd.DataFrame(
+        dict(cosine_mean=by.mean(), cosine_sd=by.std(ddof=0), n_cells=by.size())
+    ).reset_index()
     return out.sort_values('cosine_mean', kind='stable', ignore_index=True)
 
 # %% ../../nbs/31b_official.ipynb #8ccefd59
 def excess(
     raw:pd.DataFrame, # raw table that holds pairs, such as "KO(A) + KO(B)", and each alone
     state:str=None, # a state, or None for the cosine
-)->pd.DataFrame: # perturbation, gene_id, first, second (alone), combined, expected (sum), excess, n_cells; lowest first
-    "What pairs do beyond the sum of their parts; raises `GeneformerError` when no pair stands beside both its parts"
+)->pd.DataFrame: # perturbation, gene_id, first, second (alone), combined, expected (sum), excess,
+# n_cells; lowest first
+    """What pairs do beyond the sum of their parts; raises `GeneformerError` when no pair stands
+    beside both its parts"""
     column, name = shift_column(raw, state), raw.perturbation.astype(str).str.replace(' ', '')
     wide = raw.assign(name=name).pivot_table(index='cell', columns='name', values=column)
     ids, said, rows = dict(zip(name, raw.gene_id)), dict(zip(name, raw.perturbation)), []
@@ -177,18 +254,37 @@ def excess(
         parts = [p for p in pair.split('+') if p in wide]
         if len(parts) != 2 or '+'.join(parts) != pair: continue
         d = wide[[pair, *parts]].dropna()
-        expected = d[parts].sum(axis=1) - (state is None) # cosines: 1 - ((1 - a) + (1 - b)) = a + b - 1
-        rows.append((said[pair], ids[pair], *d[parts].mean(), d[pair].mean(), expected.mean(), (d[pair] - expected).mean(), len(d)))
+        # cosines: 1 - ((1 - a) + (1 - b)) = a + b - 1
+        expected = d[parts].sum(axis=1) - (state is None)
+        rows.append(
+            (
+                said[pair],
+                ids[pair],
+                *d[parts].mean(),
+                d[pair].mean(),
+                expected.mean(),
+                (d[pair] - expected).mean(),
+                len(d),
+            )
+        )
     if not rows:
-        raise GeneformerError("No pair in the raw table stands beside both of its parts: run each gene alone as well.")
-    out = pd.DataFrame(rows, columns='perturbation gene_id first second combined expected excess n_cells'.split())
+        raise GeneformerError(
+            "No pair in the raw table stands beside both of its parts: run each gene alone as well."
+        )
+    out = pd.DataFrame(
+        rows, columns='perturbation gene_id first second combined expected excess n_cells'.split()
+    )
     return out.sort_values('excess', ignore_index=True)
 
 # %% ../../nbs/31b_official.ipynb #a7df6874
 def _groups(genes):
     "A list of groups of ids"
     genes = [genes] if isinstance(genes, str) else list(genes)
-    return [genes] if all(isinstance(g, str) for g in genes) else [[g] if isinstance(g, str) else list(g) for g in genes]
+    return (
+        [genes]
+        if all(isinstance(g, str) for g in genes)
+        else [[g] if isinstance(g, str) else list(g) for g in genes]
+    )
 
 def aggregate_data(
     raw:pd.DataFrame, # raw table of a perturbation run
@@ -196,96 +292,217 @@ def aggregate_data(
     state:str=None, # a state, or None for the cosine
 )->pd.DataFrame: # perturbation, gene_id, cell, value: one row a cell
     "The values behind a mean; raises `GeneformerError` for a group that was not perturbed"
-    column, sets, parts = shift_column(raw, state), {g: frozenset(str(g).split('+')) for g in raw.gene_id.unique()}, []
+    column, sets, parts = (
+        shift_column(raw, state),
+        {g: frozenset(str(g).split('+')) for g in raw.gene_id.unique()},
+        [],
+    )
     for group in _groups(genes):
         part = raw[raw.gene_id.isin([g for g, s in sets.items() if s == frozenset(group)])]
-        if not len(part): raise GeneformerError(f"{' + '.join(group)} was not perturbed in this run: see raw.gene_id.unique().")
+        if not len(part):
+            raise GeneformerError(
+                f"{' + '.join(group)} was not perturbed in this run: see raw.gene_id.unique()."
+            )
         parts.append(part[['perturbation', 'gene_id', 'cell']].assign(value=part[column]))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/31b_official.ipynb #adf83516
 def _made_by(ids, vocabulary, names=('Gene', 'Gene_name', 'Ensembl_ID')):
-    "Token, symbol and id of each; tuples for a group, and the id thrice without a vocabulary; NaN where a gene has no symbol"
-    token, symbol = (str, str) if vocabulary is None else (lambda g: int(vocabulary.token(g)), lambda g: vocabulary.symbols.get(g, np.nan))
-    def each(f, g): return (got := tuple(f(x) for x in str(g).split('+')))[0 if len(got) == 1 else slice(None)]
+    """Token, symbol and id of each; tuples for a group, and the id thrice without a vocabulary; NaN
+    where a gene has no symbol"""
+    token, symbol = (
+        (str, str)
+        if vocabulary is None
+        else (lambda g: int(vocabulary.token(g)), lambda g: vocabulary.symbols.get(g, np.nan))
+    )
+    def each(f, g):
+        return (got := tuple(f(x) for x in str(g).split('+')))[0 if len(got) == 1 else slice(None)]
     return pd.DataFrame({n: [each(f, g) for g in ids] for n, f in zip(names, (token, symbol, str))})
 
+# %% ../../nbs/31b_official.ipynb #557660f2
 def _goal(raw, vocabulary, official, goal, alt, genes, **_):
-    if goal is None: raise GeneformerError("goal_state_shift needs goal=, one of the run's states: " + (', '.join(_states(raw)) or 'it has none') + '.')
+    if goal is None:
+        raise GeneformerError(
+            "goal_state_shift needs goal=, one of the run's states: "
+            + (', '.join(_states(raw)) or 'it has none')
+            + '.'
+        )
     names = {goal: ('Shift_to_goal_end', 'Goal_end_vs_random_pval', 'Goal_end_FDR')}
-    names |= {a: (f'Shift_to_alt_end_{a}', f'Alt_end_vs_random_pval_{a}', f'Alt_end_FDR_{a}') for a in alt}
+    names |= {
+        a: (f'Shift_to_alt_end_{a}', f'Alt_end_vs_random_pval_{a}', f'Alt_end_FDR_{a}') for a in alt
+    }
     if not (isinstance(genes, str) and genes == 'all'):
         means = [[aggregate_data(raw, [g], s).value.mean() for s in names] for g in _groups(genes)]
-        return pd.DataFrame(means, columns=[n[0] for n in names.values()]).sort_values('Shift_to_goal_end', ascending=False, ignore_index=True)
+        return pd.DataFrame(means, columns=[n[0] for n in names.values()]).sort_values(
+            'Shift_to_goal_end', ascending=False, ignore_index=True
+        )
     t = {s: goal_state_shift(raw, s, official=official).set_index('gene_id') for s in names}
     cols = {names[s][i]: x[c] for i, c in enumerate(('shift', 'p', 'fdr')) for s, x in t.items()}
     cols |= dict(N_Detections=t[goal].n_cells, Sig=t[goal].significant.astype(int))
-    return pd.concat([_made_by(t[goal].index, vocabulary), pd.DataFrame(cols).loc[t[goal].index].reset_index(drop=True)], axis=1)
+    return pd.concat(
+        [
+            _made_by(t[goal].index, vocabulary),
+            pd.DataFrame(cols).loc[t[goal].index].reset_index(drop=True),
+        ],
+        axis=1,
+    )
 
+# %% ../../nbs/31b_official.ipynb #c47d270b
 def _vs_null(raw, vocabulary, goal, null, **_):
     if null is None: raise GeneformerError("vs_null needs null=, the raw table of the null cells.")
     t = vs_null(raw, null, goal)
-    return _made_by(t.gene_id, vocabulary).assign(Test_avg_shift=t['shift'], Null_avg_shift=t.null_shift, Test_vs_null_avg_shift=t.difference,
-        Test_vs_null_pval=t.p, Test_vs_null_FDR=t.fdr, N_Detections_test=t.n_cells, N_Detections_null=t.n_null, Sig=t.significant.astype(int))
+    return _made_by(t.gene_id, vocabulary).assign(
+        Test_avg_shift=t['shift'],
+        Null_avg_shift=t.null_shift,
+        Test_vs_null_avg_shift=t.difference,
+        Test_vs_null_pval=t.p,
+        Test_vs_null_FDR=t.fdr,
+        N_Detections_test=t.n_cells,
+        N_Detections_null=t.n_null,
+        Sig=t.significant.astype(int),
+    )
 
 # %% ../../nbs/31b_official.ipynb #58eae67b
 def _mixture(raw, vocabulary, official, goal, anchor, **_):
     if anchor is None:
         t = mixture_model(raw, goal, official=official)
-        return _made_by(t.gene_id, vocabulary).assign(Test_avg_shift=t['shift'], Impact_component=t.impact.astype(int),
-                                                    Impact_component_percent=t.impact_percent, N_Detections=t.n_cells)
+        return _made_by(t.gene_id, vocabulary).assign(
+            Test_avg_shift=t['shift'],
+            Impact_component=t.impact.astype(int),
+            Impact_component_percent=t.impact_percent,
+            N_Detections=t.n_cells,
+        )
     ids = raw.gene_id.astype(str)
-    t = excess(raw[[anchor in g.split('+') for g in ids]].pipe(lambda d: pd.concat([d, raw[~ids.str.contains('+', regex=False) & (ids != anchor)]])), goal)
+    t = excess(
+        raw[[anchor in g.split('+') for g in ids]].pipe(
+            lambda d: pd.concat([d, raw[~ids.str.contains('+', regex=False) & (ids != anchor)]])
+        ),
+        goal,
+    )
     ahead = np.array([g.split('+')[0] == anchor for g in t.gene_id.astype(str)])
-    m = mixture_model(raw[raw.perturbation.isin(t.perturbation)], goal, official=official).set_index('perturbation').loc[t.perturbation]
+    m = (
+        mixture_model(raw[raw.perturbation.isin(t.perturbation)], goal, official=official)
+        .set_index('perturbation')
+        .loc[t.perturbation]
+    )
     other = [next(x for x in g.split('+') if x != anchor) for g in t.gene_id.astype(str)]
-    out = _made_by(other, vocabulary).assign(Anchor_shift=np.where(ahead, t['first'], t.second), Test_token_shift=np.where(ahead, t.second, t['first']),
-        Sum_of_indiv_shifts=t.expected, Combo_shift=t.combined, Combo_minus_sum_shift=t.excess, Impact_component=m.impact.to_numpy(int),
-        Impact_component_percent=m.impact_percent.to_numpy(), N_Detections=t.n_cells)
-    return out.sort_values(['Impact_component', 'Combo_minus_sum_shift'], ascending=[False, True], ignore_index=True)
+    out = _made_by(other, vocabulary).assign(
+        Anchor_shift=np.where(ahead, t['first'], t.second),
+        Test_token_shift=np.where(ahead, t.second, t['first']),
+        Sum_of_indiv_shifts=t.expected,
+        Combo_shift=t.combined,
+        Combo_minus_sum_shift=t.excess,
+        Impact_component=m.impact.to_numpy(int),
+        Impact_component_percent=m.impact_percent.to_numpy(),
+        N_Detections=t.n_cells,
+    )
+    return out.sort_values(
+        ['Impact_component', 'Combo_minus_sum_shift'], ascending=[False, True], ignore_index=True
+    )
 
 # %% ../../nbs/31b_official.ipynb #9e19d7d3
 def _gene_shifts(raw, vocabulary, effects, **_):
-    if effects is None: raise GeneformerError("aggregate_gene_shifts needs effects=: the second table of perturb(…, affected=True), or gene_effects.")
-    if 'row' in effects and vocabulary is None: raise GeneformerError("Genes are tokens in this table of effects: pass vocabulary= to name them.")
-    e = effects if 'row' not in effects else pd.DataFrame(dict(cosine=effects.cosine.to_numpy(), gene_id=raw.gene_id.to_numpy()[effects['row']],
-                                                               affected=vocabulary.gene(effects.affected.to_numpy(int))))
-    both = pd.concat([raw[['gene_id', 'cosine']].assign(affected='cell_emb'), e[['gene_id', 'affected', 'cosine']]])
+    if effects is None:
+        raise GeneformerError(
+            "aggregate_gene_shifts needs effects=: the second table of perturb(…, affected=True), "
+            "or gene_effects."
+        )
+    if 'row' in effects and vocabulary is None:
+        raise GeneformerError(
+            "Genes are tokens in this table of effects: pass vocabulary= to name them."
+        )
+    e = (
+        effects
+        if 'row' not in effects
+        else pd.DataFrame(
+            dict(
+                cosine=effects.cosine.to_numpy(),
+                gene_id=raw.gene_id.to_numpy()[effects['row']],
+                affected=vocabulary.gene(effects.affected.to_numpy(int)),
+            )
+        )
+    )
+    both = pd.concat(
+        [
+            raw[['gene_id', 'cosine']].assign(affected='cell_emb'),
+            e[['gene_id', 'affected', 'cosine']],
+        ]
+    )
     t = aggregate_gene_shifts(both.assign(perturbation=both.gene_id.astype(str)))
     t = t.sort_values('affected', key=lambda a: a != 'cell_emb', kind='stable', ignore_index=True)
     cell = (t.affected == 'cell_emb').to_numpy()
-    hit = pd.concat([pd.DataFrame(dict(Affected='cell_emb'), index=range(cell.sum())),
-                     _made_by(t.affected[~cell], vocabulary, ('Affected', 'Affected_gene_name', 'Affected_Ensembl_ID'))], ignore_index=True)
-    return pd.concat([_made_by(t.perturbation, vocabulary, ('Perturbed', 'Gene_name', 'Ensembl_ID')), hit], axis=1).reindex(
-        columns='Perturbed Gene_name Ensembl_ID Affected Affected_gene_name Affected_Ensembl_ID'.split()).assign(
-        Cosine_sim_mean=t.cosine_mean, Cosine_sim_stdev=t.cosine_sd, N_Detections=t.n_cells)
+    hit = pd.concat(
+        [
+            pd.DataFrame(dict(Affected='cell_emb'), index=range(cell.sum())),
+            _made_by(
+                t.affected[~cell],
+                vocabulary,
+                ('Affected', 'Affected_gene_name', 'Affected_Ensembl_ID'),
+            ),
+        ],
+        ignore_index=True,
+    )
+    return (
+        pd.concat(
+            [_made_by(t.perturbation, vocabulary, ('Perturbed', 'Gene_name', 'Ensembl_ID')), hit],
+            axis=1,
+        )
+        .reindex(
+            columns='Perturbed Gene_name Ensembl_ID Affected Affected_gene_name '
+                    'Affected_Ensembl_ID'.split()
+        )
+        .assign(Cosine_sim_mean=t.cosine_mean, Cosine_sim_stdev=t.cosine_sd, N_Detections=t.n_cells)
+    )
 
 # %% ../../nbs/31b_official.ipynb #8b62c0eb
 def _data(raw, vocabulary, goal, genes, **_):
-    if isinstance(genes, str) and genes == 'all': raise GeneformerError("aggregate_data needs genes=: the ids of the group that was perturbed.")
+    if isinstance(genes, str) and genes == 'all':
+        raise GeneformerError(
+            "aggregate_data needs genes=: the ids of the group that was perturbed."
+        )
     t = aggregate_data(raw, genes, goal)
     names = dict(zip(ids := t.gene_id.unique(), _made_by(ids, vocabulary).Gene_name))
     return pd.DataFrame(dict(Cosine_sim=t.value, Gene=[names[g] for g in t.gene_id]))
 
-_modes = dict(goal_state_shift=_goal, vs_null=_vs_null, mixture_model=_mixture, aggregate_data=_data, aggregate_gene_shifts=_gene_shifts)
+_modes = dict(
+    goal_state_shift=_goal,
+    vs_null=_vs_null,
+    mixture_model=_mixture,
+    aggregate_data=_data,
+    aggregate_gene_shifts=_gene_shifts,
+)
 
 def official_form(
     raw:pd.DataFrame, # raw table of a perturbation run, of one kind of perturbation
-    mode:str='mixture_model', # or "goal_state_shift", "vs_null", "aggregate_data", "aggregate_gene_shifts"
+    mode:str='mixture_model', # or "goal_state_shift", "vs_null", "aggregate_data",
+    # "aggregate_gene_shifts"
     *,
     goal:str=None, # goal state; None takes the cosine where the mode allows
     alt=(), # alternative states (goal_state_shift): columns of their own
-    genes='all', # or a list of ids perturbed together (goal_state_shift: means only; aggregate_data); a list of lists for several
+    genes='all', # or a list of ids perturbed together (goal_state_shift: means only;
+    # aggregate_data); a list of lists for several
     null:pd.DataFrame=None, # raw table of the null cells (vs_null)
-    effects:pd.DataFrame=None, # effects on other genes (aggregate_gene_shifts): of `perturb(…, affected=True)` or `gene_effects`
-    anchor:str=None, # id of the gene that was paired with every other (mixture_model; official `combos=1`)
+    effects:pd.DataFrame=None, # effects on other genes (aggregate_gene_shifts): of `perturb(…,
+    # affected=True)` or `gene_effects`
+    anchor:str=None, # id of the gene that was paired with every other (mixture_model; official
+    # `combos=1`)
     vocabulary=None, # names tokens and symbols; None repeats the id
     official:bool=True, # False: the same columns by our statistics
 )->pd.DataFrame: # the columns of the official csv, in its order
     "A table as `InSilicoPerturberStats` writes it; raises `GeneformerError`"
     if mode not in _modes: raise GeneformerError(f"mode {mode!r} is none of {', '.join(_modes)}.")
     shift_column(raw, None)
-    if raw.kind.nunique() > 1 and anchor is None: raise GeneformerError("An official table holds one kind of perturbation; this run has "
-        f"{', '.join(raw.kind.astype(str).unique())}: pass raw[raw.kind == …].")
-    return _modes[mode](raw, vocabulary=vocabulary, official=official, goal=goal, alt=[alt] if isinstance(alt, str) else alt, genes=genes, null=null,
-                        effects=effects, anchor=anchor)
+    if raw.kind.nunique() > 1 and anchor is None:
+        raise GeneformerError("An official table holds one kind of perturbation; this run has "
+            f"{', '.join(raw.kind.astype(str).unique())}: pass raw[raw.kind == …].")
+    return _modes[mode](
+        raw,
+        vocabulary=vocabulary,
+        official=official,
+        goal=goal,
+        alt=[alt] if isinstance(alt, str) else alt,
+        genes=genes,
+        null=null,
+        effects=effects,
+        anchor=anchor,
+    )

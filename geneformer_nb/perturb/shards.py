@@ -15,7 +15,14 @@ from ..core import GeneformerError, StorageError, as_folder, atomic, digest, ver
 from ..model.embed import pick_cells
 from .engine import fit_budget, packed
 from ..model.bert import weights_digest
-from .actions import ActionPlan, Shifts, joined_shifts, make_engine, perturb, with_obs
+from geneformer_nb.perturb.actions import (
+    ActionPlan,
+    Shifts,
+    joined_shifts,
+    make_engine,
+    perturb,
+    with_obs,
+)
 from ..jobs import run_shards, check_positive
 
 # %% ../../nbs/30c_shards.ipynb #4bd0d768
@@ -31,17 +38,29 @@ def estimate(
     **kwargs, # states, layer, pool, affected, dtype, budget as in `perturb`
 )->dict: # variants, tokens to encode, seconds
     "How large a screen is, and how long this machine will need"
-    plan = ActionPlan([actions], make_engine(model, cells, kwargs.get('states'), None, None, False, None).encoder.vocabulary)
+    plan = ActionPlan(
+        [actions],
+        make_engine(model, cells, kwargs.get('states'), None, None, False, None).encoder.vocabulary,
+    )
     if not len(cells): return dict(variants=0, tokens=0, seconds=0.)
     middle = np.argsort(cells.lengths, kind='stable')[len(cells)//2:][:2]
     counted = np.array([np.sum(_forms(plan, cells, c) or [(0, 0)], 0) for c in middle], float)
     if not counted[:, 0].sum(): return dict(variants=0, tokens=0, seconds=0.)
     per_gene = counted[:, 0].sum()/max(1, cells.lengths[middle].sum())
-    n = per_gene*cells.lengths if any(isinstance(g, str) for _, g in plan.parts) else np.full(len(cells), counted[:, 0].mean())
+    n = (
+        per_gene * cells.lengths
+        if any(isinstance(g, str) for _, g in plan.parts)
+        else np.full(len(cells), counted[:, 0].mean())
+    )
     t, done = _timed(model, cells[middle], plan, sample, kwargs)
     tokens = n*cells.lengths
-    return dict(variants=int(round(n.sum())), tokens=int(tokens.sum()), seconds=float(t*tokens.sum()/done))
+    return dict(
+        variants=int(round(n.sum())),
+        tokens=int(tokens.sum()),
+        seconds=float(t * tokens.sum() / done),
+    )
 
+# %% ../../nbs/30c_shards.ipynb #655831c5
 def _timed(model, cells, plan, sample, kwargs):
     "Seconds for a few forms, and their tokens"
     kw = dict(dict(states=None, layer=None, pool=None, affected=False, dtype=None), **kwargs)
@@ -54,7 +73,8 @@ def _timed(model, cells, plan, sample, kwargs):
         start = time.perf_counter()
         engine.run(batch)
         t += time.perf_counter() - start
-        tokens += sum(int(v.lengths.sum()) for v in batch); forms += sum(map(len, batch))
+        tokens += sum(int(v.lengths.sum()) for v in batch)
+        forms += sum(map(len, batch))
         if forms >= sample: break
     return t, tokens
 
@@ -87,15 +107,20 @@ class PerturbShard:
         rows = self.rows[i*self.size:(i + 1)*self.size]
         table, effects = self.run(self.cells[rows])
         if self.affected:
-            with atomic(path.parent/'genes'/f'shard-{i:05d}.parquet') as tmp: effects.to_parquet(tmp)
+            with atomic(path.parent/'genes'/f'shard-{i:05d}.parquet') as tmp:
+                effects.to_parquet(tmp)
         table = pd.DataFrame(table).assign(cell=rows[table['cell'].to_numpy()])
         pd.DataFrame(with_obs(table, self.cells.obs)).to_parquet(path)
 
     def run(self, cells):
         "Tables of shifts and of effects on genes; both are empty where no cell has the genes"
-        try: got = perturb(self.model, cells, self.actions, affected=self.affected, show=False, **self.how)
+        try:
+            got = perturb(
+                self.model, cells, self.actions, affected=self.affected, show=False, **self.how
+            )
         except GeneformerError as e:
-            if 'Nothing to perturb' not in str(e): raise
+            if 'Nothing to perturb' not in str(e):
+                raise
             empty = ActionPlan([self.actions], self.model.encoder.vocabulary)
             return empty.table([], []), empty.gene_table([], [])
         return got if self.affected else (got, None)
@@ -106,6 +131,7 @@ def _move(model, device):
     for part in model.parts.values(): part.to(device)
     return model
 
+# %% ../../nbs/30c_shards.ipynb #4a50027a
 def _own_device(device):
     "The GPU of this worker: its number in turn where there are several"
     import multiprocessing, torch
@@ -125,28 +151,67 @@ def perturb_to(
     part:tuple=None, # (i, n): every n-th shard from i on, for task i of a job array of n
     executor:str='serial', # "serial", "processes" or "dask"
     workers:int=None, # processes; None takes one a core
-    where:dict=None, states:dict=None, layer=None, pool:str=None, affected=False, budget:int=None, dtype=None, # as in `perturb`
-)->Shifts: # the table of `perturb` over the cells whose shards are there; `cell` counts all cells given; gene effects are read with `gene_effects`
-    "`perturb` in shards that survive interruption; raises `StorageError` for the folder of another run"
+    where:dict=None, states:dict=None, layer=None, pool:str=None, affected=False, budget:int=None, dtype=None,
+    # as in `perturb`
+)->Shifts: # the table of `perturb` over the cells whose shards are there; `cell` counts all cells
+# given; gene effects are read with `gene_effects`
+    """`perturb` in shards that survive interruption; raises `StorageError` for the folder of
+    another run"""
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
-    v, rows = engine.encoder.vocabulary, pick_cells(cells.obs, where) if rows is None else np.asarray(rows)
+    v, rows = (
+        engine.encoder.vocabulary,
+        pick_cells(cells.obs, where) if rows is None else np.asarray(rows),
+    )
     plan = ActionPlan([actions], v)
     check_positive(shard=shard, workers=workers, **({} if budget is None else dict(budget=budget)))
     budget = budget or _kept_budget(out) or fit_budget(model)
-    facts = dict(cells=digest(cells.tokens, cells.offsets), rows=digest(rows), vocabulary=v.hash, weights=_weights(model),
-                 actions=[[ops, g if isinstance(g, str) or g is None else digest(g)] for ops, g in plan.parts],
-                 layer=engine.depth, pool=engine.pool, states={k: digest(np.asarray(s)) for k, s in (states or {}).items()},
-                 affected=affected, dtype=str(engine.dtype), budget=budget, shard=shard)
-    job = PerturbShard(model, cells, rows, actions, shard, affected, dict(states=states, layer=layer, pool=pool, budget=budget, dtype=dtype))
-    paths = run_shards(job, -(-len(rows)//shard), out, facts, executor=executor, workers=workers, part=part, desc='perturbing',
-                       need=_variants(plan, cells, rows)*(24 + 8*len(engine.columns)))
+    facts = dict(
+        cells=digest(cells.tokens, cells.offsets),
+        rows=digest(rows),
+        vocabulary=v.hash,
+        weights=_weights(model),
+        actions=[
+            [ops, g if isinstance(g, str) or g is None else digest(g)] for ops, g in plan.parts
+        ],
+        layer=engine.depth,
+        pool=engine.pool,
+        states={k: digest(np.asarray(s)) for k, s in (states or {}).items()},
+        affected=affected,
+        dtype=str(engine.dtype),
+        budget=budget,
+        shard=shard,
+    )
+    job = PerturbShard(
+        model,
+        cells,
+        rows,
+        actions,
+        shard,
+        affected,
+        dict(states=states, layer=layer, pool=pool, budget=budget, dtype=dtype),
+    )
+    paths = run_shards(
+        job,
+        -(-len(rows) // shard),
+        out,
+        facts,
+        executor=executor,
+        workers=workers,
+        part=part,
+        desc='perturbing',
+        need=_variants(plan, cells, rows) * (24 + 8 * len(engine.columns)),
+    )
     _write_obs(as_folder(out)/'obs.parquet', cells.obs)
     tables = [read_shard(p) for p in paths]
     return with_obs(joined_shifts(tables) if tables else plan.table([], []), cells.obs)
 
+# %% ../../nbs/30c_shards.ipynb #ff855dfd
 def _variants(plan, cells, rows):
     "Number of perturbed cells, at most"
-    of_each = [len(cells.tokens) if isinstance(g, str) else len(rows)*(1 if g is None else len(g)) for _, g in plan.parts]
+    of_each = [
+        len(cells.tokens) if isinstance(g, str) else len(rows) * (1 if g is None else len(g))
+        for _, g in plan.parts
+    ]
     return sum(of_each)
 
 def _write_obs(path, obs):
@@ -159,20 +224,29 @@ def _write_obs(path, obs):
 
 def _weights(model):
     "Fingerprint of all weights that an answer depends on"
-    return digest([weights_digest(model.encoder), *(p.detach().cpu().numpy() for m in model.parts.values() for p in m.parameters())])
+    return digest(
+        [
+            weights_digest(model.encoder),
+            *(p.detach().cpu().numpy() for m in model.parts.values() for p in m.parameters()),
+        ]
+    )
 
 def _kept_budget(folder):
     "The batch size of the run that is to be resumed"
     import json
     try: return json.loads((as_folder(folder)/'manifest.json').read_text())['facts']['budget']
-    except (OSError, ValueError, KeyError, TypeError): return None  # none, or one that `Manifest` will complain about
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none, or one that `Manifest` will complain about
 
 def read_shard(
     path, # a Parquet file of a screen
 )->pd.DataFrame:
     "One shard; raises `StorageError` for a damaged file"
     try: return pd.read_parquet(path)
-    except (OSError, ValueError) as e: raise StorageError(f"{Path(path).name} in '{Path(path).parent.name}' is damaged: delete it and run again.") from e
+    except (OSError, ValueError) as e:
+        raise StorageError(
+            f"{Path(path).name} in '{Path(path).parent.name}' is damaged: delete it and run again."
+        ) from e
 
 # %% ../../nbs/30c_shards.ipynb #33f76814
 def gene_effects(
@@ -181,17 +255,23 @@ def gene_effects(
     perturbed=None, # gene ids or symbols that were perturbed; None takes all
     affected=None, # gene ids or symbols that answered; None takes all
 ): # tables, a shard at a time: cell, perturbation, gene_id, affected (id), cosine
-    "Effects of perturbations on other genes, as `aggregate_gene_shifts` takes them; raises `StorageError`"
+    """Effects of perturbations on other genes, as `aggregate_gene_shifts` takes them; raises
+    `StorageError`"""
     folder, v = as_folder(folder), model.encoder.vocabulary
     paths = sorted(folder.glob('shard-*.parquet'))
-    if not paths or not (folder/'genes').is_dir(): raise StorageError(f"'{folder.name}' holds no effects on genes: run perturb_to(…, affected=True) there.")
+    if not paths or not (folder/'genes').is_dir():
+        raise StorageError(
+            f"'{folder.name}' holds no effects on genes: run perturb_to(…, affected=True) there."
+        )
     named = lambda x: None if x is None else v.token([x] if isinstance(x, str) else list(x))
     ids, answered = None if perturbed is None else set(v.gene(named(perturbed))), named(affected)
     for p in paths:
         table, genes = read_shard(p), read_shard(folder/'genes'/p.name)
         if answered is not None: genes = genes[genes.affected.isin(answered)]
         out = table.iloc[genes['row']][['cell', 'perturbation', 'gene_id']].reset_index(drop=True)
-        out = out.assign(affected=v.gene(genes.affected.to_numpy(int)), cosine=genes.cosine.to_numpy())
+        out = out.assign(
+            affected=v.gene(genes.affected.to_numpy(int)), cosine=genes.cosine.to_numpy()
+        )
         if ids is not None: out = out[out.gene_id.isin(ids)].reset_index(drop=True)
         if len(out): yield out
 
@@ -204,5 +284,8 @@ def read_shifts(
     folder = as_folder(folder)
     paths = sorted(folder.glob('shard-*.parquet'))
     if not paths or not (folder/'obs.parquet').exists():
-        raise StorageError(f"'{folder.name}' holds no shards of a perturbation with their obs.parquet: give the folder that perturb wrote to.")
+        raise StorageError(
+            f"'{folder.name}' holds no shards of a perturbation with their obs.parquet: give the "
+            "folder that perturb wrote to."
+        )
     return with_obs(joined_shifts([read_shard(p) for p in paths]), read_shard(folder/'obs.parquet'))

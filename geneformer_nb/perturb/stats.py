@@ -10,13 +10,26 @@ __all__ = ['meanings', 'columns', 'sign', 'nearest_genes', 'matched_null', 't_in
 import warnings
 import numpy as np, pandas as pd
 from ..core import GeneformerError, verb
-from .official import (aggregate_data, aggregate_gene_shifts, bh, excess, goal_state_shift, mixture_model, official_form,
-                                          rank_sums, vs_null, shift_column, perturbation_codes, _states)
+from geneformer_nb.perturb.official import (
+    aggregate_data,
+    aggregate_gene_shifts,
+    bh,
+    excess,
+    goal_state_shift,
+    mixture_model,
+    official_form,
+    rank_sums,
+    vs_null,
+    shift_column,
+    perturbation_codes,
+    _states,
+)
 from .actions import joined_shifts
 
 # %% ../../nbs/31_stats.ipynb #6c44d1fc
 def nearest_genes(match, size):
-    "The `size` genes nearest to each, by place (0 to 1) in every column of `match`; equals share a place"
+    """The `size` genes nearest to each, by place (0 to 1) in every column of `match`; equals share
+    a place"""
     from scipy.spatial import cKDTree
     from scipy.stats import rankdata
     at = np.reshape(np.asarray(match, float), (len(match), -1))
@@ -29,20 +42,27 @@ def nearest_genes(match, size):
 def matched_null(
     means, # (genes, donors) mean shift of each gene in each donor, NaN where it was not seen
     match, # (genes,) or (genes, properties): mean rank, detection, or anything else to match on
-    size:int=12, # nearest genes to look at; the third of them with the highest and that with the lowest means are left out
+    size:int=12, # nearest genes to look at; the third of them with the highest and that with the
+    # lowest means are left out
 )->np.ndarray: # (genes, donors) mean over the middle third; NaN where none of them was seen
     "What matched genes do"
     means, near = np.asarray(means, float), nearest_genes(match, size)
     there, n = np.isfinite(means), np.zeros(np.shape(means))
     x, total = np.where(there, means, 0), np.zeros(np.shape(means))
-    over, out = np.where(there.any(1), x.sum(1)/np.maximum(there.sum(1), 1), np.inf), near.shape[1]//3
+    over, out = (
+        np.where(there.any(1), x.sum(1) / np.maximum(there.sum(1), 1), np.inf),
+        near.shape[1] // 3,
+    )
     order = np.argsort(over[near], axis=1, kind='stable')[:, out:near.shape[1] - out]
-    for j in np.take_along_axis(near, order, 1).T: n += there[j]; total += x[j]
+    for j in np.take_along_axis(near, order, 1).T:
+        n += there[j]
+        total += x[j]
     return np.where(n > 0, total/np.maximum(n, 1), np.nan)
 
 # %% ../../nbs/31_stats.ipynb #fdb0ac27
 def _squeeze(var, df):
-    "Prior degrees of freedom and the variances shrunk towards the prior (empirical Bayes, Smyth 2004)"
+    """Prior degrees of freedom and the variances shrunk towards the prior (empirical Bayes, Smyth
+    2004)"""
     from scipy.optimize import brentq
     from scipy.special import digamma, polygamma
     ok = np.isfinite(var) & (var > 0)
@@ -55,7 +75,8 @@ def _squeeze(var, df):
     return d0, np.where(ok, (d0*s0 + df*var)/(d0 + df), var)
 
 def t_interval(x, moderated=False):
-    "Mean, half width of the 95 % interval and two-sided p against 0 for the rows of `x`, NaN left out"
+    """Mean, half width of the 95 % interval and two-sided p against 0 for the rows of `x`, NaN left
+    out"""
     from scipy.stats import t
     n = np.isfinite(x).sum(1)
     with warnings.catch_warnings(), np.errstate(invalid='ignore', divide='ignore'):
@@ -67,7 +88,8 @@ def t_interval(x, moderated=False):
 
 # %% ../../nbs/31_stats.ipynb #e04996b3
 def _mixed(n, means, squares):
-    "Mean, half interval and p of a random-donor model; from (genes, donors) counts, means, sums of squares within"
+    """Mean, half interval and p of a random-donor model; from (genes, donors) counts, means, sums
+    of squares within"""
     from scipy.stats import t
     ok = np.isfinite(means) & (n > 0)
     n, means, inside = np.where(ok, n, 0.), np.where(ok, means, 0.), np.where(ok, squares, 0).sum(1)
@@ -77,7 +99,11 @@ def _mixed(n, means, squares):
         total, N = w.sum(1), n.sum(1) - 1
         mean = (w*means).sum(1)/total
         rss = inside + (w*(means - mean[:, None])**2).sum(1)
-        return mean, np.sqrt(rss/N/total), -.5*(N*np.log(rss) + np.log1p(ratio*n).sum(1) + np.log(total))
+        return (
+            mean,
+            np.sqrt(rss / N / total),
+            -0.5 * (N * np.log(rss) + np.log1p(ratio * n).sum(1) + np.log(total)),
+        )
     best, top = np.zeros((len(n), 1)), np.full((len(n), 1), -np.inf)
     with np.errstate(invalid='ignore', divide='ignore'):
         for steps, relative in ((np.r_[0, np.geomspace(1e-4, 1e4, 41)], False), (np.geomspace(.6, 1.6, 41), True)):
@@ -89,6 +115,7 @@ def _mixed(n, means, squares):
         return mean, t.ppf(.975, df)*se, 2*t.sf(np.abs(mean/se), df)
 
 # %% ../../nbs/31_stats.ipynb #0491f433
+# of the one result table: meaning, unit
 meanings = {
     'perturbation': ('what was done, as written', 'text'),
     'kind': ('KO, OE, Dose …, drug, or a sum of them', 'text'),
@@ -96,16 +123,31 @@ meanings = {
     'symbol': ('the same by symbol', 'text'),
     'cell_type': ('cells the row is about; "all" when they were not told apart', 'text'),
     'donor': ('"all", or the donor of a row by donor', 'text'),
-    'state': ('the state moved to; p(class) for a class of a fine-tuned model; empty without states', 'text'),
-    'shift': ('mean over donors (over cells where attrs say so) of the change; without states 1 - cosine',
-              'cosine, -2 to 2; p(class): probability, -1 to 1'),
+    'state': (
+        'the state moved to; p(class) for a class of a fine-tuned model; empty without states',
+        'text',
+    ),
+    'shift': (
+        'mean over donors (over cells where attrs say so) of the change; without states 1 - cosine',
+        'cosine, -2 to 2; p(class): probability, -1 to 1',
+    ),
     'ci_low': ('lower end of the 95 % interval of shift', 'as shift'),
     'ci_high': ('upper end of the 95 % interval of shift', 'as shift'),
-    'p': ('two-sided, for shift = null_shift; missing where too few donors or cells were there to test', '0 to 1'),
-    'fdr': ('Benjamini-Hochberg over the p of the same state, cell type, kind and number of genes', '0 to 1'),
+    'p': (
+        'two-sided, for shift = null_shift; missing where too few donors or cells were there to '
+        'test',
+        '0 to 1',
+    ),
+    'fdr': (
+        'Benjamini-Hochberg over the p of the same state, cell type, kind and number of genes',
+        '0 to 1',
+    ),
     'n_cells': ('cells that were perturbed so', 'cells'),
     'n_donors': ('donors that count as witnesses; 0 when no donor column was named', 'donors'),
-    'null_shift': ('mean shift of matched genes in the same donors', 'as shift')} # of the one result table: meaning, unit
+    'null_shift': ('mean shift of matched genes in the same donors', 'as shift'),
+}
+
+# %% ../../nbs/31_stats.ipynb #bb372d07
 columns = list(meanings)
 sign = 'A positive shift is a move towards the state, and a negative one is a move away from it.'
 
@@ -115,10 +157,13 @@ def _means(code, who, x, n_genes, n_who):
     flat, size = code*n_who + who, n_genes*n_who
     n = np.bincount(flat, minlength=size)
     mean = np.where(n > 0, np.bincount(flat, x, size)/np.maximum(n, 1), np.nan)
-    return [v.reshape(n_genes, n_who) for v in (n, mean, np.bincount(flat, (x - mean[flat])**2, size))]
+    return [
+        v.reshape(n_genes, n_who) for v in (n, mean, np.bincount(flat, (x - mean[flat]) ** 2, size))
+    ]
 
 def _over_donors(code, who, x, match, min_cells, min_donors, how, moderated):
-    "Shift, interval, p against matched genes, null and number of donors of each gene: donors are the witnesses"
+    """Shift, interval, p against matched genes, null and number of donors of each gene: donors are
+    the witnesses"""
     n, mean, squares = _means(code, who, x, code.max() + 1, who.max() + 1)
     kept = np.where(n >= min_cells, mean, np.nan)
     null = matched_null(kept, match)
@@ -133,7 +178,14 @@ def _over_donors(code, who, x, match, min_cells, min_donors, how, moderated):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning) # genes without a matched one
         null = np.nanmean(np.where(there, null, np.nan), 1)
-    return dict(shift=shift, ci_low=shift - half, ci_high=shift + half, p=p, null_shift=null, n_donors=there.sum(1))
+    return dict(
+        shift=shift,
+        ci_low=shift - half,
+        ci_high=shift + half,
+        p=p,
+        null_shift=null,
+        n_donors=there.sum(1),
+    )
 
 # %% ../../nbs/31_stats.ipynb #6fd5a50f
 def _over_cells(code, who, x, match, min_cells):
@@ -158,24 +210,33 @@ def _obs_column(raw, obs, name, what):
                               f"{'none' if obs is None else ', '.join(map(str, obs.columns))}.")
     cell = raw.cell.to_numpy()
     if cell.max() >= len(obs):
-        raise GeneformerError(f"The raw table speaks of cell {cell.max()} but obs has {len(obs)} rows: "
-                              "pass the obs of the cells that were perturbed.")
+        raise GeneformerError(
+            f"The raw table speaks of cell {cell.max()} but obs has {len(obs)} rows: "
+            "pass the obs of the cells that were perturbed."
+        )
     out = obs[name].astype(object).to_numpy()[cell]
     if pd.isna(out).any():
-        raise GeneformerError(f"{what.capitalize()} '{name}' is missing for {pd.isna(obs[name]).sum()} cells: "
-                              "fill it in or leave those cells out.")
+        raise GeneformerError(
+            f"{what.capitalize()} '{name}' is missing for {pd.isna(obs[name]).sum()} cells: "
+            "fill it in or leave those cells out."
+        )
     return out.astype(str)
 
 # %% ../../nbs/31_stats.ipynb #4e909c17
 def matching_properties(part, code, table, rank):
-    "(genes, 2): mean rank where the gene is there (or the given one), and the number of cells that have it"
+    """(genes, 2): mean rank where the gene is there (or the given one), and the number of cells
+    that have it"""
     at = part['rank'].to_numpy(float) if 'rank' in part else np.zeros(len(part))
     seen = np.bincount(code, at >= 0)
-    place = np.where(seen > 0, np.bincount(code, np.maximum(at, 0))/np.maximum(seen, 1), at.max() + 1)
+    place = np.where(
+        seen > 0, np.bincount(code, np.maximum(at, 0)) / np.maximum(seen, 1), at.max() + 1
+    )
     if rank is not None:
         of = pd.Series(rank).astype(float)
         place = np.array([of.reindex(str(g).split('+')).mean() for g in table.gene_id])
-        place = np.where(np.isfinite(place), place, np.nanmax(place) if np.isfinite(place).any() else 0)
+        place = np.where(
+            np.isfinite(place), place, np.nanmax(place) if np.isfinite(place).any() else 0
+        )
     return np.column_stack([place, seen])
 
 def _donor_rows(part, code, table, x, rank, min_cells):
@@ -186,7 +247,9 @@ def _donor_rows(part, code, table, x, rank, min_cells):
         names, sub = np.unique(code[i], return_inverse=True)
         match = matching_properties(part[i], sub, table.iloc[names], rank)
         got = _over_cells(sub, np.zeros(len(sub), int), x[i], match, min_cells)
-        rows.append(table.iloc[names].assign(donor=d, n_cells=np.bincount(sub), **{**got, 'p': np.nan}))
+        rows.append(
+            table.iloc[names].assign(donor=d, n_cells=np.bincount(sub), **{**got, 'p': np.nan})
+        )
     return rows
 
 # %% ../../nbs/31_stats.ipynb #1548e11f
@@ -199,58 +262,98 @@ def genes_at_once(raw):
 def _finish(table, symbols, units, donor):
     "Symbols, order, and a word about what was counted"
     if symbols is None: symbols = {}
-    table['symbol'] = ['+'.join(str(symbols.get(g, g)) for g in str(k).split('+')) for k in table.gene_id]
+    table['symbol'] = [
+        '+'.join(str(symbols.get(g, g)) for g in str(k).split('+')) for k in table.gene_id
+    ]
     if donor is None: table['n_donors'] = 0
     out = table.reindex(columns=columns)
-    out = out.sort_values(['state', 'cell_type', 'shift'], ascending=[True, True, False], kind='stable',
-                          ignore_index=True)
+    out = out.sort_values(
+        ['state', 'cell_type', 'shift'],
+        ascending=[True, True, False],
+        kind='stable',
+        ignore_index=True,
+    )
     out.attrs['unit'] = units
     return out
 
 # %% ../../nbs/31_stats.ipynb #907e61b5
 def together(
     shifts, # table of shifts, or several of them
-    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table carries
+    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table
+    # carries
 )->tuple: # one table, and the obs of its cells
-    "Tables of shifts as one, with their cells; raises `GeneformerError` where one of several carries no cells"
-    if isinstance(shifts, pd.DataFrame): return shifts, getattr(shifts, 'obs', None) if obs is None else obs
+    """Tables of shifts as one, with their cells; raises `GeneformerError` where one of several
+    carries no cells"""
+    if isinstance(shifts, pd.DataFrame):
+        return shifts, getattr(shifts, 'obs', None) if obs is None else obs
     tables = list(shifts)
     if not tables or not all(isinstance(t, pd.DataFrame) for t in tables): raise GeneformerError(
         "shifts is what gf.tl.perturb or gf.get.shifts returned, or a list of such tables.")
     if obs is not None: return joined_shifts(tables), obs
     of = [getattr(t, 'obs', None) for t in tables]
-    if any(o is None for o in of): raise GeneformerError("One of the tables carries no table of cells: pass obs=…, or read it with gf.get.shifts(folder).")
+    if any(o is None for o in of):
+        raise GeneformerError(
+            "One of the tables carries no table of cells: pass obs=…, or read it with "
+            "gf.get.shifts(folder)."
+        )
     start = np.cumsum([0] + [len(o) for o in of])
-    return joined_shifts([t.assign(cell=t['cell'] + s) for t, s in zip(tables, start)]), pd.concat(of)
+    return joined_shifts([t.assign(cell=t['cell'] + s) for t, s in zip(tables, start)]), pd.concat(
+        of
+    )
 
+# %% ../../nbs/31_stats.ipynb #391d852d
 @verb
 def summarize(
     shifts, # what `perturb` returned, or several such tables
-    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table carries
-    states=None, # states to report; None means all; a run without states gives state "" and shift 1 - cosine
+    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table
+    # carries
+    states=None, # states to report; None means all; a run without states gives state "" and shift 1
+    # - cosine
     *,
     donor:str=None, # column of obs that names the donor; None counts cells
-    cell_type:str=None, # column of obs that names the cell type: a table for each; None takes all cells together
+    cell_type:str=None, # column of obs that names the cell type: a table for each; None takes all
+    # cells together
     by_donor:bool=False, # add rows for each donor, without p, beside those of donor "all"
     min_cells:int=3, # cells of a donor in which a gene must be seen for the donor to count
-    min_donors:int=3, # donors a test and an interval need; with fewer in the data, cells are counted and attrs say so
-    rank=None, # mean rank by gene id, to match genes on; None takes raw["rank"]; detection is matched on besides
+    min_donors:int=3, # donors a test and an interval need; with fewer in the data, cells are
+    # counted and attrs say so
+    rank=None, # mean rank by gene id, to match genes on; None takes raw["rank"]; detection is
+    # matched on besides
     symbols=None, # {gene_id: symbol}; None repeats the id
-    how:str='aggregate', # a donor is its mean; "mixed": a random effect with cells below it, for uneven donors
-    moderated:bool=False, # shrink variances over genes (limma); helps with 3 to 5 donors; not for "mixed"
+    how:str='aggregate', # a donor is its mean; "mixed": a random effect with cells below it, for
+    # uneven donors
+    moderated:bool=False, # shrink variances over genes (limma); helps with 3 to 5 donors; not for
+    # "mixed"
 )->pd.DataFrame: # the one result table; attrs["unit"] is "donors" or "cells" for each cell type
-    "The tidy result of a perturbation run; raises `GeneformerError` for tables that do not fit together"
+    """The tidy result of a perturbation run; raises `GeneformerError` for tables that do not fit
+    together"""
     if how not in ('aggregate', 'mixed') or how == 'mixed' and moderated:
-        raise GeneformerError(f"how={how!r}, moderated={moderated}: how is 'aggregate' or 'mixed', moderated for 'aggregate' only.")
+        raise GeneformerError(
+            f"how={how!r}, moderated={moderated}: how is 'aggregate' or 'mixed', moderated for "
+            "'aggregate' only."
+        )
     raw, obs = together(shifts, obs)
-    states = [states] if isinstance(states, str) else list(states if states is not None else _states(raw) or [''])
-    x = {s: 1 - raw[shift_column(raw, None)] if s == '' else raw[shift_column(raw, s)] for s in states}
-    work = raw.assign(_donor=_obs_column(raw, obs, donor, 'donor'), _type=_obs_column(raw, obs, cell_type, 'cell type'))
+    states = (
+        [states]
+        if isinstance(states, str)
+        else list(states if states is not None else _states(raw) or [''])
+    )
+    x = {
+        s: 1 - raw[shift_column(raw, None)] if s == '' else raw[shift_column(raw, s)]
+        for s in states
+    }
+    work = raw.assign(
+        _donor=_obs_column(raw, obs, donor, 'donor'),
+        _type=_obs_column(raw, obs, cell_type, 'cell type'),
+    )
     rows, units = [], {}
     for (ct, *_), part in work.groupby(['_type', 'kind', genes_at_once(raw)], sort=False, observed=True):
         (code, table), who = perturbation_codes(part), pd.factorize(part['_donor'])[0]
         few = donor is None or who.max() + 1 < min_donors
-        units[ct], match = 'cells' if few else 'donors', matching_properties(part, code, table, rank)
+        units[ct], match = (
+            'cells' if few else 'donors',
+            matching_properties(part, code, table, rank),
+        )
         for s in states:
             v = x[s].loc[part.index].to_numpy(float)
             got = _over_cells(code, who, v, match, min_cells) if few else \
@@ -268,9 +371,15 @@ def wide(
 )->pd.DataFrame: # one row a perturbation, cell type and donor; columns such as shift_<state>
     "The states of the one table side by side; raises `GeneformerError` for another table"
     if lacks := [c for c in (*columns, *values) if c not in table]:
-        raise GeneformerError(f"The table lacks the column {', '.join(lacks)}: pass what `summarize` returned.")
+        raise GeneformerError(
+            f"The table lacks the column {', '.join(lacks)}: pass what `summarize` returned."
+        )
     keys = ['perturbation', 'kind', 'gene_id', 'symbol', 'cell_type', 'donor']
     out = table.set_index([*keys, 'n_cells', 'n_donors', 'state'])[list(values)].unstack('state')
     states = list(table.state.unique()) if states is None else list(states)
-    out = out[[(v, s) for v in values for s in states]].set_axis([f'{v}_{s}' for v in values for s in states], axis=1)
-    return out.reset_index().sort_values(f'{values[0]}_{states[0]}', ascending=False, kind='stable', ignore_index=True)
+    out = out[[(v, s) for v in values for s in states]].set_axis(
+        [f'{v}_{s}' for v in values for s in states], axis=1
+    )
+    return out.reset_index().sort_values(
+        f'{values[0]}_{states[0]}', ascending=False, kind='stable', ignore_index=True
+    )

@@ -11,7 +11,15 @@ import warnings
 import numpy as np, pandas as pd
 from ..core import GeneformerError
 from .official import bh, goal_state_shift, perturbation_codes
-from .stats import matched_null, summarize, shift_column, matching_properties, _means, _obs_column, t_interval
+from geneformer_nb.perturb.stats import (
+    matched_null,
+    summarize,
+    shift_column,
+    matching_properties,
+    _means,
+    _obs_column,
+    t_interval,
+)
 
 # %% ../../nbs/31a_trust.ipynb #ffdf4324
 def simulated_run(
@@ -19,35 +27,56 @@ def simulated_run(
     *,
     effect=0., # shift that is really there: a number for the `hits`, or one for each gene
     hits:int=0, # genes that have it, named H…; the others are G…
-    gene_donor:float=.01, noise:float=.02, donor_sd:float=.02, by_rank:float=.01, # sizes of the parts, in units of the shift
+    gene_donor:float=.01, noise:float=.02, donor_sd:float=.02, by_rank:float=.01,
+    # sizes of the parts, in units of the shift
     batch:float=0., batches:int=2, # whim of a gene in a batch; donors take turns
     uneven:float=.4, # spread of the log of the number of cells; 0 gives all the same
     seed:int=0, # of everything
 )->tuple: # raw table with the state "goal", and obs with donor and batch
     "A perturbation run without a model"
     rng = np.random.default_rng(seed)
-    size = np.maximum(3, (cells*np.exp(rng.normal(0, uneven, donors) if uneven else np.zeros(donors))).round()).astype(int)
+    size = np.maximum(
+        3, (cells * np.exp(rng.normal(0, uneven, donors) if uneven else np.zeros(donors))).round()
+    ).astype(int)
     who, level = np.repeat(np.arange(donors), size), rng.normal(size=genes)
     place = np.argsort(np.argsort(-level + rng.normal(0, .4, genes)))
-    mean = by_rank*np.exp(-3*place/genes) + np.where(np.arange(genes) < hits, effect, 0.) if np.ndim(effect) == 0 else effect
+    mean = (
+        by_rank * np.exp(-3 * place / genes) + np.where(np.arange(genes) < hits, effect, 0.0)
+        if np.ndim(effect) == 0
+        else effect
+    )
     g, c = (v.ravel() for v in np.meshgrid(np.arange(genes), np.arange(len(who))))
     seen = rng.random(len(g)) < (.25 + .7/(1 + np.exp(-level - rng.normal(0, .4, genes))))[g]
     g, c = g[seen], c[seen]
     d, b = who[c], who[c] % batches
-    x = mean[g] + rng.normal(0, donor_sd, donors)[d] + rng.normal(0, gene_donor, (genes, donors))[g, d]
+    x = (
+        mean[g]
+        + rng.normal(0, donor_sd, donors)[d]
+        + rng.normal(0, gene_donor, (genes, donors))[g, d]
+    )
     x += rng.normal(0, batch, (genes, batches))[g, b] + rng.normal(0, noise, len(g))
     names = np.array([f'{"H" if i < hits else "G"}{i:03d}' for i in range(genes)])
-    raw = pd.DataFrame(dict(cell=c, kind='KO', perturbation=np.char.add(np.char.add('KO(', names), ')')[g], gene_id=names[g], rank=place[g], cosine=1 - np.abs(x),
-                            shift_goal=x))
+    raw = pd.DataFrame(
+        dict(
+            cell=c,
+            kind='KO',
+            perturbation=np.char.add(np.char.add('KO(', names), ')')[g],
+            gene_id=names[g],
+            rank=place[g],
+            cosine=1 - np.abs(x),
+            shift_goal=x,
+        )
+    )
     return raw, pd.DataFrame(dict(donor=[f'D{i:02d}' for i in who], batch=who % batches))
 
 # %% ../../nbs/31a_trust.ipynb #be209585
+# {name: function of raw and obs that gives gene_id, p and fdr}
 tests = {
     'cells, official': lambda raw, obs: goal_state_shift(raw, 'goal', official=True),
     'cells, other genes': lambda raw, obs: goal_state_shift(raw, 'goal'),
     'donors': lambda raw, obs: summarize(raw, obs, donor='donor'),
     'donors, moderated': lambda raw, obs: summarize(raw, obs, donor='donor', moderated=True),
-    'donors, mixed': lambda raw, obs: summarize(raw, obs, donor='donor', how='mixed')} # {name: function of raw and obs that gives gene_id, p and fdr}
+    'donors, mixed': lambda raw, obs: summarize(raw, obs, donor='donor', how='mixed')}
 
 def type_one(
     runs:int=40, # simulated runs
@@ -56,7 +85,8 @@ def type_one(
     seed:int=0, # of the first run
     full:bool=False, # also return {method: p}
     **settings, # of `simulated_run`; hits are not counted
-)->pd.DataFrame: # by method: false_alarms, ci_low, ci_high (95 %, over runs), runs_with_discovery (fdr < alpha), n (tests)
+)->pd.DataFrame: # by method: false_alarms, ci_low, ci_high (95 %, over runs), runs_with_discovery
+# (fdr < alpha), n (tests)
     "How often a test cries when nothing is there"
     methods, ps, found = methods or tests, {}, {}
     for i in range(runs):
@@ -64,10 +94,21 @@ def type_one(
         for name, f in methods.items():
             t = f(raw, obs)
             t = t[~t.gene_id.astype(str).str.startswith('H')].dropna(subset=['p'])
-            ps.setdefault(name, []).append(t.p.to_numpy()); found.setdefault(name, []).append((t.fdr < alpha).any())
+            ps.setdefault(name, []).append(t.p.to_numpy())
+            found.setdefault(name, []).append((t.fdr < alpha).any())
     rate = {m: np.array([(p < alpha).mean() for p in v]) for m, v in ps.items()}
-    out = pd.DataFrame({m: dict(false_alarms=r.mean(), ci_low=r.mean() - 1.96*r.std(ddof=1)/len(r)**.5, ci_high=r.mean() + 1.96*r.std(ddof=1)/len(r)**.5,
-                                runs_with_discovery=np.mean(found[m]), n=sum(map(len, ps[m]))) for m, r in rate.items()}).T
+    out = pd.DataFrame(
+        {
+            m: dict(
+                false_alarms=r.mean(),
+                ci_low=r.mean() - 1.96 * r.std(ddof=1) / len(r) ** 0.5,
+                ci_high=r.mean() + 1.96 * r.std(ddof=1) / len(r) ** 0.5,
+                runs_with_discovery=np.mean(found[m]),
+                n=sum(map(len, ps[m])),
+            )
+            for m, r in rate.items()
+        }
+    ).T
     out = out.astype({'n': int}).rename_axis('method')
     return (out, {m: np.concatenate(v) for m, v in ps.items()}) if full else out
 
@@ -80,7 +121,8 @@ def power(
     method=None, # function of raw and obs, as in `tests`; None: donor means
     seed:int=0, # of the first run
     **settings, # of `simulated_run`: gene_donor, noise and cells of your pilot, from `spread`
-)->pd.DataFrame: # donors, effect, power, ci_low, ci_high (95 %, over runs), false (share of the discoveries)
+)->pd.DataFrame: # donors, effect, power, ci_low, ci_high (95 %, over runs), false (share of the
+# discoveries)
     "How many hits are found"
     rows, method = [], method or tests['donors']
     settings = dict(hits=10) | settings
@@ -90,17 +132,30 @@ def power(
             for i in range(runs):
                 t = method(*simulated_run(donors=n, effect=e, seed=seed + i, **settings))
                 hit, found = t.gene_id.astype(str).str.startswith('H'), t.fdr < alpha
-                got.append((hit & found).sum()/settings['hits']); wrong.append((found & ~hit).sum()/max(1, found.sum()))
+                got.append((hit & found).sum()/settings['hits'])
+                wrong.append((found & ~hit).sum()/max(1, found.sum()))
             half = 1.96*np.std(got, ddof=1)/runs**.5
-            rows.append((n, e, np.mean(got), max(0, np.mean(got) - half), min(1, np.mean(got) + half), np.mean(wrong)))
+            rows.append(
+                (
+                    n,
+                    e,
+                    np.mean(got),
+                    max(0, np.mean(got) - half),
+                    min(1, np.mean(got) + half),
+                    np.mean(wrong),
+                )
+            )
     return pd.DataFrame(rows, columns=['donors', 'effect', 'power', 'ci_low', 'ci_high', 'false'])
 
 def donors_needed(
     table:pd.DataFrame, # of `power`
     target:float=.8, # share of the hits to find
-)->pd.Series: # by effect: the smallest number of donors that was tried and suffices; NaN where none does
+)->pd.Series: # by effect: the smallest number of donors that was tried and suffices; NaN where none
+# does
     "How many donors a question needs"
-    return table[table.power >= target].groupby('effect').donors.min().reindex(table.effect.unique())
+    return (
+        table[table.power >= target].groupby('effect').donors.min().reindex(table.effect.unique())
+    )
 
 # %% ../../nbs/31a_trust.ipynb #df664d3f
 def spread(
@@ -109,46 +164,74 @@ def spread(
     state:str, # the state
     donor:str, # obs column of donors
     min_cells:int=3, # cells of a gene in a donor to count
-)->dict: # gene_donor, noise (in units of the shift) and cells (of a donor that hold a gene, doubled: half of them do in a simulated run)
+)->dict: # gene_donor, noise (in units of the shift) and cells (of a donor that hold a gene,
+# doubled: half of them do in a simulated run)
     "What `power` needs to know of your data; raises `GeneformerError` for a single donor"
-    x, who = raw[shift_column(raw, state)].to_numpy(float), pd.factorize(_obs_column(raw, obs, donor, 'donor'))[0]
+    x, who = (
+        raw[shift_column(raw, state)].to_numpy(float),
+        pd.factorize(_obs_column(raw, obs, donor, 'donor'))[0],
+    )
     code, table = perturbation_codes(raw)
     n, mean, squares = _means(code, who, x, len(table), who.max() + 1)
-    if n.shape[1] < 2: raise GeneformerError("One donor tells nothing of how donors differ: a pilot needs two or more.")
+    if n.shape[1] < 2:
+        raise GeneformerError(
+            "One donor tells nothing of how donors differ: a pilot needs two or more."
+        )
     mean = np.where(n >= min_cells, mean, np.nan)
     null = matched_null(mean, matching_properties(raw, code, table, None))
     noise = squares[n >= min_cells].sum()/(n[n >= min_cells] - 1).sum()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)
-        share = np.nanmean(np.where(n >= min_cells, 1/np.maximum(n, 1), np.nan), 1) # of the noise that is left in a mean
-        whim = np.nanmean(np.nanvar(mean - null, 1, ddof=1)/1.25 - noise*share) # a fifth of it is that of the four matched genes
-    return dict(gene_donor=float(max(whim, 0)**.5), noise=float(noise**.5), cells=int(round(1.67*np.median(n[n > 0]))))
+        # of the noise that is left in a mean
+        share = np.nanmean(np.where(n >= min_cells, 1/np.maximum(n, 1), np.nan), 1)
+        # a fifth of it is that of the four matched genes
+        whim = np.nanmean(np.nanvar(mean - null, 1, ddof=1)/1.25 - noise*share)
+    return dict(
+        gene_donor=float(max(whim, 0) ** 0.5),
+        noise=float(noise**0.5),
+        cells=int(round(1.67 * np.median(n[n > 0]))),
+    )
 
 # %% ../../nbs/31a_trust.ipynb #0d06b69a
 def stability(
     tables, # list of two or more tables of `summarize`, with one state, kind and cell type
     k:int=20, # length of the top list
     draws:int=200, seed:int=0, # of the bootstrap over genes
-)->pd.DataFrame: # spearman and overlap (share of the top k in common), mean over pairs of runs: value, ci_low, ci_high, chance
+)->pd.DataFrame: # spearman and overlap (share of the top k in common), mean over pairs of runs:
+# value, ci_low, ci_high, chance
     "Do runs agree? Raises `GeneformerError` for fewer than two runs or no common genes"
     one = [t[t.donor == 'all'].set_index('perturbation') for t in tables]
     if len(one) < 2 or any(t.index.duplicated().any() for t in one):
-        raise GeneformerError("stability compares two or more tables of one state, one kind and one cell type: select them first.")
+        raise GeneformerError(
+            "stability compares two or more tables of one state, one kind and one cell type: "
+            "select them first."
+        )
     x = pd.concat([t['shift'] - t.null_shift.fillna(0) for t in one], axis=1).dropna().to_numpy()
-    if len(x) <= k: raise GeneformerError(f"The runs share {len(x)} perturbations: too few for a top {k}.")
+    if len(x) <= k:
+        raise GeneformerError(f"The runs share {len(x)} perturbations: too few for a top {k}.")
     above = np.triu_indices(len(one), 1)
     def agree(x):
         r = np.argsort(np.argsort(-x, axis=0, kind='stable'), axis=0)
         top = (r < k).astype(float)
         return np.corrcoef(r.T)[above].mean(), (top.T @ top/k)[above].mean()
     rng = np.random.default_rng(seed)
-    low, high = np.percentile([agree(x[rng.integers(0, len(x), len(x))]) for _ in range(draws)], [2.5, 97.5], axis=0)
-    return pd.DataFrame(dict(value=agree(x), ci_low=low, ci_high=high, chance=[0, k/len(x)]), index=['spearman', 'overlap'])
+    low, high = np.percentile(
+        [agree(x[rng.integers(0, len(x), len(x))]) for _ in range(draws)], [2.5, 97.5], axis=0
+    )
+    return pd.DataFrame(
+        dict(value=agree(x), ci_low=low, ci_high=high, chance=[0, k / len(x)]),
+        index=['spearman', 'overlap'],
+    )
 
 # %% ../../nbs/31a_trust.ipynb #ede57903
 def _labelings(obs, column, donor, start, goal, n, seed):
-    "(n + 1, cells) True where start, the truth first: donors with one state swap among themselves, those with both swap their own"
-    units, of = np.unique(np.stack([obs[donor].astype(str), obs[column].astype(str)], 1).astype(str), axis=0, return_inverse=True)
+    """(n + 1, cells) True where start, the truth first: donors with one state swap among
+    themselves, those with both swap their own"""
+    units, of = np.unique(
+        np.stack([obs[donor].astype(str), obs[column].astype(str)], 1).astype(str),
+        axis=0,
+        return_inverse=True,
+    )
     of, truth = of.ravel(), units[:, 1] == start
     _, who, how_many = np.unique(units[:, 0], return_inverse=True, return_counts=True)
     single, rng, seen = how_many[who] == 1, np.random.default_rng(seed), {truth.tobytes(): truth}
@@ -167,17 +250,29 @@ def permuted_states(
     label:str, donor:str, start:str, goal:str, # obs columns of state and donor; two of the states
     n:int=200, # labelings beside the true one, or as many as there are
     seed:int=0, layer='second_to_last', pool:str=None, # of the labelings; as in `perturb`
-)->tuple: # cells of the two states, {name: vector} for `perturb(…, states=…)`, labels (n + 1, cells) for `permuted_test`
+)->tuple: # cells of the two states, {name: vector} for `perturb(…, states=…)`, labels (n + 1,
+# cells) for `permuted_test`
     "State vectors under labels dealt anew to whole donors; raises `GeneformerError`"
-    if getattr(model, 'encoder', None) is not model: raise GeneformerError("A fine-tuned model has seen the labels: pass its pretrained encoder.")
-    if lacks := [c for c in (label, donor) if c not in cells.obs]: raise GeneformerError(f"obs has no column {lacks[0]!r}.")
+    if getattr(model, 'encoder', None) is not model:
+        raise GeneformerError(
+            "A fine-tuned model has seen the labels: pass its pretrained encoder."
+        )
+    if lacks := [c for c in (label, donor) if c not in cells.obs]:
+        raise GeneformerError(f"obs has no column {lacks[0]!r}.")
     cells = cells[cells.obs[label].astype(str).isin([start, goal]).to_numpy()]
     labels = _labelings(cells.obs, label, donor, start, goal, n, seed)
-    if len(labels) < 20: raise GeneformerError(f"The donors allow {len(labels)} labelings and p would never be below 1/{len(labels)}: "
-                                               "three donors of each state or more are needed, or five with both.")
+    if len(labels) < 20:
+        raise GeneformerError(
+            f"The donors allow {len(labels)} labelings and p would never be below 1/{len(labels)}: "
+            "three donors of each state or more are needed, or five with both."
+        )
     x = np.nan_to_num(model.encode(cells, layer=layer, pool=pool, show=False))
     mean = lambda l: l.astype(np.float32) @ x/l.sum(1, keepdims=True)
-    states = {f'{w} {i}': v for w, l in (('start', labels), ('goal', ~labels)) for i, v in enumerate(mean(l))}
+    states = {
+        f'{w} {i}': v
+        for w, l in (('start', labels), ('goal', ~labels))
+        for i, v in enumerate(mean(l))
+    }
     return cells, states, labels
 
 # %% ../../nbs/31a_trust.ipynb #8ac0b526
@@ -188,24 +283,37 @@ def permuted_test(
     donor:str, # obs column of donors
     min_cells:int=3, min_donors:int=3, # as in `summarize`
     full:bool=False, # also return scores and p_donors of every labeling, (genes, n + 1)
-)->pd.DataFrame: # perturbation, kind, gene_id, score, p_donors (of the true labels), p, fdr, n_cells, n_donors; best first
-    "Does the shift hang on the labels? p: share of labelings with a score as far from 0. Raises `GeneformerError`"
-    if raw.kind.nunique() > 1: raise GeneformerError("Select one kind of perturbation: knock-outs are matched with knock-outs.")
+)->pd.DataFrame: # perturbation, kind, gene_id, score, p_donors (of the true labels), p, fdr,
+# n_cells, n_donors; best first
+    """Does the shift hang on the labels? p: share of labelings with a score as far from 0. Raises
+    `GeneformerError`"""
+    if raw.kind.nunique() > 1:
+        raise GeneformerError(
+            "Select one kind of perturbation: knock-outs are matched with knock-outs."
+        )
     code, table = perturbation_codes(raw)
     who, cell = pd.factorize(_obs_column(raw, obs, donor, 'donor'))[0], raw.cell.to_numpy()
     match, scores, ps = matching_properties(raw, code, table, None), [], []
     for i, start in enumerate(labels):
         on = start[cell]
-        x = (raw[shift_column(raw, f'goal {i}')].to_numpy(float) - raw[f'shift_start {i}'].to_numpy(float))[on]
+        x = (
+            raw[shift_column(raw, f'goal {i}')].to_numpy(float)
+            - raw[f'shift_start {i}'].to_numpy(float)
+        )[on]
         n, mean, _ = _means(code[on], who[on], x, len(table), who.max() + 1)
         mean = np.where(n >= min_cells, mean, np.nan)
         mean = mean - matched_null(mean, match)
         few = np.isfinite(mean).sum(1) < min_donors
         score, _, p = t_interval(mean)
-        scores.append(np.where(few, np.nan, score)); ps.append(np.where(few, np.nan, p))
+        scores.append(np.where(few, np.nan, score))
+        ps.append(np.where(few, np.nan, p))
         if i == 0: counts = dict(n_cells=n.sum(1), n_donors=np.isfinite(mean).sum(1))
     s, ps = np.stack(scores, 1), np.stack(ps, 1)
-    p = np.where(np.isfinite(s[:, 0]), (np.abs(s) >= np.abs(s[:, :1])).sum(1)/np.maximum(np.isfinite(s).sum(1), 1), np.nan)
+    p = np.where(
+        np.isfinite(s[:, 0]),
+        (np.abs(s) >= np.abs(s[:, :1])).sum(1) / np.maximum(np.isfinite(s).sum(1), 1),
+        np.nan,
+    )
     out = table.assign(score=s[:, 0], p_donors=ps[:, 0], p=p, fdr=bh(p), **counts)
     order = np.lexsort((-np.abs(s[:, 0]), p))
     out = out.iloc[order].reset_index(drop=True)
