@@ -58,13 +58,13 @@ def _module(name):
 # %% ../nbs/00_core.ipynb #f75af0f7
 def _joined_comments(source):
     "{line: comment at its end}, joined with the comment-only lines directly below it"
-    found, beside, last = {}, None, None
+    found, beside, last = {}, 0, 0
     for t in tokenize.generate_tokens(io.StringIO(source).readline):
         if t.type != tokenize.COMMENT: continue
         line, text = t.start[0], t.string.lstrip('# ')
-        if t.line[:t.start[1]].strip(): beside, found[line] = line, text
-        elif last == line - 1 and beside is not None: found[beside] += f' {text}'
-        else: beside = None
+        if t.line[:t.start[1]].strip(): beside = line
+        elif last != line - 1: beside = line - 1
+        found[beside] = f'{found[beside]} {text}' if beside in found else text
         last = line
     return found
 

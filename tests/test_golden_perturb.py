@@ -34,7 +34,7 @@ def test_all(name, version, run, what):
 @pytest.mark.parametrize('run,op', [('delete_group', KO), ('overexpress_group', OE)], ids=['delete_group', 'overexpress_group'])
 def test_group(version, run, op):
     gold = table(f'heart_embryo_{version}_isp_{run}.parquet').set_index(['perturbed', 'affected'])['values']
-    mine = ours('heart_embryo', version, op(*of_json('meta.json')['heart_embryo'][version]['group_genes']), affected=True)
+    mine = ours('heart_embryo', version, op(*of_json('meta.json')['heart_embryo'][version]['group_genes']), genes=True)
     assert {k[1:] for k in mine} == set(gold.index) and len(mine) == gold.str.len().sum()
     for key, want in gold.items(): close([mine[(c, *key)] for c in range(3) if (c, *key) in mine], want, rtol=0)
 

@@ -149,7 +149,8 @@ class Each:
         return replace(self, form=self.form + other)
     def __radd__(self, other): return replace(self, form=_as_perturbation(other) + self.form)
     def __repr__(self):
-        return f"each({self.genes if isinstance(self.genes, str) else f'{len(self.genes)} genes'}, {self.form})"
+        genes = self.genes if isinstance(self.genes, str) else f'{len(self.genes)} genes'
+        return f'each({genes}, {self.form})'
 
 @verb
 def each(
@@ -173,9 +174,11 @@ def each(
             f"once; {op!r} gives {form!r}."
         )
     if isinstance(genes, str) and genes not in ('detected', 'vocabulary'): genes = [genes]
-    if not isinstance(genes, str) and (not np.iterable(genes) or not all(isinstance(g, str) for g in genes) or not len(genes)):
+    if isinstance(genes, str): return Each(genes, form)
+    names = np.iterable(genes) and len(genes) and all(isinstance(g, str) for g in genes)
+    if not names:
         raise GeneformerError(f"each takes gene names, 'detected' or 'vocabulary', not {genes!r}.")
-    return Each(genes if isinstance(genes, str) else tuple(dict.fromkeys(genes)), form)
+    return Each(tuple(dict.fromkeys(genes)), form)
 
 # %% ../../nbs/30_perturb.ipynb #f5a06618
 @verb
@@ -199,113 +202,114 @@ def pairs(
         *(op(a, **how) + op(b, **how) for a, b in combinations(genes, 2)),
     ]
 
-# %% ../../nbs/30_perturb.ipynb #67c1315b
+# %% ../../nbs/30_perturb.ipynb #ba081a52
+from fastcore.basics import patch
+
+# %% ../../nbs/30_perturb.ipynb #413d2f10
+def _flat(actions):
+    "One list of perturbations from nested lists of them"
+    if isinstance(actions, Perturbation) or not isinstance(actions, (list, tuple)): return [actions]
+    return [p for x in actions for p in _flat(x)]
+
 class ActionPlan:
-    "What to do, in tokens; raises `GeneformerError`, `VocabularyError`"
+    "Actions in tokens; raises `GeneformerError`, `VocabularyError`"
     def __init__(self,
         actions, # perturbations, or lists of them
         vocabulary, # names the genes
     ):
-        def flat(w):
-            return (
-                [p for x in w for p in flat(x)]
-                if isinstance(w, (list, tuple)) and not isinstance(w, Perturbation)
-                else [w]
-            )
-        self.actions, self.vocabulary = flat(actions), vocabulary
-        if not self.actions:
-            raise GeneformerError(
-                "There is nothing to do: the list of actions is empty. Write KO('GENE'), each(), "
-                "or a list of those."
-            )
-        self.parts = [self.resolve(w) for w in self.actions]
+        self.actions, self.vocabulary = _flat(actions), vocabulary
+        if not self.actions: raise GeneformerError("There is nothing to do: the list of actions is "
+            "empty. Write KO('GENE'), each(), or a list of those.")
+        self.parts = [self.resolve(action) for action in self.actions]
 
-    def resolve(self, w):
-        "(ops in tokens, tokens of `each` or its word)"
-        v, form = self.vocabulary, w.form if isinstance(w, Each) else _as_perturbation(w)
-        if form is w and any(o.gene == '*' for o in w.ops):
-            raise GeneformerError(f"{w}: '*' stands for each gene in turn; write each(…).")
+    def resolve(self, action): # a perturbation, or `each(…)`
+        "(ops in tokens, genes as of `genes_of`) of one action"
+        v = self.vocabulary
+        form = action.form if isinstance(action, Each) else _as_perturbation(action)
+        if form is action and any(o.gene == '*' for o in form.ops):
+            raise GeneformerError(f"{action}: '*' stands for each gene in turn; write each(…).")
         names = [o.gene for o in form.ops if o.gene != '*']
         tokens = v.token(names).tolist() if names else []
-        room = v.max_len - 2*v.cls - 1
-        if len(set(tokens)) < len(tokens): raise GeneformerError(f"{w} names one gene twice.")
-        if len(form.ops) > room:
-            raise GeneformerError(
-                f"{len(form.ops)} genes at once leave no room for others in a cell of {v.max_len} "
-                "tokens."
-            )
-        it = iter(tokens)
-        ops = [(o.act, None if o.gene == '*' else next(it), o.how, o.drug) for o in form.ops]
-        return ops, self.genes_of(w)
+        if len(set(tokens)) < len(tokens): raise GeneformerError(f"{action} names one gene twice.")
+        if len(form.ops) > v.max_len - 2*v.cls - 1: raise GeneformerError(
+            f"{len(form.ops)} genes at once leave no place for others in a cell of {v.max_len} "
+            "tokens.")
+        named = iter(tokens)
+        ops = [(o.act, None if o.gene == '*' else next(named), o.how, o.drug) for o in form.ops]
+        return ops, self.genes_of(action)
 
-    def genes_of(self, w):
-        """Tokens that `each` goes through: an array, the word detected, or None for a single
-        perturbation"""
-        if not isinstance(w, Each): return None
-        if w.genes == 'detected': return w.genes
-        names = self.vocabulary.genes if w.genes == 'vocabulary' else w.genes
-        return np.array(list(dict.fromkeys(self.vocabulary.token(list(names)).tolist())))
+# %% ../../nbs/30_perturb.ipynb #4e2b43ab
+@patch
+def genes_of(self:ActionPlan, action): # a perturbation, or `each(…)`
+    "Tokens `each` goes through: an array, or \"detected\"; None for a single perturbation"
+    if not isinstance(action, Each): return None
+    if action.genes == 'detected': return action.genes
+    names = self.vocabulary.genes if action.genes == 'vocabulary' else action.genes
+    return np.array(list(dict.fromkeys(self.vocabulary.token(list(names)).tolist())))
 
-    def words(self, label): # number of a perturbation
-        "Kind, perturbation and gene_id, as in the table"
-        v, (i, token) = self.vocabulary, divmod(int(label), self.vocabulary.n_tokens)
-        w, (ops, _) = self.actions[i], self.parts[i]
-        form, of = (
-            w.form if isinstance(w, Each) else w,
-            [token if t is None else t for _, t, *_ in ops],
-        )
-        said = Perturbation(tuple(o._replace(gene=v.unique_name(t)) for o, t in zip(form.ops, of)))
-        return form.kind, repr(said), '+'.join(v.gene(t) for t in of)
+@patch
+def words(self:ActionPlan, label): # number of a perturbation
+    "Kind, perturbation and gene_id, as in the table"
+    v, (i, token) = self.vocabulary, divmod(int(label), self.vocabulary.n_tokens)
+    action, (ops, _) = self.actions[i], self.parts[i]
+    form = action.form if isinstance(action, Each) else action
+    tokens = [token if t is None else t for _, t, *_ in ops]
+    named = [o._replace(gene=v.unique_name(t)) for o, t in zip(form.ops, tokens)]
+    return form.kind, repr(Perturbation(tuple(named))), '+'.join(v.gene(t) for t in tokens)
 
-# %% ../../nbs/30_perturb.ipynb #ba081a52
-from fastcore.basics import patch
+# %% ../../nbs/30_perturb.ipynb #f9ac88ad
+def _present(ops, tokens):
+    """The ops that concern a cell, as (act, token, how); None where the perturbation gives no form
 
-# %% ../../nbs/30_perturb.ipynb #957312ce
+    Targets of a drug that the cell lacks are left out. None: a drug has no target there, or a gene
+    is named twice."""
+    kept = [o for o in ops if not o[3] or o[0] == 'OE' or o[1] in tokens]
+    without_target = {o[3] for o in ops} - {o[3] for o in kept}
+    if without_target or len({token for _, token, *_ in kept}) < len(kept): return None
+    return [o[:3] for o in kept]
+
+@patch
+def one_at_a_time(self:ActionPlan, i): # number of the action
+    "Is action `i` a deletion of single genes, or an activation of single detected genes?"
+    ops, genes = self.parts[i]
+    if genes is None or len(ops) > 1 or ops[0][3]: return False
+    return ops[0][0] == 'KO' or ops[0][0] == 'OE' and isinstance(genes, str)
+
+# %% ../../nbs/30_perturb.ipynb #855e0fd0
 @patch
 def forms(self:ActionPlan,
     cells:Cells, # to perturb
     c:int, # number of the cell
-): # `Variants`
+): # `Variants`, one after the other
     "All forms of one cell"
     v, x, front = self.vocabulary, cells[c].tokens, int(cells.special)
-    at = np.arange(front, len(x) - front)
-    if len(at) < 2: return  # no other gene to tell anything
-    for i, (w, (ops, genes)) in enumerate(zip(self.actions, self.parts)):
-        (act, _, how, drug), label = ops[0], i*v.n_tokens
-        if genes is not None and len(ops) == 1 and not drug and (act == 'KO' or act == 'OE' and isinstance(genes, str)):
-            mine = at if isinstance(genes, str) else at[np.isin(x[at], genes)]
-            if act == 'OE': mine = mine[mine != front]
-            if len(mine):
-                yield singles(
-                    x,
-                    f'{act} {how}'.strip(),
-                    mine,
-                    label + x[mine].astype(np.int64),
-                    c,
-                    cells.special,
-                )
+    places = np.arange(front, len(x) - front)
+    if len(places) < 2: return  # no other gene is left to compare
+    for i, (ops, genes) in enumerate(self.parts):
+        (act, _, how, _), label = ops[0], i*v.n_tokens
+        detected = isinstance(genes, str)
+        if self.one_at_a_time(i):
+            at = places if detected else places[np.isin(x[places], genes)]
+            if act == 'OE': at = at[at != front]
+            if len(at):
+                labels = label + x[at].astype(np.int64)
+                yield singles(x, f'{act} {how}'.strip(), at, labels, c, cells.special)
             continue
-        for g in [None] if genes is None else x[at] if isinstance(genes, str) else genes:
-            done = [(a, int(g) if t is None else t, h, d) for a, t, h, d in ops]
-            these = [o[:3] for o in done if not o[3] or o[0] == 'OE' or o[1] in x]
-            idle = {d for *_, d in done} - {
-                d for a, t, _, d in done if not d or a == 'OE' or t in x
-            }
-            if idle or len({t for _, t, _ in these}) < len(these): continue
-            made = arrange(
-                x,
-                these,
-                cells.special,
-                v.max_len,
-                cell=c,
-                label=label + (0 if g is None else int(g)),
-            )
+        if genes is None: turns = [None]
+        else: turns = x[places] if detected else genes
+        for g in turns:
+            done = _present([(a, int(g) if t is None else t, h, d) for a, t, h, d in ops], x)
+            if done is None: continue
+            number = label + (0 if g is None else int(g))
+            made = arrange(x, done, cells.special, v.max_len, cell=c, label=number)
             if made is not None: yield made
 
 # %% ../../nbs/30_perturb.ipynb #a0c27feb
 @patch
-def table(self:ActionPlan, parts, columns): # dicts of columns, and the names of those that were
-# read
+def table(self:ActionPlan,
+    parts, # {column: values} of each batch
+    columns, # names of the columns that were read
+)->pd.DataFrame:
     "One row a cell and perturbation"
     def join(k, kind=float):
         return np.concatenate([p[k] for p in parts]) if parts else np.zeros(0, kind)
@@ -318,16 +322,16 @@ def table(self:ActionPlan, parts, columns): # dicts of columns, and the names of
     return pd.DataFrame(out | {k: join(k) for k in ('rank', 'cosine', *columns)})
 
 @patch
-def gene_table(self:ActionPlan, parts, rows): # (cosine, form, token) of each batch, and the forms
-# of each
+def gene_table(self:ActionPlan,
+    parts, # (cosine, form, token) of each batch
+    rows, # number of forms of each batch
+)->pd.DataFrame: # row, affected (token), cosine
     "One row for each remaining gene of each perturbed cell"
+    names = ['row', 'affected', 'cosine']
+    if not parts: return pd.DataFrame({k: np.zeros(0) for k in names})
     start = np.concatenate([[0], np.cumsum(rows)])
-    got = (
-        [np.concatenate(x) for x in zip(*[(f + s, t, c) for (c, f, t), s in zip(parts, start)])]
-        if parts
-        else [np.zeros(0)] * 3
-    )
-    return pd.DataFrame(dict(zip(('row', 'affected', 'cosine'), got)))
+    numbered = [(form + s, token, cosine) for (cosine, form, token), s in zip(parts, start)]
+    return pd.DataFrame({k: np.concatenate(x) for k, x in zip(names, zip(*numbered))})
 
 # %% ../../nbs/30_perturb.ipynb #ff15f055
 def layer_and_pool(model, layer, pool):
@@ -338,41 +342,33 @@ def layer_and_pool(model, layer, pool):
     )
 
 # %% ../../nbs/30_perturb.ipynb #53f8aebf
+def _check_states(states, size):
+    "Raise `GeneformerError` unless `states` is {name: finite vector of `size` numbers}"
+    if not isinstance(states, dict): raise GeneformerError(
+        "states is a dict of vectors by name: make it with state_embeddings(cells, model, label).")
+    for name, s in states.items():
+        if np.shape(s) != (size,) or not np.isfinite(s).all(): raise GeneformerError(
+            f"The embedding of state {name!r} is no finite vector of {size} numbers: make it with "
+            "state_embeddings, same model and layer.")
+
 def make_engine(model, cells, states, layer, pool, affected, dtype):
-    "What was asked of the model, checked"
-    if not isinstance(model, Reader):
-        raise GeneformerError(
-            f"model is a Geneformer, or what finetune returned, not {type(model).__name__}."
-        )
+    "The `Engine` of a run, from the arguments of `perturb`; raises `GeneformerError`"
+    if not isinstance(model, Reader): raise GeneformerError(
+        f"model is a Geneformer, or what finetune returned, not {type(model).__name__}.")
     encoder, tuned = model.encoder, model is not model.encoder
-    if model.read_pool is None:
-        raise GeneformerError(
-            f"A {type(model).__name__} gives no one answer a cell: pass its .encoder."
-        )
+    if model.read_pool is None: raise GeneformerError(
+        f"A {type(model).__name__} gives no one answer a cell: pass its .encoder.")
     need_cells(cells).check_vocabulary(encoder.vocabulary)
     layer, pool = layer_and_pool(model, layer, pool)
-    if tuned and (encoder.n_run(layer) != encoder.config.num_hidden_layers or pool != model.pool):
-        raise GeneformerError(
-            f"A fine-tuned model is read at its last layer and its own pooling ({model.pool}): "
-            "leave layer and pool out, or pass its .encoder."
-        )
-    if isinstance(affected, bool) is False and (not isinstance(affected, (int, np.integer)) or affected < 1):
-        raise GeneformerError(
-            f"affected={affected!r} is True for the cosine of every remaining gene, or the number "
-            "of the most changed ones to keep."
-        )
-    if states is not None and not isinstance(states, dict):
-        raise GeneformerError(
-            "states is a dict of vectors by name: make it with state_embeddings(cells, model, "
-            "label)."
-        )
-    for name, s in (states or {}).items():
-        if np.shape(s) != (encoder.config.hidden_size,) or not np.isfinite(s).all():
-            raise GeneformerError(
-                f"The embedding of state {name!r} is no finite vector of "
-                f"{encoder.config.hidden_size} numbers: "
-                "make it with state_embeddings, same model and layer."
-            )
+    last = encoder.n_run(layer) == encoder.config.num_hidden_layers
+    if tuned and (not last or pool != model.pool): raise GeneformerError(
+        f"A fine-tuned model is read at its last layer and its own pooling ({model.pool}): leave "
+        "layer and pool out, or pass its .encoder.")
+    number = isinstance(affected, (int, np.integer)) and affected >= 1
+    if not isinstance(affected, bool) and not number: raise GeneformerError(
+        f"affected={affected!r} is True for the cosine of every remaining gene, or the number of "
+        "the most changed ones to keep.")
+    if states is not None: _check_states(states, encoder.config.hidden_size)
     return Engine(model, cells, pool, layer, states, affected, dtype)
 
 # %% ../../nbs/30_perturb.ipynb #854ca0a8
@@ -387,18 +383,12 @@ def with_obs(
     obs:pd.DataFrame, # of the cells that were given, in their order
 )->Shifts: # with the column barcode, and `.obs`
     "A table of shifts that knows its cells"
-    barcodes = pd.Categorical.from_codes(
-        *_codes(np.asarray(obs.index).astype(str), table['cell'].to_numpy())
-    )
+    names = np.asarray(obs.index).astype(str)[table['cell'].to_numpy()]
+    barcodes = pd.Categorical.from_codes(*pd.factorize(names))
     out = Shifts(table.drop(columns='barcode', errors='ignore'))
     out.insert(1, 'barcode', barcodes)
     out.obs = obs
     return out
-
-def _codes(names, rows):
-    "Codes and categories of the names of some rows"
-    codes, categories = pd.factorize(names[rows])
-    return codes, categories
 
 def joined_shifts(
     tables, # parts of one run

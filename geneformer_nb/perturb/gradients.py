@@ -96,8 +96,8 @@ def first_order(
     *,
     states:dict=None, # {state: vector (d,)} to measure shifts towards; an encoder needs one
     ranks:str='shift', # as in `KO`: "shift" or "hold"
-    steps:int=2, # pieces of the path of ranks: steps + 1 forward and backward passes; 0 takes the
-    # slope of the unperturbed cell
+    steps:int=2, # pieces of the path of ranks, which take steps + 1 forward and backward passes;
+    # 0 takes the slope of the unperturbed cell
     where:dict=None, layer=None, pool:str=None, show:bool=None, # as in `perturb`
 )->pd.DataFrame: # the table of `perturb` for each() of every cell, without cosine
     "Approximate shifts of all single deletions; raises as `perturb`"
@@ -105,33 +105,20 @@ def first_order(
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
         raise GeneformerError(f"steps={steps!r} is a number from 0 up.")
     engine = make_engine(model, cells, states, layer, pool, False, None)
-    if not engine.columns:
-        raise GeneformerError(
-            "There is nothing to differentiate: pass states=state_embeddings(…), or a fine-tuned "
-            "model."
-        )
-    plan, front, parts = (
-        ActionPlan([each(ranks=ranks)], engine.encoder.vocabulary),
-        int(cells.special),
-        [],
-    )
-    rows = pick_cells(cells.obs, where)
+    if not engine.columns: raise GeneformerError(
+        "There is nothing to differentiate: pass states=state_embeddings(…), or a fine-tuned "
+        "model.")
+    plan = ActionPlan([each(ranks=ranks)], engine.encoder.vocabulary)
+    front, parts, rows = int(cells.special), [], pick_cells(cells.obs, where)
     for c in progress(rows, 'differentiating', unit='cells', show=show):
         x = cells[c].tokens
         at = np.arange(front, len(x) - front)
         if len(at) < 2: continue
         if ranks == 'shift': shift = _along(engine, x, min(steps, len(x) - 2))
         else: shift = -_slopes(engine, x, np.arange(len(x))[None])[2][:, 0]
-        shift = shift[:, at].numpy()
-        parts.append(
-            dict(
-                cell=np.full(len(at), c),
-                label=x[at].astype(np.int64),
-                rank=at - front,
-                cosine=np.zeros(len(at)),
-                **dict(zip(engine.columns, shift)),
-            )
-        )
+        read = dict(zip(engine.columns, shift[:, at].numpy()))
+        parts.append(dict(cell=np.full(len(at), c), label=x[at].astype(np.int64), rank=at - front,
+                          cosine=np.zeros(len(at)), **read))
     if not parts:
         raise GeneformerError(f"Nothing to perturb: none of the {len(rows)} cells has two genes.")
     return with_obs(plan.table(parts, engine.columns).drop(columns='cosine'), cells.obs)
@@ -143,23 +130,18 @@ def shortlist(
     goal:str, # the state, or class as "p(class)", whose shift decides
     *,
     top:int=100, # genes of each cell to perturb exactly, by the size of the approximate shift
-    states:dict=None, ranks:str='shift', steps:int=2, where:dict=None, layer=None, pool:str=None, show:bool=None,
-    # as in `first_order`
+    states:dict=None, ranks:str='shift', steps:int=2, where:dict=None, # as in `first_order`
+    layer=None, pool:str=None, show:bool=None, # as in `first_order`
 )->pd.DataFrame: # the table of `perturb` for these genes, and `first_order`, the approximate shift
-    """Exact deletion of the genes that a first-order screen puts first in each cell; raises as
-    `perturb`"""
+    "Exact deletion of the genes that `first_order` puts first in each cell; raises as `perturb`"
     if isinstance(top, bool) or not isinstance(top, (int, np.integer)) or top < 1:
         raise GeneformerError(f"top={top!r} is the number of genes to perturb, 1 or more.")
     how = dict(states=states, layer=layer, pool=pool)
-    fast, column = (
-        first_order(model, cells, ranks=ranks, steps=steps, where=where, show=show, **how),
-        f'shift_{goal}',
-    )
+    fast = first_order(model, cells, ranks=ranks, steps=steps, where=where, show=show, **how)
+    column = f'shift_{goal}'
+    there = [c.removeprefix('shift_') for c in fast if c.startswith('shift_')]
     if column not in fast:
-        raise GeneformerError(
-            f"goal={goal!r} is not one of "
-            f"{', '.join(c.removeprefix('shift_') for c in fast if c.startswith('shift_'))}."
-        )
+        raise GeneformerError(f"goal={goal!r} is not one of {', '.join(there)}.")
     fast = (
         fast.loc[fast[column].abs().sort_values(ascending=False, kind='stable').index]
         .groupby('cell')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['shift_column', 'rank_sums', 'bh', 'perturbation_codes', 'goal_state_shift', 'vs_null', 'mixture_model',
-           'aggregate_gene_shifts', 'excess', 'aggregate_data', 'official_form']
+           'aggregate_gene_shifts', 'excess', 'aggregate_data', 'official_goal_shift', 'official_vs_null',
+           'official_mixture', 'official_pairs', 'official_gene_shifts', 'official_data', 'official_form']
 
 # %% ../../nbs/31b_official.ipynb #56584433
 import warnings
@@ -100,43 +101,28 @@ def goal_state_shift(
     min_cells:int=5, # cells a gene needs for a p-value
     alpha:float=.05, # false discovery rate below which a gene is called significant
 )->pd.DataFrame: # perturbation, kind, gene_id, state, shift, auc, p, fdr, n_cells, significant;
-# best first
-    """Rank-sum test of each gene's shifts, cells as witnesses; raises `GeneformerError` when no
-    gene can be tested"""
+    # best first
+    """Rank-sum test of each gene's shifts, with cells as the unit of replication
+
+    Raises `GeneformerError` when no gene can be tested."""
     column, parts = shift_column(raw, state), []
     for _, part in raw.groupby('kind', sort=False, observed=True):
         (code, table), x = perturbation_codes(part), part[column].to_numpy(float)
         test = rank_sums(x, code, _official_pool(x, code) if official else None).sort_index()
-        table = table.assign(
-            state=state, shift=np.bincount(code, x) / test.n, auc=test.auc, p=test.p, n_cells=test.n
-        )
+        mean = np.bincount(code, x)/test.n
+        table = table.assign(state=state, shift=mean, auc=test.auc, p=test.p, n_cells=test.n)
         if not official: table.loc[table.n_cells < min_cells, 'p'] = np.nan
         parts.append(table.assign(fdr=bh(table.p)))
     out = pd.concat(parts, ignore_index=True)
-    if out.p.isna().all():
-        raise GeneformerError(
-            f"No gene can be tested: the largest number of cells is {out.n_cells.max()} for "
-            f"{out.perturbation.nunique()} perturbation(s), and a test needs {min_cells} cells and "
-            "another gene to compare with."
-        )
+    if out.p.isna().all(): raise GeneformerError(
+        f"No gene can be tested: the largest number of cells is {out.n_cells.max()} for "
+        f"{out.perturbation.nunique()} perturbation(s). A test needs {min_cells} cells and "
+        "another gene to compare with.")
     out = out.assign(significant=out.fdr < alpha)
-    out = out.sort_values(
-        ['significant', 'shift', 'fdr'], ascending=[False, False, True], ignore_index=True
-    )
-    return out[
-        [
-            'perturbation',
-            'kind',
-            'gene_id',
-            'state',
-            'shift',
-            'auc',
-            'p',
-            'fdr',
-            'n_cells',
-            'significant',
-        ]
-    ]
+    out = out.sort_values(['significant', 'shift', 'fdr'], ascending=[False, False, True],
+                          ignore_index=True)
+    return out[['perturbation', 'kind', 'gene_id', 'state', 'shift', 'auc', 'p', 'fdr', 'n_cells',
+                'significant']]
 
 # %% ../../nbs/31b_official.ipynb #63218907
 def vs_null(
@@ -178,46 +164,33 @@ def vs_null(
 # %% ../../nbs/31b_official.ipynb #1ad317e0
 def mixture_model(
     raw:pd.DataFrame, # raw table of a perturbation run
-    state:str=None, # a state, or None for the cosine
+    state:str=None, # a state; None takes the cosine
     seed:int=0, # of the fit
     *,
-    official:bool=False, # True: take the first component for the lower one, as the official code
-    # does
-)->pd.DataFrame: # perturbation, kind, gene_id, shift (mean), impact (0 or 1), impact_percent (of
-# its cells), n_cells
-    """Split genes into those whose perturbation matters and those where it does not; warns when one
-    group fits as well"""
+    official:bool=False, # True takes the first component as the lower one (official code)
+)->pd.DataFrame: # perturbation, kind, gene_id, shift (mean), impact (0 or 1),
+    # impact_percent (of its cells), n_cells
+    """Split genes into those whose perturbation matters and the others
+
+    Warns when one group fits as well as two. Raises `GeneformerError` for fewer than 3 means."""
     from sklearn.mixture import GaussianMixture
     x, (code, table) = raw[shift_column(raw, state)].to_numpy(float), perturbation_codes(raw)
     n = np.bincount(code)
     mean = np.bincount(code, x)/n
-    if (k := len(np.unique(mean))) < 3:
-        raise GeneformerError(
-            "A mixture of two groups needs 3 or more perturbations with different means; here: "
-            f"{k}."
-        )
+    if (k := len(np.unique(mean))) < 3: raise GeneformerError(
+        f"A mixture of two groups needs 3 or more perturbations with different means; here: {k}.")
     one, two = (GaussianMixture(k, random_state=seed).fit(mean[:, None]) for k in (1, 2))
     low, high = (0, 1) if official else np.argsort(two.means_[:, 0])
     def impact(v):
-        return np.select(
-            [v > two.means_[high, 0], v < two.means_[low, 0]],
-            [0, 1],
-            two.predict(v[:, None]) == low,
-        )
-    out = table.assign(
-        shift=mean,
-        impact=impact(mean),
-        impact_percent=100 * np.bincount(code, impact(x)) / n,
-        n_cells=n,
-    )
+        outside = [v > two.means_[high, 0], v < two.means_[low, 0]]
+        return np.select(outside, [0, 1], two.predict(v[:, None]) == low)
+    percent = 100*np.bincount(code, impact(x))/n
+    out = table.assign(shift=mean, impact=impact(mean), impact_percent=percent, n_cells=n)
     out = out.sort_values(['impact', 'shift'], ascending=[False, True], ignore_index=True)
     out.attrs['bic'] = {k: float(m.bic(mean[:, None])) for k, m in ((1, one), (2, two))}
-    if out.attrs['bic'][1] <= out.attrs['bic'][2]:
-        warnings.warn(
-            "One group of genes fits as well as two (BIC): the split into impact and none is "
-            "arbitrary.",
-            stacklevel=2,
-        )
+    if out.attrs['bic'][1] <= out.attrs['bic'][2]: warnings.warn(
+        "One group of genes fits as well as two (BIC): the split into impact and none is "
+        "arbitrary.", stacklevel=2)
     return out
 
 # %% ../../nbs/31b_official.ipynb #9046e251
@@ -268,23 +241,18 @@ def excess(
             )
         )
     if not rows:
-        raise GeneformerError(
-            "No pair in the raw table stands beside both of its parts: run each gene alone as well."
-        )
-    out = pd.DataFrame(
-        rows, columns='perturbation gene_id first second combined expected excess n_cells'.split()
-    )
+        raise GeneformerError("No pair in the raw table stands beside both of its parts: "
+                              "run each gene alone as well.")
+    names = 'perturbation gene_id first second combined expected excess n_cells'
+    out = pd.DataFrame(rows, columns=names.split())
     return out.sort_values('excess', ignore_index=True)
 
 # %% ../../nbs/31b_official.ipynb #a7df6874
 def _groups(genes):
     "A list of groups of ids"
     genes = [genes] if isinstance(genes, str) else list(genes)
-    return (
-        [genes]
-        if all(isinstance(g, str) for g in genes)
-        else [[g] if isinstance(g, str) else list(g) for g in genes]
-    )
+    if all(isinstance(g, str) for g in genes): return [genes]
+    return [[g] if isinstance(g, str) else list(g) for g in genes]
 
 def aggregate_data(
     raw:pd.DataFrame, # raw table of a perturbation run
@@ -306,203 +274,206 @@ def aggregate_data(
         parts.append(part[['perturbation', 'gene_id', 'cell']].assign(value=part[column]))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/31b_official.ipynb #adf83516
-def _made_by(ids, vocabulary, names=('Gene', 'Gene_name', 'Ensembl_ID')):
-    """Token, symbol and id of each; tuples for a group, and the id thrice without a vocabulary; NaN
-    where a gene has no symbol"""
-    token, symbol = (
-        (str, str)
-        if vocabulary is None
-        else (lambda g: int(vocabulary.token(g)), lambda g: vocabulary.symbols.get(g, np.nan))
-    )
-    def each(f, g):
-        return (got := tuple(f(x) for x in str(g).split('+')))[0 if len(got) == 1 else slice(None)]
-    return pd.DataFrame({n: [each(f, g) for g in ids] for n, f in zip(names, (token, symbol, str))})
+# %% ../../nbs/31b_official.ipynb #4f893ba1
+def _one_kind(raw):
+    "Raise `GeneformerError` unless a raw table is complete and holds one kind of perturbation"
+    shift_column(raw, None)
+    if raw.kind.nunique() > 1: raise GeneformerError(
+        "An official table holds one kind of perturbation; this run has "
+        f"{', '.join(raw.kind.astype(str).unique())}: pass raw[raw.kind == …].")
 
-# %% ../../nbs/31b_official.ipynb #557660f2
-def _goal(raw, vocabulary, official, goal, alt, genes, **_):
-    if goal is None:
-        raise GeneformerError(
-            "goal_state_shift needs goal=, one of the run's states: "
-            + (', '.join(_states(raw)) or 'it has none')
-            + '.'
-        )
-    names = {goal: ('Shift_to_goal_end', 'Goal_end_vs_random_pval', 'Goal_end_FDR')}
-    names |= {
-        a: (f'Shift_to_alt_end_{a}', f'Alt_end_vs_random_pval_{a}', f'Alt_end_FDR_{a}') for a in alt
-    }
+def _name_columns(ids, vocabulary, names=('Gene', 'Gene_name', 'Ensembl_ID')):
+    """Three columns that name genes: token, symbol and id, in tuples for a group of genes
+
+    Without a vocabulary all three are the id. A gene without a symbol has NaN."""
+    def token(gene): return gene if vocabulary is None else int(vocabulary.token(gene))
+    def symbol(gene): return gene if vocabulary is None else vocabulary.symbols.get(gene, np.nan)
+    def of_each(f, group):
+        got = tuple(f(gene) for gene in str(group).split('+'))
+        return got[0] if len(got) == 1 else got
+    columns = zip(names, (token, symbol, str))
+    return pd.DataFrame({n: [of_each(f, g) for g in ids] for n, f in columns})
+
+# %% ../../nbs/31b_official.ipynb #00472f1e
+def official_goal_shift(
+    raw:pd.DataFrame, # raw table of a run with one kind of perturbation
+    goal:str, # goal state
+    *,
+    alt=(), # alternative states, with columns of their own: a name or a list
+    genes='all', # "all", an id, or ids that were perturbed together; a list of lists for several
+    vocabulary=None, # names tokens and symbols; None repeats the id
+    official:bool=True, # False computes the same columns with the tests of this library
+)->pd.DataFrame: # the columns of the official csv, in its order; only means for named `genes`
+    "The official `goal_state_shift`; raises `GeneformerError` without a goal"
+    _one_kind(raw)
+    if goal is None: raise GeneformerError("goal_state_shift needs goal=, one of the run's states: "
+                                           f"{', '.join(_states(raw)) or 'it has none'}.")
+    alt = [alt] if isinstance(alt, str) else list(alt)
+    states = [goal, *alt]
+    shift = ['Shift_to_goal_end', *(f'Shift_to_alt_end_{a}' for a in alt)]
     if not (isinstance(genes, str) and genes == 'all'):
-        means = [[aggregate_data(raw, [g], s).value.mean() for s in names] for g in _groups(genes)]
-        return pd.DataFrame(means, columns=[n[0] for n in names.values()]).sort_values(
-            'Shift_to_goal_end', ascending=False, ignore_index=True
-        )
-    t = {s: goal_state_shift(raw, s, official=official).set_index('gene_id') for s in names}
-    cols = {names[s][i]: x[c] for i, c in enumerate(('shift', 'p', 'fdr')) for s, x in t.items()}
-    cols |= dict(N_Detections=t[goal].n_cells, Sig=t[goal].significant.astype(int))
-    return pd.concat(
-        [
-            _made_by(t[goal].index, vocabulary),
-            pd.DataFrame(cols).loc[t[goal].index].reset_index(drop=True),
-        ],
-        axis=1,
-    )
+        means = [[aggregate_data(raw, [g], s).value.mean() for s in states] for g in _groups(genes)]
+        out = pd.DataFrame(means, columns=shift)
+        return out.sort_values(shift[0], ascending=False, ignore_index=True)
+    p = ['Goal_end_vs_random_pval', *(f'Alt_end_vs_random_pval_{a}' for a in alt)]
+    fdr = ['Goal_end_FDR', *(f'Alt_end_FDR_{a}' for a in alt)]
+    first = goal_state_shift(raw, goal, official=official).set_index('gene_id')
+    tests = [
+        first,
+        *(
+            goal_state_shift(raw, a, official=official).set_index('gene_id').loc[first.index]
+            for a in alt
+        ),
+    ]
+    out = _name_columns(first.index, vocabulary)
+    for names, column in ((shift, 'shift'), (p, 'p'), (fdr, 'fdr')):
+        for name, test in zip(names, tests): out[name] = test[column].to_numpy()
+    return out.assign(N_Detections=first.n_cells.to_numpy(),
+                      Sig=first.significant.to_numpy().astype(int))
 
-# %% ../../nbs/31b_official.ipynb #c47d270b
-def _vs_null(raw, vocabulary, goal, null, **_):
+# %% ../../nbs/31b_official.ipynb #7aa397cc
+def official_vs_null(
+    raw:pd.DataFrame, # raw table of the test cells, with one kind of perturbation
+    null:pd.DataFrame, # raw table of the null cells
+    *,
+    goal:str=None, # goal state; None takes the cosine
+    vocabulary=None, # names tokens and symbols; None repeats the id
+)->pd.DataFrame: # the columns of the official csv, in its order
+    "The official `vs_null`; raises `GeneformerError` without null cells"
+    _one_kind(raw)
     if null is None: raise GeneformerError("vs_null needs null=, the raw table of the null cells.")
     t = vs_null(raw, null, goal)
-    return _made_by(t.gene_id, vocabulary).assign(
-        Test_avg_shift=t['shift'],
-        Null_avg_shift=t.null_shift,
-        Test_vs_null_avg_shift=t.difference,
-        Test_vs_null_pval=t.p,
-        Test_vs_null_FDR=t.fdr,
-        N_Detections_test=t.n_cells,
-        N_Detections_null=t.n_null,
-        Sig=t.significant.astype(int),
-    )
+    return _name_columns(t.gene_id, vocabulary).assign(
+        Test_avg_shift=t['shift'], Null_avg_shift=t.null_shift, Test_vs_null_avg_shift=t.difference,
+        Test_vs_null_pval=t.p, Test_vs_null_FDR=t.fdr, N_Detections_test=t.n_cells,
+        N_Detections_null=t.n_null, Sig=t.significant.astype(int))
 
-# %% ../../nbs/31b_official.ipynb #58eae67b
-def _mixture(raw, vocabulary, official, goal, anchor, **_):
-    if anchor is None:
-        t = mixture_model(raw, goal, official=official)
-        return _made_by(t.gene_id, vocabulary).assign(
-            Test_avg_shift=t['shift'],
-            Impact_component=t.impact.astype(int),
-            Impact_component_percent=t.impact_percent,
-            N_Detections=t.n_cells,
-        )
+def official_mixture(
+    raw:pd.DataFrame, # raw table of a run with one kind of perturbation
+    *,
+    goal:str=None, # goal state; None takes the cosine
+    vocabulary=None, # names tokens and symbols; None repeats the id
+    official:bool=True, # False puts the two groups in order
+)->pd.DataFrame: # the columns of the official csv, in its order
+    "The official `mixture_model`; raises as `mixture_model`"
+    _one_kind(raw)
+    t = mixture_model(raw, goal, official=official)
+    return _name_columns(t.gene_id, vocabulary).assign(
+        Test_avg_shift=t['shift'], Impact_component=t.impact.astype(int),
+        Impact_component_percent=t.impact_percent, N_Detections=t.n_cells)
+
+# %% ../../nbs/31b_official.ipynb #55ef8aee
+def official_pairs(
+    raw:pd.DataFrame, # raw table with the anchor alone, each other gene alone, and their pairs
+    anchor:str, # id of the gene that was paired with every other
+    *,
+    goal:str=None, # goal state; None takes the cosine
+    vocabulary=None, # names tokens and symbols; None repeats the id
+    official:bool=True, # False puts the two groups of the mixture in order
+)->pd.DataFrame: # the columns of the official csv, in its order
+    "The official `mixture_model` of pairs; raises as `excess` and `mixture_model`"
+    shift_column(raw, None)
     ids = raw.gene_id.astype(str)
-    t = excess(
-        raw[[anchor in g.split('+') for g in ids]].pipe(
-            lambda d: pd.concat([d, raw[~ids.str.contains('+', regex=False) & (ids != anchor)]])
-        ),
-        goal,
-    )
-    ahead = np.array([g.split('+')[0] == anchor for g in t.gene_id.astype(str)])
-    m = (
-        mixture_model(raw[raw.perturbation.isin(t.perturbation)], goal, official=official)
-        .set_index('perturbation')
-        .loc[t.perturbation]
-    )
-    other = [next(x for x in g.split('+') if x != anchor) for g in t.gene_id.astype(str)]
-    out = _made_by(other, vocabulary).assign(
-        Anchor_shift=np.where(ahead, t['first'], t.second),
-        Test_token_shift=np.where(ahead, t.second, t['first']),
-        Sum_of_indiv_shifts=t.expected,
-        Combo_shift=t.combined,
-        Combo_minus_sum_shift=t.excess,
+    with_anchor = raw[[anchor in g.split('+') for g in ids]]
+    others = raw[~ids.str.contains('+', regex=False) & (ids != anchor)]
+    t = excess(pd.concat([with_anchor, others]), goal)
+    pair = [g.split('+') for g in t.gene_id.astype(str)]
+    first = np.array([genes[0] == anchor for genes in pair])
+    paired = raw[raw.perturbation.isin(t.perturbation)]
+    m = mixture_model(paired, goal, official=official).set_index('perturbation').loc[t.perturbation]
+    other = [next(g for g in genes if g != anchor) for genes in pair]
+    out = _name_columns(other, vocabulary).assign(
+        Anchor_shift=np.where(first, t['first'], t.second),
+        Test_token_shift=np.where(first, t.second, t['first']),
+        Sum_of_indiv_shifts=t.expected, Combo_shift=t.combined, Combo_minus_sum_shift=t.excess,
         Impact_component=m.impact.to_numpy(int),
-        Impact_component_percent=m.impact_percent.to_numpy(),
-        N_Detections=t.n_cells,
-    )
-    return out.sort_values(
-        ['Impact_component', 'Combo_minus_sum_shift'], ascending=[False, True], ignore_index=True
-    )
+        Impact_component_percent=m.impact_percent.to_numpy(), N_Detections=t.n_cells)
+    return out.sort_values(['Impact_component', 'Combo_minus_sum_shift'], ascending=[False, True],
+                           ignore_index=True)
 
-# %% ../../nbs/31b_official.ipynb #9e19d7d3
-def _gene_shifts(raw, vocabulary, effects, **_):
-    if effects is None:
-        raise GeneformerError(
-            "aggregate_gene_shifts needs effects=: the second table of perturb(…, affected=True), "
-            "or gene_effects."
-        )
-    if 'row' in effects and vocabulary is None:
-        raise GeneformerError(
-            "Genes are tokens in this table of effects: pass vocabulary= to name them."
-        )
-    e = (
-        effects
-        if 'row' not in effects
-        else pd.DataFrame(
-            dict(
-                cosine=effects.cosine.to_numpy(),
-                gene_id=raw.gene_id.to_numpy()[effects['row']],
-                affected=vocabulary.gene(effects.affected.to_numpy(int)),
-            )
-        )
-    )
-    both = pd.concat(
-        [
-            raw[['gene_id', 'cosine']].assign(affected='cell_emb'),
-            e[['gene_id', 'affected', 'cosine']],
-        ]
-    )
+# %% ../../nbs/31b_official.ipynb #bd58191b
+def _named_effects(raw, effects, vocabulary):
+    "Effects on genes as gene_id, affected (id) and cosine, from a table that may hold tokens"
+    if 'row' not in effects: return effects
+    if vocabulary is None: raise GeneformerError(
+        "Genes are tokens in this table of effects: pass vocabulary= to name them.")
+    return pd.DataFrame(dict(gene_id=raw.gene_id.to_numpy()[effects['row']],
+                             affected=vocabulary.gene(effects.affected.to_numpy(int)),
+                             cosine=effects.cosine.to_numpy()))
+
+def official_gene_shifts(
+    raw:pd.DataFrame, # raw table of a run with one kind of perturbation
+    effects:pd.DataFrame, # on other genes: of `perturb(…, affected=True)` or `gene_effects`
+    *,
+    vocabulary=None, # names tokens and symbols; None repeats the id
+)->pd.DataFrame: # the columns of the official csv, in its order
+    "The official `aggregate_gene_shifts`; raises `GeneformerError` without effects"
+    _one_kind(raw)
+    if effects is None: raise GeneformerError(
+        "aggregate_gene_shifts needs effects=: the second table of perturb(…, affected=True), "
+        "or gene_effects.")
+    cells = raw[['gene_id', 'cosine']].assign(affected='cell_emb')
+    genes = _named_effects(raw, effects, vocabulary)[['gene_id', 'affected', 'cosine']]
+    both = pd.concat([cells, genes])
     t = aggregate_gene_shifts(both.assign(perturbation=both.gene_id.astype(str)))
     t = t.sort_values('affected', key=lambda a: a != 'cell_emb', kind='stable', ignore_index=True)
-    cell = (t.affected == 'cell_emb').to_numpy()
-    hit = pd.concat(
+    n_cells = int((t.affected == 'cell_emb').sum())
+    perturbed = _name_columns(t.perturbation, vocabulary, ('Perturbed', 'Gene_name', 'Ensembl_ID'))
+    names = ['Affected', 'Affected_gene_name', 'Affected_Ensembl_ID']
+    affected = pd.concat(
         [
-            pd.DataFrame(dict(Affected='cell_emb'), index=range(cell.sum())),
-            _made_by(
-                t.affected[~cell],
-                vocabulary,
-                ('Affected', 'Affected_gene_name', 'Affected_Ensembl_ID'),
-            ),
+            pd.DataFrame({'Affected': ['cell_emb'] * n_cells}),
+            _name_columns(t.affected[n_cells:], vocabulary, names),
         ],
         ignore_index=True,
     )
-    return (
-        pd.concat(
-            [_made_by(t.perturbation, vocabulary, ('Perturbed', 'Gene_name', 'Ensembl_ID')), hit],
-            axis=1,
-        )
-        .reindex(
-            columns='Perturbed Gene_name Ensembl_ID Affected Affected_gene_name '
-                    'Affected_Ensembl_ID'.split()
-        )
-        .assign(Cosine_sim_mean=t.cosine_mean, Cosine_sim_stdev=t.cosine_sd, N_Detections=t.n_cells)
-    )
+    out = pd.concat([perturbed, affected.reindex(columns=names)], axis=1)
+    return out.assign(Cosine_sim_mean=t.cosine_mean, Cosine_sim_stdev=t.cosine_sd,
+                      N_Detections=t.n_cells)
 
-# %% ../../nbs/31b_official.ipynb #8b62c0eb
-def _data(raw, vocabulary, goal, genes, **_):
-    if isinstance(genes, str) and genes == 'all':
-        raise GeneformerError(
-            "aggregate_data needs genes=: the ids of the group that was perturbed."
-        )
+# %% ../../nbs/31b_official.ipynb #51cb2933
+def official_data(
+    raw:pd.DataFrame, # raw table of a run with one kind of perturbation
+    genes, # an id, or ids that were perturbed together; a list of lists for several groups
+    *,
+    goal:str=None, # goal state; None takes the cosine
+    vocabulary=None, # names the symbols; None repeats the id
+)->pd.DataFrame: # Cosine_sim, Gene: one row a cell
+    "The official `aggregate_data`; raises `GeneformerError` for genes that were not perturbed"
+    _one_kind(raw)
+    if isinstance(genes, str) and genes == 'all': raise GeneformerError(
+        "aggregate_data needs genes=: the ids of the group that was perturbed.")
     t = aggregate_data(raw, genes, goal)
-    names = dict(zip(ids := t.gene_id.unique(), _made_by(ids, vocabulary).Gene_name))
+    ids = t.gene_id.unique()
+    names = dict(zip(ids, _name_columns(ids, vocabulary).Gene_name))
     return pd.DataFrame(dict(Cosine_sim=t.value, Gene=[names[g] for g in t.gene_id]))
 
-_modes = dict(
-    goal_state_shift=_goal,
-    vs_null=_vs_null,
-    mixture_model=_mixture,
-    aggregate_data=_data,
-    aggregate_gene_shifts=_gene_shifts,
-)
-
+# %% ../../nbs/31b_official.ipynb #9d894336
 def official_form(
-    raw:pd.DataFrame, # raw table of a perturbation run, of one kind of perturbation
+    raw:pd.DataFrame, # raw table of a perturbation run
     mode:str='mixture_model', # or "goal_state_shift", "vs_null", "aggregate_data",
     # "aggregate_gene_shifts"
     *,
     goal:str=None, # goal state; None takes the cosine where the mode allows
-    alt=(), # alternative states (goal_state_shift): columns of their own
-    genes='all', # or a list of ids perturbed together (goal_state_shift: means only;
-    # aggregate_data); a list of lists for several
-    null:pd.DataFrame=None, # raw table of the null cells (vs_null)
-    effects:pd.DataFrame=None, # effects on other genes (aggregate_gene_shifts): of `perturb(…,
-    # affected=True)` or `gene_effects`
-    anchor:str=None, # id of the gene that was paired with every other (mixture_model; official
-    # `combos=1`)
+    alt=(), # as in `official_goal_shift`
+    genes='all', # as in `official_goal_shift` and `official_data`
+    null:pd.DataFrame=None, # as in `official_vs_null`
+    effects:pd.DataFrame=None, # as in `official_gene_shifts`
+    anchor:str=None, # as in `official_pairs`, which "mixture_model" then means
     vocabulary=None, # names tokens and symbols; None repeats the id
-    official:bool=True, # False: the same columns by our statistics
+    official:bool=True, # False computes the same columns with the tests of this library
 )->pd.DataFrame: # the columns of the official csv, in its order
     "A table as `InSilicoPerturberStats` writes it; raises `GeneformerError`"
-    if mode not in _modes: raise GeneformerError(f"mode {mode!r} is none of {', '.join(_modes)}.")
-    shift_column(raw, None)
-    if raw.kind.nunique() > 1 and anchor is None:
-        raise GeneformerError("An official table holds one kind of perturbation; this run has "
-            f"{', '.join(raw.kind.astype(str).unique())}: pass raw[raw.kind == …].")
-    return _modes[mode](
-        raw,
-        vocabulary=vocabulary,
-        official=official,
-        goal=goal,
-        alt=[alt] if isinstance(alt, str) else alt,
-        genes=genes,
-        null=null,
-        effects=effects,
-        anchor=anchor,
-    )
+    named, tested = dict(vocabulary=vocabulary), dict(vocabulary=vocabulary, official=official)
+    def mixture():
+        if anchor is None: return official_mixture(raw, goal=goal, **tested)
+        return official_pairs(raw, anchor, goal=goal, **tested)
+    modes = dict(
+        goal_state_shift=lambda: official_goal_shift(raw, goal, alt=alt, genes=genes, **tested),
+        vs_null=lambda: official_vs_null(raw, null, goal=goal, **named),
+        mixture_model=mixture,
+        aggregate_data=lambda: official_data(raw, genes, goal=goal, **named),
+        aggregate_gene_shifts=lambda: official_gene_shifts(raw, effects, **named))
+    if mode not in modes:
+        raise GeneformerError(f"mode {mode!r} is none of {', '.join(modes)}.")
+    return modes[mode]()

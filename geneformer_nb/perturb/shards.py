@@ -140,6 +140,18 @@ def _own_device(device):
     return f'cuda:{number % n}' if device.type == 'cuda' and n > 1 else device
 
 # %% ../../nbs/30c_shards.ipynb #cf475ca9
+def _facts(job, plan, engine):
+    "{name: value} of all that the answer of a `PerturbShard` depends on, for the manifest"
+    cells, how = job.cells, job.how
+    def genes(g): return g if isinstance(g, str) or g is None else digest(g)
+    return dict(
+        cells=digest(cells.tokens, cells.offsets), rows=digest(job.rows),
+        vocabulary=plan.vocabulary.hash, weights=_weights(job.model),
+        actions=[[ops, genes(g)] for ops, g in plan.parts], layer=engine.depth, pool=engine.pool,
+        states={k: digest(np.asarray(s)) for k, s in (how['states'] or {}).items()},
+        affected=job.affected, dtype=str(engine.dtype), budget=how['budget'], shard=job.size)
+
+# %% ../../nbs/30c_shards.ipynb #36a0d8c9
 def perturb_to(
     out, # folder for Parquet shards, `obs.parquet` and a manifest
     model, # as in `perturb`
@@ -151,56 +163,23 @@ def perturb_to(
     part:tuple=None, # (i, n): every n-th shard from i on, for task i of a job array of n
     executor:str='serial', # "serial", "processes" or "dask"
     workers:int=None, # processes; None takes one a core
-    where:dict=None, states:dict=None, layer=None, pool:str=None, affected=False, budget:int=None, dtype=None,
-    # as in `perturb`
-)->Shifts: # the table of `perturb` over the cells whose shards are there; `cell` counts all cells
-# given; gene effects are read with `gene_effects`
-    """`perturb` in shards that survive interruption; raises `StorageError` for the folder of
-    another run"""
+    where:dict=None, states:dict=None, layer=None, pool:str=None, affected=False, # as in `perturb`
+    budget:int=None, dtype=None, # as in `perturb`
+)->Shifts: # the table of `perturb` over the cells whose shards are there;
+    # `cell` counts all cells given; gene effects are read with `gene_effects`
+    """`perturb` in shards that survive interruption
+
+    Raises `StorageError` for the folder of another run."""
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
-    v, rows = (
-        engine.encoder.vocabulary,
-        pick_cells(cells.obs, where) if rows is None else np.asarray(rows),
-    )
-    plan = ActionPlan([actions], v)
+    rows = pick_cells(cells.obs, where) if rows is None else np.asarray(rows)
+    plan = ActionPlan([actions], engine.encoder.vocabulary)
     check_positive(shard=shard, workers=workers, **({} if budget is None else dict(budget=budget)))
     budget = budget or _kept_budget(out) or fit_budget(model)
-    facts = dict(
-        cells=digest(cells.tokens, cells.offsets),
-        rows=digest(rows),
-        vocabulary=v.hash,
-        weights=_weights(model),
-        actions=[
-            [ops, g if isinstance(g, str) or g is None else digest(g)] for ops, g in plan.parts
-        ],
-        layer=engine.depth,
-        pool=engine.pool,
-        states={k: digest(np.asarray(s)) for k, s in (states or {}).items()},
-        affected=affected,
-        dtype=str(engine.dtype),
-        budget=budget,
-        shard=shard,
-    )
-    job = PerturbShard(
-        model,
-        cells,
-        rows,
-        actions,
-        shard,
-        affected,
-        dict(states=states, layer=layer, pool=pool, budget=budget, dtype=dtype),
-    )
-    paths = run_shards(
-        job,
-        -(-len(rows) // shard),
-        out,
-        facts,
-        executor=executor,
-        workers=workers,
-        part=part,
-        desc='perturbing',
-        need=_variants(plan, cells, rows) * (24 + 8 * len(engine.columns)),
-    )
+    how = dict(states=states, layer=layer, pool=pool, budget=budget, dtype=dtype)
+    job = PerturbShard(model, cells, rows, actions, shard, affected, how)
+    need = _variants(plan, cells, rows)*(24 + 8*len(engine.columns))
+    paths = run_shards(job, -(-len(rows)//shard), out, _facts(job, plan, engine), executor=executor,
+                       workers=workers, part=part, desc='perturbing', need=need)
     _write_obs(as_folder(out)/'obs.parquet', cells.obs)
     tables = [read_shard(p) for p in paths]
     return with_obs(joined_shifts(tables) if tables else plan.table([], []), cells.obs)
@@ -208,11 +187,10 @@ def perturb_to(
 # %% ../../nbs/30c_shards.ipynb #ff855dfd
 def _variants(plan, cells, rows):
     "Number of perturbed cells, at most"
-    of_each = [
-        len(cells.tokens) if isinstance(g, str) else len(rows) * (1 if g is None else len(g))
-        for _, g in plan.parts
-    ]
-    return sum(of_each)
+    def of_one(genes):
+        if genes is None: return len(rows)
+        return len(cells.tokens) if isinstance(genes, str) else len(rows)*len(genes)
+    return sum(of_one(genes) for _, genes in plan.parts)
 
 def _write_obs(path, obs):
     "The table of the cells beside the shards; a column of mixed values is written as words"
@@ -263,8 +241,11 @@ def gene_effects(
         raise StorageError(
             f"'{folder.name}' holds no effects on genes: run perturb_to(…, affected=True) there."
         )
-    named = lambda x: None if x is None else v.token([x] if isinstance(x, str) else list(x))
-    ids, answered = None if perturbed is None else set(v.gene(named(perturbed))), named(affected)
+    def named(x):
+        if x is None: return None
+        return v.token([x] if isinstance(x, str) else list(x))
+    ids = None if perturbed is None else set(v.gene(named(perturbed)))
+    answered = named(affected)
     for p in paths:
         table, genes = read_shard(p), read_shard(folder/'genes'/p.name)
         if answered is not None: genes = genes[genes.affected.isin(answered)]

@@ -99,14 +99,12 @@ def _mixed(n, means, squares):
         total, N = w.sum(1), n.sum(1) - 1
         mean = (w*means).sum(1)/total
         rss = inside + (w*(means - mean[:, None])**2).sum(1)
-        return (
-            mean,
-            np.sqrt(rss / N / total),
-            -0.5 * (N * np.log(rss) + np.log1p(ratio * n).sum(1) + np.log(total)),
-        )
+        likelihood = -.5*(N*np.log(rss) + np.log1p(ratio*n).sum(1) + np.log(total))
+        return mean, np.sqrt(rss/N/total), likelihood
     best, top = np.zeros((len(n), 1)), np.full((len(n), 1), -np.inf)
     with np.errstate(invalid='ignore', divide='ignore'):
-        for steps, relative in ((np.r_[0, np.geomspace(1e-4, 1e4, 41)], False), (np.geomspace(.6, 1.6, 41), True)):
+        coarse, fine = np.r_[0, np.geomspace(1e-4, 1e4, 41)], np.geomspace(.6, 1.6, 41)
+        for steps, relative in ((coarse, False), (fine, True)):
             start = best.copy() if relative else 1.
             for s in steps:
                 like = fit(start*s)[2][:, None]
@@ -302,65 +300,57 @@ def together(
     )
 
 # %% ../../nbs/31_stats.ipynb #391d852d
+def _one_part(part, shifts, rank, few, min_cells, min_donors, how, moderated, by_donor):
+    "Rows of the result for one cell type, kind and number of genes: a list of tables"
+    (code, table), who = perturbation_codes(part), pd.factorize(part['_donor'])[0]
+    match, rows = matching_properties(part, code, table, rank), []
+    for state, values in shifts.items():
+        x = values.loc[part.index].to_numpy(float)
+        if few: got = _over_cells(code, who, x, match, min_cells)
+        else: got = _over_donors(code, who, x, match, min_cells, min_donors, how, moderated)
+        new = [table.assign(donor='all', n_cells=np.bincount(code), fdr=bh(got['p']), **got)]
+        if by_donor: new += _donor_rows(part, code, table, x, rank, min_cells)
+        rows += [r.assign(state=state) for r in new]
+    return rows
+
+# %% ../../nbs/31_stats.ipynb #93a806fc
 @verb
 def summarize(
     shifts, # what `perturb` returned, or several such tables
-    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table
-    # carries
-    states=None, # states to report; None means all; a run without states gives state "" and shift 1
-    # - cosine
+    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes that of `shifts`
+    states=None, # states to report: a name or a list; None takes all.
+    # A run without states gives state "" and shift 1 - cosine
     *,
-    donor:str=None, # column of obs that names the donor; None counts cells
-    cell_type:str=None, # column of obs that names the cell type: a table for each; None takes all
-    # cells together
-    by_donor:bool=False, # add rows for each donor, without p, beside those of donor "all"
-    min_cells:int=3, # cells of a donor in which a gene must be seen for the donor to count
-    min_donors:int=3, # donors a test and an interval need; with fewer in the data, cells are
-    # counted and attrs say so
-    rank=None, # mean rank by gene id, to match genes on; None takes raw["rank"]; detection is
-    # matched on besides
+    donor:str=None, # obs column of donors; None makes cells the unit of replication
+    cell_type:str=None, # obs column of cell types, each with its own rows; None takes all together
+    by_donor:bool=False, # True adds rows for each donor, without p, beside those of donor "all"
+    min_cells:int=3, # a donor counts for a gene with so many cells or more
+    min_donors:int=3, # donors that a test and an interval need; with fewer in the data, cells
+    # are the unit of replication, and attrs["unit"] says so
+    rank=None, # mean rank by gene id, to match genes on; None takes the column rank of `shifts`
     symbols=None, # {gene_id: symbol}; None repeats the id
-    how:str='aggregate', # a donor is its mean; "mixed": a random effect with cells below it, for
-    # uneven donors
-    moderated:bool=False, # shrink variances over genes (limma); helps with 3 to 5 donors; not for
-    # "mixed"
-)->pd.DataFrame: # the one result table; attrs["unit"] is "donors" or "cells" for each cell type
-    """The tidy result of a perturbation run; raises `GeneformerError` for tables that do not fit
-    together"""
-    if how not in ('aggregate', 'mixed') or how == 'mixed' and moderated:
-        raise GeneformerError(
-            f"how={how!r}, moderated={moderated}: how is 'aggregate' or 'mixed', moderated for "
-            "'aggregate' only."
-        )
+    how:str='aggregate', # "aggregate": one mean a donor; "mixed": donors as a random effect
+    moderated:bool=False, # True shrinks variances over genes (limma), for 3 to 5 donors;
+    # not with "mixed"
+)->pd.DataFrame: # the result table; attrs["unit"] is "donors" or "cells" for each cell type
+    "One row a perturbation, state and cell type, with its test; raises `GeneformerError`"
+    if how not in ('aggregate', 'mixed') or how == 'mixed' and moderated: raise GeneformerError(
+        f"how={how!r}, moderated={moderated}: how is 'aggregate' or 'mixed', moderated for "
+        "'aggregate' only.")
     raw, obs = together(shifts, obs)
-    states = (
-        [states]
-        if isinstance(states, str)
-        else list(states if states is not None else _states(raw) or [''])
-    )
-    x = {
-        s: 1 - raw[shift_column(raw, None)] if s == '' else raw[shift_column(raw, s)]
-        for s in states
-    }
-    work = raw.assign(
-        _donor=_obs_column(raw, obs, donor, 'donor'),
-        _type=_obs_column(raw, obs, cell_type, 'cell type'),
-    )
+    if isinstance(states, str): states = [states]
+    states = list(_states(raw) or ['']) if states is None else list(states)
+    values = {s: raw[shift_column(raw, s)] if s else 1 - raw[shift_column(raw, None)]
+              for s in states}
+    work = raw.assign(_donor=_obs_column(raw, obs, donor, 'donor'),
+                      _type=_obs_column(raw, obs, cell_type, 'cell type'))
     rows, units = [], {}
-    for (ct, *_), part in work.groupby(['_type', 'kind', genes_at_once(raw)], sort=False, observed=True):
-        (code, table), who = perturbation_codes(part), pd.factorize(part['_donor'])[0]
-        few = donor is None or who.max() + 1 < min_donors
-        units[ct], match = (
-            'cells' if few else 'donors',
-            matching_properties(part, code, table, rank),
-        )
-        for s in states:
-            v = x[s].loc[part.index].to_numpy(float)
-            got = _over_cells(code, who, v, match, min_cells) if few else \
-                  _over_donors(code, who, v, match, min_cells, min_donors, how, moderated)
-            new = [table.assign(donor='all', n_cells=np.bincount(code), fdr=bh(got['p']), **got)]
-            if by_donor: new += _donor_rows(part, code, table, v, rank, min_cells)
-            rows += [r.assign(cell_type=ct, state=s) for r in new]
+    by = work.groupby(['_type', 'kind', genes_at_once(raw)], sort=False, observed=True)
+    for (ct, *_), part in by:
+        few = donor is None or part['_donor'].nunique() < min_donors
+        units[ct] = 'cells' if few else 'donors'
+        new = _one_part(part, values, rank, few, min_cells, min_donors, how, moderated, by_donor)
+        rows += [r.assign(cell_type=ct) for r in new]
     return _finish(pd.concat(rows, ignore_index=True), symbols, units, donor)
 
 # %% ../../nbs/31_stats.ipynb #f3c4d359

@@ -23,50 +23,38 @@ from geneformer_nb.perturb.stats import (
 
 # %% ../../nbs/31a_trust.ipynb #ffdf4324
 def simulated_run(
-    genes:int=100, donors:int=8, cells:int=20, # cells: of a donor, in the middle
+    genes:int=100, donors:int=8, # number of genes and of donors
+    cells:int=20, # of a donor, in the middle
     *,
     effect=0., # shift that is really there: a number for the `hits`, or one for each gene
     hits:int=0, # genes that have it, named H…; the others are G…
-    gene_donor:float=.01, noise:float=.02, donor_sd:float=.02, by_rank:float=.01,
-    # sizes of the parts, in units of the shift
-    batch:float=0., batches:int=2, # whim of a gene in a batch; donors take turns
+    gene_donor:float=.01, # spread of the gene-by-donor interaction, in units of the shift
+    noise:float=.02, donor_sd:float=.02, # spread of cells and of donors
+    by_rank:float=.01, # size of the part that follows the rank of a gene
+    batch:float=0., batches:int=2, # spread of the gene-by-batch interaction; donors take turns
     uneven:float=.4, # spread of the log of the number of cells; 0 gives all the same
     seed:int=0, # of everything
 )->tuple: # raw table with the state "goal", and obs with donor and batch
     "A perturbation run without a model"
     rng = np.random.default_rng(seed)
-    size = np.maximum(
-        3, (cells * np.exp(rng.normal(0, uneven, donors) if uneven else np.zeros(donors))).round()
-    ).astype(int)
-    who, level = np.repeat(np.arange(donors), size), rng.normal(size=genes)
+    size = cells*np.exp(rng.normal(0, uneven, donors) if uneven else np.zeros(donors))
+    who = np.repeat(np.arange(donors), np.maximum(3, size.round()).astype(int))
+    level = rng.normal(size=genes)
     place = np.argsort(np.argsort(-level + rng.normal(0, .4, genes)))
-    mean = (
-        by_rank * np.exp(-3 * place / genes) + np.where(np.arange(genes) < hits, effect, 0.0)
-        if np.ndim(effect) == 0
-        else effect
-    )
+    hit = np.arange(genes) < hits
+    if np.ndim(effect): mean = effect
+    else: mean = by_rank*np.exp(-3*place/genes) + np.where(hit, effect, 0.)
     g, c = (v.ravel() for v in np.meshgrid(np.arange(genes), np.arange(len(who))))
     seen = rng.random(len(g)) < (.25 + .7/(1 + np.exp(-level - rng.normal(0, .4, genes))))[g]
     g, c = g[seen], c[seen]
     d, b = who[c], who[c] % batches
-    x = (
-        mean[g]
-        + rng.normal(0, donor_sd, donors)[d]
-        + rng.normal(0, gene_donor, (genes, donors))[g, d]
-    )
+    x = mean[g] + rng.normal(0, donor_sd, donors)[d]
+    x = x + rng.normal(0, gene_donor, (genes, donors))[g, d]
     x += rng.normal(0, batch, (genes, batches))[g, b] + rng.normal(0, noise, len(g))
-    names = np.array([f'{"H" if i < hits else "G"}{i:03d}' for i in range(genes)])
-    raw = pd.DataFrame(
-        dict(
-            cell=c,
-            kind='KO',
-            perturbation=np.char.add(np.char.add('KO(', names), ')')[g],
-            gene_id=names[g],
-            rank=place[g],
-            cosine=1 - np.abs(x),
-            shift_goal=x,
-        )
-    )
+    names = np.array([f'{"H" if h else "G"}{i:03d}' for i, h in enumerate(hit)])
+    done = np.char.add(np.char.add('KO(', names), ')')
+    raw = pd.DataFrame(dict(cell=c, kind='KO', perturbation=done[g], gene_id=names[g],
+                            rank=place[g], cosine=1 - np.abs(x), shift_goal=x))
     return raw, pd.DataFrame(dict(donor=[f'D{i:02d}' for i in who], batch=who % batches))
 
 # %% ../../nbs/31a_trust.ipynb #be209585
@@ -282,24 +270,21 @@ def permuted_test(
     labels:np.ndarray, # labels that `permuted_states` returned
     donor:str, # obs column of donors
     min_cells:int=3, min_donors:int=3, # as in `summarize`
-    full:bool=False, # also return scores and p_donors of every labeling, (genes, n + 1)
+    full:bool=False, # True also returns scores and p_donors of every labeling, (genes, n + 1)
 )->pd.DataFrame: # perturbation, kind, gene_id, score, p_donors (of the true labels), p, fdr,
-# n_cells, n_donors; best first
-    """Does the shift hang on the labels? p: share of labelings with a score as far from 0. Raises
-    `GeneformerError`"""
-    if raw.kind.nunique() > 1:
-        raise GeneformerError(
-            "Select one kind of perturbation: knock-outs are matched with knock-outs."
-        )
+    # n_cells, n_donors; best first
+    """Does the shift depend on the labels? p: share of labelings with a score as far from 0
+
+    Raises `GeneformerError` for several kinds of perturbation."""
+    if raw.kind.nunique() > 1: raise GeneformerError(
+        "Select one kind of perturbation: knock-outs are matched with knock-outs.")
     code, table = perturbation_codes(raw)
     who, cell = pd.factorize(_obs_column(raw, obs, donor, 'donor'))[0], raw.cell.to_numpy()
     match, scores, ps = matching_properties(raw, code, table, None), [], []
     for i, start in enumerate(labels):
         on = start[cell]
-        x = (
-            raw[shift_column(raw, f'goal {i}')].to_numpy(float)
-            - raw[f'shift_start {i}'].to_numpy(float)
-        )[on]
+        goal = raw[shift_column(raw, f'goal {i}')].to_numpy(float)
+        x = (goal - raw[f'shift_start {i}'].to_numpy(float))[on]
         n, mean, _ = _means(code[on], who[on], x, len(table), who.max() + 1)
         mean = np.where(n >= min_cells, mean, np.nan)
         mean = mean - matched_null(mean, match)
@@ -309,11 +294,8 @@ def permuted_test(
         ps.append(np.where(few, np.nan, p))
         if i == 0: counts = dict(n_cells=n.sum(1), n_donors=np.isfinite(mean).sum(1))
     s, ps = np.stack(scores, 1), np.stack(ps, 1)
-    p = np.where(
-        np.isfinite(s[:, 0]),
-        (np.abs(s) >= np.abs(s[:, :1])).sum(1) / np.maximum(np.isfinite(s).sum(1), 1),
-        np.nan,
-    )
+    as_far = (np.abs(s) >= np.abs(s[:, :1])).sum(1)
+    p = np.where(np.isfinite(s[:, 0]), as_far/np.maximum(np.isfinite(s).sum(1), 1), np.nan)
     out = table.assign(score=s[:, 0], p_donors=ps[:, 0], p=p, fdr=bh(p), **counts)
     order = np.lexsort((-np.abs(s[:, 0]), p))
     out = out.iloc[order].reset_index(drop=True)
