@@ -194,8 +194,9 @@ def _whole(X):
 def raw_genes(
     adata, # AnnData with raw
 ): # table of genes of `raw.X`
-    """The genes of raw, with the columns of words that only var has; a gene that var lacks keeps
-    its own name there"""
+    """The genes of raw, with the columns of words that only var has
+
+    A gene that var lacks keeps its own name there."""
     var, own = adata.var, adata.raw.var
     if not [c for c in var.columns if c not in own.columns]: return own
     var, own = _frame(var), _frame(own)

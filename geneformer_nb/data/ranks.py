@@ -96,9 +96,10 @@ def records(
 )->list: # of `Record`, one for each set of ranks
     "The records of an AnnData whose ranks are there"
     names, found = {f.name for f in fields(Record)}, []
-    for key, said in dict(adata.uns.get('geneformer', {})).items():
-        if key in adata.obsm and isinstance(said, dict) and names <= said.keys() | {'versions', 'own_vocabulary'}:
-            found.append(Record(**{k: _plain(v) for k, v in said.items() if k in names}))
+    for key, entry in dict(adata.uns.get('geneformer', {})).items():
+        if key not in adata.obsm or not isinstance(entry, dict): continue
+        if not names <= entry.keys() | {'versions', 'own_vocabulary'}: continue
+        found.append(Record(**{k: _plain(v) for k, v in entry.items() if k in names}))
     return found
 
 def _plain(x):
@@ -111,8 +112,9 @@ def need_adata(
     adata, # what a verb was given
     obs=(), # columns of obs it must have; None among them is passed over
 ): # the same
-    """The AnnData; raises `GeneformerError` for anything else, and for a column of obs that is not
-    there"""
+    """The AnnData
+
+    Raises `GeneformerError` for anything else, and for a column of obs that is not there."""
     if not isinstance(adata, ad.AnnData):
         raise GeneformerError(
             f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance "
@@ -153,8 +155,9 @@ def find_record(
 def own_vocabulary(
     record:Record, # of ranks
 )->Vocabulary:
-    """The vocabulary that `pp.tokenize` made of the genes of the data; raises `VocabularyError`
-    where a model's was used"""
+    """The vocabulary that `pp.tokenize` made of the genes of the data
+
+    Raises `VocabularyError` where a model's was used."""
     if record.own_vocabulary: return Vocabulary.from_json(record.own_vocabulary)
     raise VocabularyError(
         f"The ranks are of the vocabulary {record.vocabulary!r}, which the AnnData does not hold: "
@@ -165,13 +168,15 @@ def _lost_record(adata):
     "A sentence where there are ranks and no record of them"
     lost = [k for k in adata.obsm if str(k).startswith('X_ranks')]
     if not lost or 'geneformer' in adata.uns: return ''
-    return f" obsm[{lost[0]!r}] is there without its record: ad.concat drops uns, unless told uns_merge='same'."
+    return (f" obsm[{lost[0]!r}] is there without its record: ad.concat drops uns, unless told "
+            "uns_merge='same'.")
 
 # %% ../../nbs/03b_ranks.ipynb #a2e443d3
 def _long_enough(adata, found, vocabulary):
     "The record whose ranks were not cut shorter than the vocabulary allows"
     longest = max(found, key=lambda r: r.max_len)
-    if longest.max_len < vocabulary.max_len and adata.n_obs and adata.obsm[longest.key].max() >= longest.max_len - 2*vocabulary.cls:
+    if longest.max_len >= vocabulary.max_len or not adata.n_obs: return longest
+    if adata.obsm[longest.key].max() >= longest.max_len - 2*vocabulary.cls:
         raise VocabularyError(
             f"obsm[{longest.key!r}] was cut at {longest.max_len:,} tokens and this model takes "
             f"{vocabulary.max_len:,}: run gf.pp.tokenize(adata, model) again."

@@ -320,8 +320,9 @@ def official(cls:Vocabulary,
     folder=official_repo, # folder that holds `geneformer/` as in the official repository, or a
     # repository on the hub
 )->Vocabulary:
-    """The dictionaries of an official generation, those of symbols where they are; raises
-    `MissingDataError` for the others"""
+    """The dictionaries of an official generation, those of symbols where they are
+
+    Raises `MissingDataError` for the others."""
     if version not in _official:
         raise VocabularyError(f"version {version!r} is neither 'V1' nor 'V2'.")
     place = hub_place(str(folder))

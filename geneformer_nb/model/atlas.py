@@ -349,7 +349,7 @@ def embed_to(
     model, # `Geneformer`, or a checkpoint folder
     folder, # for the shards; the same call again goes on where it stopped
     *,
-    layer='second_to_last', # of the model, as in `Geneformer.n_run`; a list makes a column of vectors for each
+    layer='second_to_last', # of the model; a list makes a column of vectors for each
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
     occurrences=None, # gene ids or symbols: a row for each cell and gene; None: a row a cell
     obs=None, # list of obs columns to carry; None: all that every input has

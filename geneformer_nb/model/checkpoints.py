@@ -214,8 +214,9 @@ def _vocabulary(folder, size, given):
 def checkpoint_vocabulary(
     name, # a folder, a path on the hub, or a short name
 )->Vocabulary:
-    """The vocabulary of a checkpoint, without its weights; raises `MissingDataError`,
-    `VocabularyError`"""
+    """The vocabulary of a checkpoint, without its weights
+
+    Raises `MissingDataError`, `VocabularyError`."""
     folder = checkpoint_folder(name)
     return _find_vocabulary(folder, _config(folder)[1].vocab_size)
 

@@ -43,8 +43,9 @@ def knockout_scores(
 
 # %% ../../nbs/34_known_knockouts.ipynb #a73077d1
 def _guesses(model, shown, truth, hid, at, ranks):
-    """Log probability of the hidden genes: one row with all in view, and one for each deletion at
-    the places `at`"""
+    """Log probability of the hidden genes
+
+    One row with all in view, and one for each deletion at the places `at`."""
     n, k = len(shown), len(model.vocabulary.specials)
     j = np.arange(n - 1)
     src = j + (j >= at[:, None])
@@ -146,8 +147,9 @@ def knockout_baselines(
     genes, # their ids
     axes:int=20, # principal components of the linear model
 )->dict: # {name: knocked gene × gene}; "linear on PCA" is signed, log units
-    """What can be said of knock-outs without a network; raises `GeneformerError` where the ids do
-    not fit"""
+    """What can be said of knock-outs without a network
+
+    Raises `GeneformerError` where the ids do not fit."""
     x = np.asarray(counts.todense() if hasattr(counts, 'todense') else counts, float)
     if x.shape[1] != len(genes):
         raise GeneformerError(
