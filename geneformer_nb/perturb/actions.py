@@ -46,6 +46,7 @@ class Perturbation:
     def kind(self): return '+'.join(dict.fromkeys(o.kind for o in self.ops))
 
 def _as_perturbation(x):
+    "The same perturbation; raises `GeneformerError` for anything else"
     if isinstance(x, Perturbation): return x
     raise GeneformerError(
         f"{x!r} is no perturbation: write KO('GENE'), OE('GENE'), Dose('GENE', down=.5), or their "
@@ -53,6 +54,7 @@ def _as_perturbation(x):
     )
 
 def _op(act, genes, how=''):
+    "A perturbation that does one thing to some genes; raises `GeneformerError`"
     if not genes or not all(isinstance(g, str) for g in genes):
         raise GeneformerError(
             f"{act} takes gene names, such as {act}('GATA4') or {act}('GATA4', 'TBX5'), not "
@@ -63,8 +65,7 @@ def _op(act, genes, how=''):
 @verb
 def KO(
     *genes:str, # ids or symbols; several are deleted together
-    ranks:str='shift', # "shift": later genes move up, as in the official code; "hold": they keep
-    # their ranks
+    ranks:str='shift', # "shift": later genes move up, as officially; "hold": they keep their ranks
 )->Perturbation:
     "Delete genes (official `delete`); raises `GeneformerError`"
     if ranks not in ('shift', 'hold'):
@@ -78,8 +79,7 @@ def KO(
 def OE(
     *genes:str, # ids or symbols; the first named stands first
 )->Perturbation:
-    """Overexpress genes: to the front of the cell, after <cls> where there is one (official
-    `overexpress`)"""
+    "Overexpress genes: they move to the front of the cell (official `overexpress`)"
     return _op('OE', genes)
 
 # %% ../../nbs/30_perturb.ipynb #9e1e012f
@@ -122,8 +122,7 @@ def drug(
     name:str, # how it stands in tables
     inhibits=(), # genes it takes down
     activates=(), # genes it brings up
-    inhibit=KO, # what inhibition does to a gene: `KO`, or a function of genes such as partial(Dose,
-    # down=.5)
+    inhibit=KO, # what inhibition does: `KO`, or a function such as partial(Dose, down=.5)
     activate=OE, # what activation does
 )->Perturbation:
     """A drug as the set of its targets; those that a cell lacks are left out
@@ -140,7 +139,7 @@ def drug(
 # %% ../../nbs/30_perturb.ipynb #1e526562
 @dataclass(frozen=True)
 class Each:
-    "One perturbation a gene"
+    "The same perturbation for each gene in turn"
     genes: object # tuple of names, "detected" or "vocabulary"
     form: Perturbation # what is done, "*" in place of the gene
     def __add__(self, other):
@@ -156,8 +155,8 @@ class Each:
 
 @verb
 def each(
-    genes='detected', # names; "detected": the genes of each cell; "vocabulary": every gene (for OE,
-    # also where not detected)
+    genes='detected', # names; "detected": the genes of each cell;
+    # "vocabulary": every gene, which `OE` also inserts where it is not detected
     op=KO, # `KO`, `OE`, `Dose`, or a function of a gene that returns a perturbation
     **how, # for `op`: ranks="hold", down=.5 …
 )->Each:
@@ -191,7 +190,7 @@ def pairs(
     op=KO, # as in `each`
     **how, # for `op`
 )->list: # of perturbations: each gene alone, then the pairs
-    "Pairs, and each gene alone; raises `GeneformerError`"
+    "Perturbations of pairs of genes, and of each gene alone; raises `GeneformerError`"
     if with_ is not None:
         return [each(genes, op, **how), op(with_, **how), each(genes, op, **how) + op(with_, **how)]
     if isinstance(genes, str) or len(set(genes)) < 2:
@@ -338,7 +337,7 @@ def gene_table(self:ActionPlan,
 
 # %% ../../nbs/30_perturb.ipynb #ff15f055
 def layer_and_pool(model, layer, pool):
-    "Layer and pooling to read a model at: those asked for, or the usual ones"
+    "(layer, pooling) to read a model at: those given, or the defaults of the model"
     return (
         layer if layer is not None else model.read_layer,
         model.read_pool if model.parts and pool is None else pool,
@@ -385,7 +384,7 @@ def with_obs(
     table:pd.DataFrame, # raw table, with the column cell
     obs:pd.DataFrame, # of the cells that were given, in their order
 )->Shifts: # with the column barcode, and `.obs`
-    "A table of shifts that knows its cells"
+    "A table of shifts with the table of its cells"
     names = np.asarray(obs.index).astype(str)[table['cell'].to_numpy()]
     barcodes = pd.Categorical.from_codes(*pd.factorize(names))
     out = Shifts(table.drop(columns='barcode', errors='ignore'))
@@ -404,24 +403,21 @@ def joined_shifts(
 def perturb(
     model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers are then read too
     cells:Cells, # tokenized with the model's vocabulary
-    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, sums of them, `each(…)`, `pairs(…)`, `drug(…)`, or a
-    # list of those
+    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, `drug(…)`, their sums, `each(…)`, `pairs(…)`; or a list
     *,
-    where:dict=None, # {obs column: value or values}: only these cells (official `filter_data`);
-    # None takes all
+    where:dict=None, # {obs column: value or values} of the cells to perturb; None takes all
     states:dict=None, # {state: vector (d,)} to measure shifts towards
-    layer=None, # as in `Geneformer.n_run`; None: "second_to_last", and "last" for a fine-tuned
-    # model
+    layer=None, # of the model; None: "second_to_last", and "last" for a fine-tuned model
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
-    affected=False, # True also returns the cosine of every remaining gene; a number, of so many
-    # that changed most
+    affected=False, # True also returns the cosine of every remaining gene;
+    # a number returns those of so many genes that changed most
     budget:int=None, # tokens of a batch; None as `fit_budget` says
     dtype=None, # "bfloat16" computes in half precision: see below before using it
     show:bool=None, # progress bar; None shows it outside of tests
 )->Shifts: # cell, barcode, kind, perturbation, gene_id, rank (of its first gene; -1: not there),
-# cosine, shift_<state> (positive:
-   # towards it), shift_p(<class>) (change of its probability); with `affected` also a table (row,
-   # affected, cosine)
+# cosine,
+    # shift_<state> (positive: towards it), shift_p(<class>) (change of its probability).
+    # With `affected` also a table: row, affected, cosine
     """Perturb cells and measure where they go (official `InSilicoPerturber`)
 
     Raises `VocabularyError`, `GeneformerError`."""

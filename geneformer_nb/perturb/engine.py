@@ -159,7 +159,7 @@ def packed(
 
 # %% ../../nbs/30a_engine.ipynb #eb772261
 def _heads(block, x, *names):
-    "What a layer makes of some tokens for its attention, of query, key and value (heads, t, e)"
+    "Queries, keys or values of some tokens in a layer, each (heads, t, e)"
     a = block.attention.self
     return [
         getattr(a, name)(x).unflatten(-1, (a.num_attention_heads, -1)).transpose(0, 1)
@@ -192,8 +192,7 @@ def first_layer(
     tokens, # of the unperturbed cell (n,)
     act:str, # "KO" or "KO hold"
     at, # deleted places, ascending
-): # (t, d), every token of every form after the first layer; None where the shared way does not
-# serve
+): # (t, d) every token of every form after the first layer; None where nothing is shared
     "The first layer of all forms of a cell that lack one gene"
     at, n, dev = np.asarray(at), len(tokens), model.device
     lo, hi = int(at[0]), int(at[-1]) + 1
@@ -241,11 +240,13 @@ def first_tokens(
         return block.output(block.intermediate(y), y)
 
 # %% ../../nbs/30a_engine.ipynb #7b7fa00c
-def _unit(x): return F.normalize(x.float(), dim=-1)
+def _unit(x):
+    "Vectors of length one, in float32"
+    return F.normalize(x.float(), dim=-1)
 
 @dataclass
 class Before:
-    "An unperturbed cell: unit vectors of its tokens, its own vector, what the head says"
+    "An unperturbed cell: unit vectors of its tokens, its own vector, the answer of the head"
     tokens: torch.Tensor  # (n, d), or None where no gene is compared
     vector: torch.Tensor  # (d,) unit, double
     answer: torch.Tensor = None # (classes,)
@@ -259,8 +260,7 @@ class Engine:
         pool:str=None, # as in `Geneformer.pooling`
         layer='second_to_last', # as in `Geneformer.n_run`
         states:dict=None, # {state: vector (d,)}
-        affected=False, # True: also the cosine of each remaining gene; a number: of so many that
-        # changed most
+        affected=False, # True: also the cosine of each remaining gene; a number: of so many
         dtype=None, # "bfloat16" computes in half precision
     ):
         self.model, self.encoder = model, model.encoder
@@ -293,9 +293,10 @@ class Engine:
 from fastcore.basics import patch
 
 @patch
-def before(self:Engine, keys): # (cell, tokens cut from its end) of each cell a batch is compared
-# with
-    "What the unperturbed cells look like"
+def before(self:Engine,
+    keys, # (number, tokens cut from the end) of each unperturbed cell
+)->list: # of `Before`
+    "The unperturbed cells that a batch is compared with"
     special, new = self.cells.special, [k for k in keys if k not in self.seen]
     def cropped(c, cut):
         t = self.cells[c].tokens
@@ -318,7 +319,7 @@ def before(self:Engine, keys): # (cell, tokens cut from its end) of each cell a 
 # %% ../../nbs/30a_engine.ipynb #abf7b104
 @patch
 def after(self:Engine, batch, offsets): # `Variants`, and where each of their forms begins
-    "Vectors of the perturbed cells and where each begins; what need not be computed is not"
+    "(vectors of the perturbed cells, where each begins), computed no further than needed"
     v, below = batch[0], None
     if len(batch) == 1 and self.depth and v.single and v.single[0] != 'OE' and len(v) > 1:
         x = first_layer(self.encoder, self.cells[v.cell].tokens, *v.single)

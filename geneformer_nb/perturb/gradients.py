@@ -24,7 +24,7 @@ from geneformer_nb.perturb.actions import (
 # %% ../../nbs/30b_gradients.ipynb #3d2fa4cf
 @contextmanager
 def _rank_vectors(model):
-    "Catch the rank embeddings of a pass, as a leaf to differentiate by"
+    "List that receives the rank embeddings of a pass, as a leaf to differentiate by"
     caught = []
     def catch(module, args, out):
         caught.append(out.detach().requires_grad_())
@@ -34,7 +34,7 @@ def _rank_vectors(model):
     finally: hook.remove()
 
 def _gated(engine, h, gate): # (a, n, d), (a, n)
-    "One vector a cell, each token by its presence"
+    "Cell vectors (a, d) from token vectors, each token weighed by its presence"
     special, m = engine.cells.special, engine.model
     if engine.pool == 'cls': return h[:, 0]
     if engine.pool == 'attention': gate = gate*m.attend.score(h)[..., 0].softmax(-1)

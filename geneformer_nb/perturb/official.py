@@ -41,10 +41,8 @@ def _states(raw): return [c.removeprefix('shift_') for c in raw if c.startswith(
 def rank_sums(
     values, # (n,) numbers
     group, # (n,) the group of each
-    pool=None, # numbers to compare each group with; None compares it with the values of all other
-    # groups
-)->pd.DataFrame: # by group: n, auc (chance that a value of the group exceeds one of the pool), p
-# (two-sided)
+    pool=None, # numbers to compare each group with; None: the values of all other groups
+)->pd.DataFrame: # by group: n, auc (share of pairs in which the group is larger), p (two-sided)
     """Wilcoxon rank-sum test of each group
 
     Normal approximation without tie correction, as `scipy.stats.ranksums`."""
@@ -65,7 +63,7 @@ def rank_sums(
 def bh(
     p, # p-values; NaN where nothing was tested
 )->np.ndarray: # false discovery rates, NaN where p is NaN
-    "Benjamini-Hochberg over the tests that were made"
+    "False discovery rates of Benjamini and Hochberg, over the tests that were made"
     from scipy.stats import false_discovery_control
     p = np.asarray(p, float)
     out, there = np.full(len(p), np.nan), np.isfinite(p)
@@ -136,7 +134,7 @@ def vs_null(
 # n_null, significant
     """Rank-sum test of each gene between two sets of cells
 
-    P is 1 for a gene the null lacks, as in the official code."""
+    Its p is 1 for a gene the null lacks, as in the official code."""
     from scipy.stats import ranksums
     column = shift_column(raw, state)
     by = null.groupby(['kind', 'perturbation'], sort=False, observed=True)[
@@ -198,10 +196,9 @@ def mixture_model(
 
 # %% ../../nbs/31b_official.ipynb #9046e251
 def aggregate_gene_shifts(
-    effects:pd.DataFrame, # one row a cell, perturbation and affected gene: perturbation, affected,
-    # cosine
-)->pd.DataFrame: # perturbation, affected, cosine_mean, cosine_sd (population), n_cells; strongest
-# first
+    effects:pd.DataFrame, # perturbation, affected, cosine: one row for each cell and pair
+)->pd.DataFrame: # perturbation, affected, cosine_mean, cosine_sd (population), n_cells;
+    # strongest first
     """What a perturbation does to other genes, over cells
 
     Raises `GeneformerError` for missing columns."""
@@ -221,7 +218,7 @@ def excess(
     raw:pd.DataFrame, # raw table that holds pairs, such as "KO(A) + KO(B)", and each alone
     state:str=None, # a state, or None for the cosine
 )->pd.DataFrame: # perturbation, gene_id, first, second (alone), combined, expected (sum), excess,
-# n_cells; lowest first
+    # n_cells; lowest excess first
     """What pairs do beyond the sum of their parts
 
     Raises `GeneformerError` when no pair stands beside both its parts."""

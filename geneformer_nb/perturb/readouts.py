@@ -18,13 +18,11 @@ def knockout_scores(
     cells, # `Cells` without a knock-out, tokenized with the model's vocabulary
     genes=None, # ids of genes to delete; None deletes every gene of every cell
     *,
-    ranks:str='shift', # "shift": later genes move up, as in the official code; "hold": they keep
-    # their ranks
+    ranks:str='shift', # "shift": later genes move up, as officially; "hold": they keep their ranks
     layer='second_to_last', # as in `perturb`
     least:int=5, # fewer cells that hold both genes give nan
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # deleted gene × gene: movement (1 - cosine), 1 being the mean of that deletion in
-# that cell
+)->pd.DataFrame: # deleted gene × gene: 1 - cosine, over its mean for that deletion and cell
     "How far each gene moves when another is deleted; raises as `perturb` does"
     v, what = model.vocabulary, each('detected' if genes is None else list(genes), KO, ranks=ranks)
     raw, per = perturb(model, cells, what, layer=layer, affected=True, budget=budget, show=False)
@@ -45,7 +43,7 @@ def knockout_scores(
 def _guesses(model, shown, truth, hid, at, ranks):
     """Log probability of the hidden genes
 
-    One row with all in view, and one for each deletion at the places `at`."""
+    One row for the whole cell, and one for each deletion at the places `at`."""
     n, k = len(shown), len(model.vocabulary.specials)
     j = np.arange(n - 1)
     src = j + (j >= at[:, None])
@@ -71,8 +69,7 @@ def guess_scores(
     ranks:str='hold', # as in `knockout_scores`
     share:float=.15, # of a cell's genes hidden at once; each gene is hidden once
     least:int=5, seed:int=0, # as in `knockout_scores`; which genes are hidden together
-)->pd.DataFrame: # deleted gene × gene: loss of log probability; above 0 the deleted gene spoke for
-# the other
+)->pd.DataFrame: # deleted gene × gene: loss of log probability of the other gene
     "How much less a hidden gene is expected when another is deleted"
     v, rng = model.vocabulary, np.random.default_rng(seed)
     k, n = len(v.specials), len(v.genes)
@@ -104,19 +101,17 @@ def specific(
 
 # %% ../../nbs/34_known_knockouts.ipynb #8e2ee3ef
 def _rho(s, y):
+    "Spearman correlation; 0 where the prediction is constant, nan where the truth is"
     from scipy.stats import rankdata
     if np.ptp(y) == 0: return np.nan
     return 0. if np.ptp(s) == 0 else float(np.corrcoef(rankdata(s), rankdata(y))[0, 1])
 
 def score_knockouts(
-    methods:dict, # {name: knocked gene × gene, as of `knockout_scores`}; more rows than `truth` do
-    # no harm
-    truth:pd.DataFrame, # knocked gene × gene: 1 for a target and 0, or how much the gene really
-    # changed
+    methods:dict, # {name: knocked gene × gene, as of `knockout_scores`}; other rows are ignored
+    truth:pd.DataFrame, # knocked gene × gene: 1 or 0 for a target or not, or the true change
     measure:str='auc', # "auc" for targets, "rho" (Spearman) for sizes
-)->pd.DataFrame: # method, knocked, score; without knock-outs that have no target, or were not
-# predicted
-    "How each knock-out is predicted by each method; raises `GeneformerError`"
+)->pd.DataFrame: # method, knocked, score, for knock-outs with a target and a prediction
+    "Score of each method for each knock-out; raises `GeneformerError`"
     if measure not in ('auc', 'rho'):
         raise GeneformerError(f"measure is 'auc' or 'rho', not {measure!r}.")
     one, rows = dict(auc=rank_area, rho=_rho)[measure], []
@@ -133,7 +128,7 @@ def score_table(
     draws:int=1000, # bootstrap samples of knock-outs
     seed:int=0, # of the samples
 )->pd.DataFrame: # by method: score (mean over knock-outs), ci_low, ci_high (95 %), n knock-outs
-    "Mean over knock-outs and its interval; the seeds of one knock-out are one vote"
+    "Mean over knock-outs and its interval; the seeds of one knock-out are averaged"
     out, rng = {}, np.random.default_rng(seed)
     for name, s in scores.groupby('method', sort=False):
         x = s.groupby('knocked')['score'].mean().to_numpy()
@@ -147,7 +142,7 @@ def knockout_baselines(
     genes, # their ids
     axes:int=20, # principal components of the linear model
 )->dict: # {name: knocked gene × gene}; "linear on PCA" is signed, log units
-    """What can be said of knock-outs without a network
+    """Predictions of knock-outs without a network
 
     Raises `GeneformerError` where the ids do not fit."""
     x = np.asarray(counts.todense() if hasattr(counts, 'todense') else counts, float)

@@ -27,7 +27,7 @@ from ..jobs import run_shards, check_positive
 
 # %% ../../nbs/30c_shards.ipynb #4bd0d768
 def _forms(plan, cells, c):
-    "(forms, tokens) of each part of what is done to a cell"
+    "(number of forms, their tokens) of each action on a cell"
     return [(len(v), int(v.lengths.sum())) for v in plan.forms(cells, c)]
 
 def estimate(
@@ -37,7 +37,7 @@ def estimate(
     sample:int=200, # forms to time
     **kwargs, # states, layer, pool, affected, dtype, budget as in `perturb`
 )->dict: # variants, tokens to encode, seconds
-    "How large a screen is, and how long this machine will need"
+    "The size of a screen and the time it takes on this machine; raises `GeneformerError`"
     plan = ActionPlan(
         [actions],
         make_engine(model, cells, kwargs.get('states'), None, None, False, None).encoder.vocabulary,
@@ -94,7 +94,7 @@ class PerturbShard:
     def __post_init__(self): self.device, self.home = self.model.encoder.device, os.getpid()
 
     def __getstate__(self):
-        "Weights travel by way of the processor's memory"
+        "State to send to another process, with the weights on the processor"
         state = self.__dict__.copy()
         if self.device.type != 'cpu': state['model'] = _move(copy.deepcopy(self.model), 'cpu')
         return state

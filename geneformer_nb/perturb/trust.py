@@ -109,7 +109,7 @@ def power(
     method=None, # function of raw and obs, as in `tests`; None: donor means
     seed:int=0, # of the first run
     **settings, # of `simulated_run`: gene_donor, noise and cells of your pilot, from `spread`
-)->pd.DataFrame: # donors, effect, power, ci_low, ci_high (95 %, over runs), false (share of the
+)->pd.DataFrame: # donors, effect, power, ci_low, ci_high (95 %, over runs), false (share of
 # discoveries)
     "Share of the planted hits that each number of donors finds"
     rows, method = [], method or tests['donors']
@@ -138,8 +138,7 @@ def power(
 def donors_needed(
     table:pd.DataFrame, # of `power`
     target:float=.8, # share of the hits to find
-)->pd.Series: # by effect: the smallest number of donors that was tried and suffices; NaN where none
-# does
+)->pd.Series: # by effect: the smallest number of donors tried that suffices, or NaN
     "How many donors a question needs"
     return (
         table[table.power >= target].groupby('effect').donors.min().reindex(table.effect.unique())
@@ -152,8 +151,7 @@ def spread(
     state:str, # the state
     donor:str, # obs column of donors
     min_cells:int=3, # cells of a gene in a donor to count
-)->dict: # gene_donor, noise (in units of the shift) and cells (of a donor that hold a gene,
-# doubled: half of them do in a simulated run)
+)->dict: # gene_donor and noise (in units of the shift) and cells of a donor
     "The arguments of `power` from your data; raises `GeneformerError` for a single donor"
     x, who = (
         raw[shift_column(raw, state)].to_numpy(float),
@@ -241,7 +239,7 @@ def permuted_states(
     seed:int=0, layer='second_to_last', pool:str=None, # of the labelings; as in `perturb`
 )->tuple: # cells of the two states, {name: vector} for `perturb(…, states=…)`, labels (n + 1,
 # cells) for `permuted_test`
-    "State vectors under labels dealt anew to whole donors; raises `GeneformerError`"
+    "State vectors under labels permuted between whole donors; raises `GeneformerError`"
     if getattr(model, 'encoder', None) is not model:
         raise GeneformerError(
             "A fine-tuned model has seen the labels: pass its pretrained encoder."
