@@ -210,12 +210,12 @@ def stability(
     )
 
 # %% ../../nbs/31a_trust.ipynb #ede57903
-def _labelings(obs, column, donor, start, goal, n, seed):
+def _labelings(obs, label, donor, start, goal, n, seed):
     """(n + 1, cells) True where start, the truth first
 
     Donors with one state swap among themselves, those with both swap their own."""
     units, of = np.unique(
-        np.stack([obs[donor].astype(str), obs[column].astype(str)], 1).astype(str),
+        np.stack([obs[donor].astype(str), obs[label].astype(str)], 1).astype(str),
         axis=0,
         return_inverse=True,
     )
