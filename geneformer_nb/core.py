@@ -56,53 +56,72 @@ def _module(name):
         if e.name != name: raise
 
 # %% ../nbs/00_core.ipynb #f75af0f7
+def _joined_comments(source):
+    "{line: comment at its end}, joined with the comment-only lines directly below it"
+    found, beside, last = {}, 0, 0
+    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+        if t.type != tokenize.COMMENT: continue
+        line, text = t.start[0], t.string.lstrip('# ')
+        if t.line[:t.start[1]].strip(): beside = line
+        elif last != line - 1: beside = line - 1
+        found[beside] = f'{found[beside]} {text}' if beside in found else text
+        last = line
+    return found
+
 def comments_beside(
     fn, # function, or dataclass
 )->dict: # {parameter, or 'return': its comment}; parameters of one line share it
-    "The comments beside the parameters of a function, and after its closing bracket"
+    """The comments beside the parameters of a function, and after its closing bracket
+
+    Comment-only lines directly below one belong to it."""
     try: source = textwrap.dedent(inspect.getsource(fn))
     except OSError: return {} # no source at hand
-    node = next(x for x in ast.walk(ast.parse(source)) if isinstance(x, (ast.FunctionDef, ast.ClassDef)))
-    said = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline)
-            if t.type == tokenize.COMMENT}
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    node = next(x for x in ast.walk(ast.parse(source)) if isinstance(x, kinds))
+    comments = _joined_comments(source)
     if isinstance(node, ast.ClassDef):
-        return {x.target.id: said[x.end_lineno] for x in node.body if isinstance(x, ast.AnnAssign) and x.end_lineno in said}
-    args = node.args.posonlyargs + node.args.args + node.args.kwonlyargs + [x for x in (node.args.vararg, node.args.kwarg) if x]
-    found = {x.arg: said[x.end_lineno] for x in args if x.end_lineno in said}
+        fields = [x for x in node.body if isinstance(x, ast.AnnAssign)]
+        return {x.target.id: comments[x.end_lineno] for x in fields if x.end_lineno in comments}
+    a = node.args
+    args = [*a.posonlyargs, *a.args, *a.kwonlyargs, *(x for x in (a.vararg, a.kwarg) if x)]
+    found = {x.arg: comments[x.end_lineno] for x in args if x.end_lineno in comments}
     last, body = max((x.end_lineno for x in args), default=node.lineno), node.body[0].lineno
-    back = ' '.join(said[k] for k in range(last + 1, body) if k in said)
+    back = ' '.join(comments[k] for k in range(last + 1, body) if k in comments)
     return found | ({'return': back} if back else {})
 
+# %% ../nbs/00_core.ipynb #8164ebe1
 def described(
     fn, # function with comments beside its parameters
     also=(), # functions that its `**kwargs` are handed to
 )->str: # docstring, then each parameter with its comment, then what is returned
     "The docstring of a function with its parameters spelled out"
-    said = comments_beside(fn)
+    comments = comments_beside(fn)
     lines = [inspect.getdoc(fn) or '', '', 'Parameters']
     for name, p in inspect.signature(fn).parameters.items():
         lines.append('  ' + re.sub(r'<function (\w+) at \w+>', r'\1', str(p)))
-        if name in said: lines.append(f'      {said[name]}')
+        if name in comments: lines.append(f'      {comments[name]}')
     for other in also: lines += _more_parameters(other, inspect.signature(fn).parameters)
-    if 'return' in said: lines += ['', 'Returns', f'  {said["return"]}']
+    if 'return' in comments: lines += ['', 'Returns', f'  {comments["return"]}']
     return '\n'.join(lines)
 
 def _more_parameters(other, own):
     "Lines on the parameters of a function that `**kwargs` are handed to"
-    said = comments_beside(other)
-    more = [(n, p) for n, p in inspect.signature(other).parameters.items() if n not in own and p.kind is not p.VAR_KEYWORD]
+    comments = comments_beside(other)
+    more = [(n, p) for n, p in inspect.signature(other).parameters.items()
+            if n not in own and p.kind is not p.VAR_KEYWORD]
     lines = ['', f'More parameters, of {other.__name__}']
     for name, p in more:
         lines.append('  ' + re.sub(r'<function (\w+) at \w+>', r'\1', str(p)))
-        if name in said: lines.append(f'      {said[name]}')
+        if name in comments: lines.append(f'      {comments[name]}')
     return lines
 
+# %% ../nbs/00_core.ipynb #d6ea8fef
 def verb(
     fn=None, # function with docments
     *,
     also=(), # functions that `**kwargs` of `fn` are handed to: their names are right as well
 ): # the same function, with its parameters in `help()`
-    "A function that people call: its comments become its help; raises `GeneformerError` for a misspelt argument"
+    "Comments become help, and a misspelt argument a `GeneformerError` with the nearest name"
     if fn is None: return partial(verb, also=also)
     own = inspect.signature(fn).parameters
     names = [n for n, p in own.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -113,9 +132,13 @@ def verb(
     @wraps(fn)
     def checked(*args, **kwargs):
         odd = [] if open_ended else [k for k in kwargs if k not in names]
-        if odd: raise GeneformerError(f"{fn.__name__} has no argument {odd[0]!r}{_nearest(odd[0], names)}")
+        if odd:
+            raise GeneformerError(
+                f"{fn.__name__} has no argument {odd[0]!r}{_nearest(odd[0], names)}"
+            )
         if len(args) > places and not several: raise GeneformerError(
-            f"{fn.__name__} takes {places} arguments without a name ({', '.join(list(own)[:places])}) and was given {len(args)}: "
+            f"{fn.__name__} takes {places} arguments without a name "
+            f"({', '.join(list(own)[:places])}) and was given {len(args)}: "
             "write the others as name=value.")
         return fn(*args, **kwargs)
     checked.__doc__ = described(fn, also)

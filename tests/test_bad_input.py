@@ -1,11 +1,11 @@
 "Bad input: each kind is refused, or mended and reported, in a sentence that names what is wrong and what to do"
 import os, pickle, shutil, tempfile, warnings
-import anndata as ad, numpy as np, pandas as pd, pytest
+import anndata as ad, geneformer_nb as gf, numpy as np, pandas as pd, pytest
 from scipy import sparse
 from geneformer_nb.data.cells import Cells
 from geneformer_nb.core import (CountsError, GeneformerError, GeneMatchError, LeakError, MissingDataError, StorageError,
                                 VocabularyError)
-from geneformer_nb.model.embed import embed, state_embeddings
+from geneformer_nb.model.embed import state_embeddings
 from geneformer_nb.evaluate.splits import audit_split, split_donors
 from geneformer_nb.tasks.finetuning import finetune
 from geneformer_nb.data.vocabulary import Vocabulary, safe_unpickle
@@ -181,7 +181,9 @@ def test_an_empty_cell_is_dropped_and_named(cohort, vocab, cells):
 
 def test_an_empty_cell_is_embedded_as_nan(cohort, model):
     a = hollow(cohort, 5)
-    with pytest.warns(UserWarning, match='nan'): embed(a, model)
+    with pytest.warns(UserWarning, match='nan'):
+        gf.pp.tokenize(a, model)
+        gf.tl.embed(a, model)
     assert np.flatnonzero(np.isnan(a.obsm['X_geneformer']).any(1)).tolist() == [5]
 
 @pytest.mark.parametrize('rows,columns', [(slice(0), slice(None)), (slice(None), slice(0))], ids=['no cells', 'no genes'])
@@ -189,7 +191,7 @@ def test_an_empty_anndata(cohort, vocab, model, rows, columns):
     empty = cohort[rows, columns].copy()
     with says(CountsError, 'empty', f'{empty.n_obs} cells × {empty.n_vars} genes'): tokenize(empty, vocab)
     with says(CountsError, 'empty'): Vocabulary.from_counts(empty)
-    with says(CountsError, 'empty'): embed(empty, model)
+    with says(CountsError, 'empty'): gf.pp.tokenize(empty, model)
 
 def test_an_empty_file(cohort, vocab, tmp_path):
     cohort[:0].copy().write_h5ad(tmp_path/'none.h5ad')
@@ -425,7 +427,7 @@ def test_an_anndata_where_cells_are_wanted(cohort, model):
         with says(GeneformerError, 'tokenize(adata, model.vocabulary)', 'AnnData'): call()
 
 def test_a_path_where_an_anndata_is_wanted(model, idle):
-    with says(GeneformerError, 'AnnData', 'str', 'read_any'): embed('cohort.h5ad', model)
+    with says(GeneformerError, 'AnnData', 'str', 'read_any'): gf.tl.embed('cohort.h5ad', model)
 
 def test_baselines_of_other_cells(cohort, model, cells, idle):
     for other in (cohort[::-1].copy(), cohort[:30].copy()):

@@ -1,13 +1,13 @@
 "Embeddings: what is chosen, counted and spread; files of any number in the order of their cells, killed, resumed, shared out"
 import os, signal, subprocess, sys, time, tracemalloc, warnings
-import anndata as ad, numpy as np, pandas as pd, pytest
+import anndata as ad, geneformer_nb as gf, numpy as np, pandas as pd, pytest
 from sentences import quiet, says
 from geneformer_nb.model.atlas import Embedded, embed_to
 from geneformer_nb.data.cells import Cells
 from geneformer_nb.model.gene_context import _mean_distances, context, umap
 from geneformer_nb.evaluate.metrics import batch_check, scib
 from geneformer_nb.core import CountsError, GeneformerError, StorageError, VocabularyError
-from geneformer_nb.model.embed import cell_embeddings, embed, encode_layers, gene_embeddings, gene_occurrences, pick_cells, state_embeddings
+from geneformer_nb.model.embed import cell_embeddings, encode_layers, gene_embeddings, gene_occurrences, pick_cells, state_embeddings
 from geneformer_nb.data.vocabulary import Vocabulary
 from geneformer_nb.model.bert import Geneformer
 from geneformer_nb.data.corpus import tokenize_to
@@ -64,9 +64,10 @@ def test_layers_of_cells_without_genes(cells, model):
 
 def test_embed_keeps_every_cell(adata, model):
     a = adata.copy(); a.obs['filter_pass'] = np.arange(len(a)) % 2
-    embed(a, model)
+    gf.pp.tokenize(a, model)
+    gf.tl.embed(a, model)
     assert np.isfinite(a.obsm['X_geneformer']).all()
-    embed(a, model, layer=[0, -1], key_added='v')
+    gf.tl.embed(a, model, layer=[0, -1], key_added='v')
     assert {'v_0', 'v_-1'} <= set(a.obsm) and a.uns['v_0']['layer'] == '0'
 
 def test_tables_of_cells(cells, model):
@@ -157,7 +158,8 @@ def test_back_into_the_file_in_its_order(adata, model, files, tmp_path):
         a.write_h5ad(tmp_path/'a.h5ad')
         e = embed_to(tmp_path/'a.h5ad', model, tmp_path/'out', where=dict(disease=['dilated']), rows=40, block=16)
         back = ad.read_h5ad(e.to_h5ad(tmp_path/'b.h5ad', counts=tmp_path/'a.h5ad'))
-    embed(a, model)
+    gf.pp.tokenize(a, model)
+    gf.tl.embed(a, model)
     ill = (a.obs.disease == 'dilated').to_numpy()
     np.testing.assert_allclose(back.obsm['X_geneformer'][ill], a.obsm['X_geneformer'][ill], atol=1e-5)
     assert np.isnan(back.obsm['X_geneformer'][~ill]).all() and (back.X != a.X).nnz == 0

@@ -1,7 +1,7 @@
 "Embeddings of cells, genes and states equal to the official ones: 1e-4 relative, 1e-5 absolute near zero"
-import numpy as np, pytest
+import geneformer_nb as gf, numpy as np, pytest
 from golden import adata, cells, close, needed, of_json, sets, table, versions, model
-from geneformer_nb.model.embed import embed, gene_embeddings, state_embeddings
+from geneformer_nb.model.embed import gene_embeddings, state_embeddings
 
 pytestmark = needed
 states = dict(kang_ifnb='condition', heart_embryo='region')
@@ -14,7 +14,8 @@ def test_cells(name, version, mode, layer):
     own = adata(name).obs_names[adata(name).obs_names.isin(gold.index)] # our order, not the official one by length
     a = adata(name)[own].copy()
     before = list(a.obs_names)
-    embed(a, m, layer=layer, pool=dict(cell='mean', cls='cls')[mode])
+    gf.pp.tokenize(a, m)
+    gf.tl.embed(a, m, layer=layer, pool=dict(cell='mean', cls='cls')[mode])
     assert list(a.obs_names) == before and a.obsm['X_geneformer'].shape == (len(gold), 32)
     close(a.obsm['X_geneformer'], gold.loc[before])
 

@@ -184,17 +184,25 @@ def _whole(X):
     d = X[:200]
     d = d.compute() if hasattr(d, 'compute') else d
     d = d.data if hasattr(d, 'indptr') else np.asarray(d).ravel()
-    return bool(len(d) == 0 or d.dtype.kind in 'biuf' and (np.isfinite(d).all() and (d >= 0).all() and (d == np.rint(d)).all()))
+    return bool(
+        len(d) == 0
+        or d.dtype.kind in 'biuf'
+        and (np.isfinite(d).all() and (d >= 0).all() and (d == np.rint(d)).all())
+    )
 
 # %% ../../nbs/01_counts.ipynb #fd625061
 def raw_genes(
     adata, # AnnData with raw
 ): # table of genes of `raw.X`
-    "The genes of raw, with the columns of words that only var has; a gene that var lacks keeps its own name there"
+    """The genes of raw, with the columns of words that only var has
+
+    A gene that var lacks keeps its own name there."""
     var, own = adata.var, adata.raw.var
     if not [c for c in var.columns if c not in own.columns]: return own
     var, own = _frame(var), _frame(own)
-    more = [c for c in var.columns if c not in own.columns and not pd.api.types.is_numeric_dtype(var[c])]
+    more = [
+        c for c in var.columns if c not in own.columns and not pd.api.types.is_numeric_dtype(var[c])
+    ]
     if not more or not var.index.is_unique: return own
     found, unknown = var[more].astype(object).reindex(own.index), ~own.index.isin(var.index)
     for c in more: found.loc[unknown, c] = np.asarray(own.index)[unknown]
@@ -204,9 +212,13 @@ def _named_matrix(adata, name):
     "The matrix that a person named: a layer, X or raw.X; its genes, and its name"
     if name in adata.layers: return adata.layers[name], adata.var, f'layers[{name!r}]'
     if name == 'X': return adata.X, adata.var, 'X'
-    if name in ('raw', 'raw.X') and adata.raw is not None: return adata.raw.X, raw_genes(adata), 'raw.X'
+    if name in ('raw', 'raw.X') and adata.raw is not None:
+        return adata.raw.X, raw_genes(adata), 'raw.X'
     have = ', '.join(map(repr, adata.layers)) or 'none'
-    raise CountsError(f"There is no layer {name!r} (layers here: {have}): name one of them, 'X' or 'raw.X', or leave counts_layer out.")
+    raise CountsError(
+        f"There is no layer {name!r} (layers here: {have}): name one of them, 'X' or 'raw.X', or "
+        "leave counts_layer out."
+    )
 
 def _choose(adata, counts_layer, logged):
     "The matrix of counts (or logged counts), its genes, and its name"
@@ -217,6 +229,7 @@ def _choose(adata, counts_layer, logged):
     if adata.raw is not None and _whole(adata.raw.X): return _named_matrix(adata, 'raw.X')
     return _named_matrix(adata, 'X')
 
+# %% ../../nbs/01_counts.ipynb #d26dd3ce
 def other_matrices(
     adata, # AnnData, or an open file
     source:str, # the matrix that was refused

@@ -14,7 +14,10 @@ from ..core import MissingDataError, as_folder
 
 # %% ../../nbs/02b_hub.ipynb #38658a20
 official_repo = 'ctheodoris/Geneformer'
-short_names = {n: f'{official_repo}/Geneformer-{n}' for n in ('V1-10M', 'V2-104M', 'V2-104M_CLcancer', 'V2-316M')}
+short_names = {
+    n: f'{official_repo}/Geneformer-{n}'
+    for n in ('V1-10M', 'V2-104M', 'V2-104M_CLcancer', 'V2-316M')
+}
 
 @dataclass(frozen=True)
 class HubPlace:
@@ -42,8 +45,10 @@ def fetch(
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(place.repo, revision=revision, allow_patterns=patterns))
     except Exception as e:
-        raise MissingDataError(f"There is no folder '{place}' here, and nothing of that name came from the hub "
-            f"({type(e).__name__}): mend the name or the connection, or give the folder of a copy.") from e
+        raise MissingDataError(
+            f"There is no folder '{place}' here, and nothing of that name came from the hub "
+            f"({type(e).__name__}): mend the name or the connection, or give the folder of a copy."
+        ) from e
 
 def checkpoints_of(
     place:HubPlace, # repository
@@ -56,8 +61,14 @@ def checkpoints_of(
     return sorted(f.rpartition('/')[0] for f in files if f.rpartition('/')[2] == 'config.json')
 
 # %% ../../nbs/02b_hub.ipynb #b265b675
-checkpoint_files = ['config.json', 'vocabulary.json', 'classes.json', 'model.safetensors', 'model.safetensors.index.json',
-                    'model-*-of-*.safetensors']
+checkpoint_files = [
+    'config.json',
+    'vocabulary.json',
+    'classes.json',
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'model-*-of-*.safetensors',
+]
 torch_files = ['pytorch_model.bin', 'pytorch_model.bin.index.json', 'pytorch_model-*-of-*.bin']
 dictionary_files = ['geneformer/*.pkl', 'geneformer/gene_dictionaries_30m/*.pkl']
 
@@ -69,17 +80,21 @@ def checkpoint_folder(
     folder, place = as_folder(name), hub_place(str(name))
     if place is not None: folder = _fetched(place, revision)
     if (folder/'config.json').exists(): return folder
-    raise MissingDataError(f"There is no checkpoint in '{name if place else folder.name}' (no config.json): "
-                           + _other_checkpoints(name, folder, place, revision))
+    raise MissingDataError(
+        f"There is no checkpoint in '{name if place else folder.name}' (no config.json): "
+        + _other_checkpoints(name, folder, place, revision)
+    )
 
 def _fetched(place, revision):
     "Fetch one checkpoint and the dictionaries of its repository: the folder"
     sub = f'{place.folder}/' if place.folder else ''
     root = fetch(place, [sub + f for f in checkpoint_files] + dictionary_files, revision)
-    if not list((root/place.folder).glob('model*.safetensors')): fetch(place, [sub + f for f in torch_files], revision)
+    if not list((root/place.folder).glob('model*.safetensors')):
+        fetch(place, [sub + f for f in torch_files], revision)
     if str(place) == official_repo: _which_model(root)
     return root/place.folder
 
+# %% ../../nbs/02b_hub.ipynb #005e3cdd
 def _which_model(root):
     "Say which model the top of the official repository holds"
     import json, warnings
@@ -87,16 +102,31 @@ def _which_model(root):
     if not (root/'config.json').exists(): return
     layers = json.loads((root/'config.json').read_text()).get('num_hidden_layers')
     model = f'the model {sizes[layers]}' if layers in sizes else f'a model of {layers} layers'
-    warnings.warn(f"The top folder of {official_repo} holds {model}: write one of {', '.join(short_names)} to be sure.", stacklevel=5)
+    warnings.warn(
+        f"The top folder of {official_repo} holds {model}: write one of {', '.join(short_names)} "
+        "to be sure.",
+        stacklevel=5,
+    )
 
 def _other_checkpoints(name, folder, place, revision):
     "Which names would work instead, as the end of a sentence"
-    root = folder if place is None or not place.folder else Path(str(folder).removesuffix(place.folder))
-    near = sorted(p.parent.relative_to(root).as_posix() for g in ('*', '*/*') for p in root.glob(f'{g}/config.json'))
+    root = (
+        folder
+        if place is None or not place.folder
+        else Path(str(folder).removesuffix(place.folder))
+    )
+    near = sorted(
+        p.parent.relative_to(root).as_posix()
+        for g in ('*', '*/*')
+        for p in root.glob(f'{g}/config.json')
+    )
     if place is None: names = [f'{name}/{n}' for n in near]
     else: names = [str(HubPlace(place.repo, n)) for n in checkpoints_of(place, revision) or near]
     if names: return f"name one of {', '.join(map(repr, names))}."
     close = difflib.get_close_matches(str(name), short_names, 1, .5)
     hint = f" Did you mean {close[0]!r}?" if close else ''
-    return ("give a folder with config.json and model.safetensors, a short name such as 'V2-104M', or a path on the hub such as "
-            f"'{short_names['V2-104M']}'.{hint}")
+    return (
+        "give a folder with config.json and model.safetensors, a short name such as 'V2-104M', or "
+        "a hub id such as "
+        f"'{short_names['V2-104M']}'.{hint}"
+    )

@@ -21,14 +21,21 @@ from .vocabulary import GeneMatch, Vocabulary, match_genes
 def to_ranks(
     cells:Cells, # tokenized cells
     vocabulary:Vocabulary, # what they were tokenized with
-)->sparse.csr_matrix: # cells × genes of the vocabulary, int32: 1 for the first gene of a cell, 2 for the second, 0 for those not there
+)->sparse.csr_matrix: # cells × genes of the vocabulary, int32: 1 for the first gene of a cell, 2
+# for the second, 0 for those not there
     "Cells as a matrix of ranks; raises `VocabularyError`"
     cells.check_vocabulary(vocabulary)
     k, n = len(vocabulary.specials), cells.lengths
-    place = np.arange(len(cells.tokens)) - np.repeat(cells.offsets[:-1], n) + (0 if cells.special else 1)
+    place = (
+        np.arange(len(cells.tokens))
+        - np.repeat(cells.offsets[:-1], n)
+        + (0 if cells.special else 1)
+    )
     gene = cells.tokens >= k
     row = np.repeat(np.arange(len(cells)), n)[gene]
-    return sparse.csr_matrix((place[gene].astype(np.int32), (row, cells.tokens[gene] - k)), (len(cells), len(vocabulary)))
+    return sparse.csr_matrix(
+        (place[gene].astype(np.int32), (row, cells.tokens[gene] - k)), (len(cells), len(vocabulary))
+    )
 
 # %% ../../nbs/03b_ranks.ipynb #aa242e51
 def from_ranks(
@@ -39,10 +46,14 @@ def from_ranks(
     "Cells from a matrix of ranks; raises `VocabularyError` when it has another number of genes"
     R = sparse.csr_matrix(R, copy=True)
     if R.shape[1] != len(vocabulary):
-        raise VocabularyError(f"The ranks are of {R.shape[1]:,} genes and the vocabulary {vocabulary.name!r} has "
-                              f"{len(vocabulary):,}: tokenize again with this vocabulary.")
+        raise VocabularyError(
+            f"The ranks are of {R.shape[1]:,} genes and the vocabulary {vocabulary.name!r} has "
+            f"{len(vocabulary):,}: tokenize again with this vocabulary."
+        )
     if R.nnz and R.data.min() < 0:
-        raise GeneformerError("Ranks count from 1, and this matrix holds negative numbers: it is something else.")
+        raise GeneformerError(
+            "Ranks count from 1, and this matrix holds negative numbers: it is something else."
+        )
     R.eliminate_zeros()
     row = np.repeat(np.arange(R.shape[0]), np.diff(R.indptr))
     genes = R.indices[np.lexsort((R.data, row))]
@@ -69,9 +80,12 @@ class Record:
     own_vocabulary: str = '' # the vocabulary itself as JSON, where it was made from these counts
 
     @property
-    def how(self)->dict: return dict(counts_layer=self.counts_layer, logged=self.logged, fractional=self.fractional) # as in `counts_of`
+    def how(self)->dict:
+        # as in `counts_of`
+        return dict(counts_layer=self.counts_layer, logged=self.logged, fractional=self.fractional)
     @property
-    def totals(self)->str: return f'{self.key}_counts' # column of obs with the sum of the counts of each cell
+    def totals(self)->str:
+        return f'{self.key}_counts' # column of obs with the sum of the counts of each cell
 
     def write(self, adata):
         "Put the record into `uns`"
@@ -82,9 +96,10 @@ def records(
 )->list: # of `Record`, one for each set of ranks
     "The records of an AnnData whose ranks are there"
     names, found = {f.name for f in fields(Record)}, []
-    for key, said in dict(adata.uns.get('geneformer', {})).items():
-        if key in adata.obsm and isinstance(said, dict) and names <= said.keys() | {'versions', 'own_vocabulary'}:
-            found.append(Record(**{k: _plain(v) for k, v in said.items() if k in names}))
+    for key, entry in dict(adata.uns.get('geneformer', {})).items():
+        if key not in adata.obsm or not isinstance(entry, dict): continue
+        if not names <= entry.keys() | {'versions', 'own_vocabulary'}: continue
+        found.append(Record(**{k: _plain(v) for k, v in entry.items() if k in names}))
     return found
 
 def _plain(x):
@@ -97,11 +112,19 @@ def need_adata(
     adata, # what a verb was given
     obs=(), # columns of obs it must have; None among them is passed over
 ): # the same
-    "The AnnData; raises `GeneformerError` for anything else, and for a column of obs that is not there"
-    if not isinstance(adata, ad.AnnData): raise GeneformerError(
-        f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance with gf.data.read_any.")
-    if lost := [c for c in obs if c is not None and c not in adata.obs]: raise GeneformerError(
-        f"obs has no column {lost[0]!r} (it has {', '.join(map(str, adata.obs.columns)) or 'none'}).")
+    """The AnnData
+
+    Raises `GeneformerError` for anything else, and for a column of obs that is not there."""
+    if not isinstance(adata, ad.AnnData):
+        raise GeneformerError(
+            f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance "
+            "with gf.data.read_any."
+        )
+    if lost := [c for c in obs if c is not None and c not in adata.obs]:
+        raise GeneformerError(
+            f"obs has no column {lost[0]!r} (it has "
+            f"{', '.join(map(str, adata.obs.columns)) or 'none'})."
+        )
     return adata
 
 def find_record(
@@ -113,42 +136,58 @@ def find_record(
     run = 'run gf.pp.tokenize(adata, model) first.'
     if vocabulary is None:
         if len(there) == 1: return there[0]
-        if there: raise VocabularyError(f"The AnnData holds ranks of {len(there)} vocabularies "
-                                        f"({', '.join(r.vocabulary for r in there)}): pass the model.")
+        if there:
+            raise VocabularyError(f"The AnnData holds ranks of {len(there)} vocabularies "
+                                  f"({', '.join(r.vocabulary for r in there)}): pass the model.")
         raise VocabularyError(f"The AnnData holds no ranks: {run}{_lost_record(adata)}")
     if not isinstance(vocabulary, Vocabulary):
         raise VocabularyError(f"vocabulary is model.vocabulary, not {type(vocabulary).__name__}.")
     found = [r for r in there if r.vocabulary_hash == vocabulary.hash]
     if not found:
         have = f" (it has those of {', '.join(repr(r.vocabulary) for r in there)})" if there else ''
-        raise VocabularyError(f"The AnnData holds no ranks of the vocabulary {vocabulary.name!r}{have}: {run}{_lost_record(adata)}")
+        raise VocabularyError(
+            f"The AnnData holds no ranks of the vocabulary {vocabulary.name!r}{have}: "
+            f"{run}{_lost_record(adata)}"
+        )
     return _long_enough(adata, found, vocabulary)
 
+# %% ../../nbs/03b_ranks.ipynb #843fb8df
 def own_vocabulary(
     record:Record, # of ranks
 )->Vocabulary:
-    "The vocabulary that `pp.tokenize` made of the genes of the data; raises `VocabularyError` where a model's was used"
+    """The vocabulary that `pp.tokenize` made of the genes of the data
+
+    Raises `VocabularyError` where a model's was used."""
     if record.own_vocabulary: return Vocabulary.from_json(record.own_vocabulary)
-    raise VocabularyError(f"The ranks are of the vocabulary {record.vocabulary!r}, which the AnnData does not hold: pass model.vocabulary.")
+    raise VocabularyError(
+        f"The ranks are of the vocabulary {record.vocabulary!r}, which the AnnData does not hold: "
+        "pass model.vocabulary."
+    )
 
 def _lost_record(adata):
     "A sentence where there are ranks and no record of them"
     lost = [k for k in adata.obsm if str(k).startswith('X_ranks')]
     if not lost or 'geneformer' in adata.uns: return ''
-    return f" obsm[{lost[0]!r}] is there without its record: ad.concat drops uns, unless told uns_merge='same'."
+    return (f" obsm[{lost[0]!r}] is there without its record: ad.concat drops uns, unless told "
+            "uns_merge='same'.")
 
+# %% ../../nbs/03b_ranks.ipynb #a2e443d3
 def _long_enough(adata, found, vocabulary):
     "The record whose ranks were not cut shorter than the vocabulary allows"
     longest = max(found, key=lambda r: r.max_len)
-    if longest.max_len < vocabulary.max_len and adata.n_obs and adata.obsm[longest.key].max() >= longest.max_len - 2*vocabulary.cls:
-        raise VocabularyError(f"obsm[{longest.key!r}] was cut at {longest.max_len:,} tokens and this model takes "
-                              f"{vocabulary.max_len:,}: run gf.pp.tokenize(adata, model) again.")
+    if longest.max_len >= vocabulary.max_len or not adata.n_obs: return longest
+    if adata.obsm[longest.key].max() >= longest.max_len - 2*vocabulary.cls:
+        raise VocabularyError(
+            f"obsm[{longest.key!r}] was cut at {longest.max_len:,} tokens and this model takes "
+            f"{vocabulary.max_len:,}: run gf.pp.tokenize(adata, model) again."
+        )
     return longest
 
 @verb
 def ranked_cells(
     adata, # AnnData that `pp.tokenize` has been over
-    vocabulary:Vocabulary=None, # that of the model; None: the one that `pp.tokenize` made of these genes
+    vocabulary:Vocabulary=None, # that of the model; None: the one that `pp.tokenize` made of these
+    # genes
     obs=None, # columns of obs to carry: a name or several; None carries all
 )->Cells: # in the order of adata; a cell without a known gene has no tokens
     "The cells of an AnnData, from its ranks; raises `VocabularyError`"
@@ -166,20 +205,33 @@ def recorded_counts(
 )->Counts: # cells × genes of the matrix that was tokenized
     "The counts that the ranks were made from; raises `CountsError` when they are gone or changed"
     record = record or find_record(adata)
-    advice = ("Ranks, embeddings and classifiers still work; baselines and tests on counts do not. Bring the counts back into "
-              f"{record.source}, or run gf.pp.tokenize again on the matrix that holds them.")
+    advice = (
+        "Ranks, embeddings and classifiers still work; baselines and tests on counts do not. Bring "
+        "the counts back into "
+        f"{record.source}, or run gf.pp.tokenize again on the matrix that holds them."
+    )
     try: counts = counts_of(adata, **record.how)
-    except CountsError as e: raise CountsError(f"The counts behind obsm[{record.key!r}] cannot be read from {record.source}: {e} {advice}") from e
+    except CountsError as e:
+        raise CountsError(
+            f"The counts behind obsm[{record.key!r}] cannot be read from {record.source}: {e} "
+            f"{advice}"
+        ) from e
     if record.totals not in adata.obs: return counts
     was, now = adata.obs[record.totals].to_numpy(float), counts.rows.sums()
     changed = ~np.isclose(was, now, rtol=1e-4)
-    if changed.any(): raise CountsError(f"{record.source} has changed since the cells were tokenized: {changed.sum():,} of {len(was):,} cells "
-        f"have another sum of counts, {adata.obs_names[changed.argmax()]!r} first ({was[changed.argmax()]:g}, now {now[changed.argmax()]:g}). {advice}")
+    if changed.any():
+        raise CountsError(
+            f"{record.source} has changed since the cells were tokenized: {changed.sum():,} of "
+            f"{len(was):,} cells "
+            f"have another sum of counts, {adata.obs_names[changed.argmax()]!r} first "
+            f"({was[changed.argmax()]:g}, now {now[changed.argmax()]:g}). {advice}"
+        )
     return counts
 
 def plain_counts(
     counts:Counts, # of some cells
-)->ad.AnnData: # the counts in X, the table of the cells, and genes numbered "0", "1" …, since names of genes may stand twice
+)->ad.AnnData: # the counts in X, the table of the cells, and genes numbered "0", "1" …, since names
+# of genes may stand twice
     "Counts as the AnnData that baselines and tests take"
     var = pd.DataFrame(index=[str(i) for i in range(counts.X.shape[1])])
     return ad.AnnData(counts.X, obs=counts.obs, var=var)
@@ -200,7 +252,21 @@ def symbol_column(
     gene_ids:str=None, # column that names the genes; None as in `gene_names`
 )->str: # name of a column, "index", or None where nothing says symbols
     "Where a table of genes keeps its symbols"
-    found = next((c for c in ('symbol', 'feature_name', 'gene_symbols', 'gene_symbol', 'gene_name', 'gene_names') if c in var), None)
+    found = next(
+        (
+            c
+            for c in (
+                'symbol',
+                'feature_name',
+                'gene_symbols',
+                'gene_symbol',
+                'gene_name',
+                'gene_names',
+            )
+            if c in var
+        ),
+        None,
+    )
     if found is not None: return found
     ids, index = gene_names(var, gene_ids), np.asarray(var.index).astype(str)
     return None if (ids == index).all() else 'index'
@@ -218,6 +284,7 @@ def variable_genes(
     best = pd.Series(var[index >= 0], index[index >= 0]).groupby(level=0).max()
     return best.sort_values(ascending=False, kind='stable').index[:n].to_numpy()
 
+# %% ../../nbs/03b_ranks.ipynb #28e3b135
 def vocabulary_of(
     adata, # AnnData with raw counts
     top_genes:int=None, # only the most variable genes; None takes all
@@ -233,8 +300,15 @@ def vocabulary_of(
     symbols = symbol_column(c.var, gene_ids)
     if symbols is not None: var['_symbol'] = gene_names(c.var, symbols)
     plain = ad.AnnData(c.X, obs=pd.DataFrame(index=adata.obs_names), var=var)
-    v = Vocabulary.from_counts(plain, gene_ids='_id', symbols=None if symbols is None else '_symbol', min_cells=min_cells,
-                               max_len=max_len, name='of these cells', fractional=True)
+    v = Vocabulary.from_counts(
+        plain,
+        gene_ids='_id',
+        symbols=None if symbols is None else '_symbol',
+        min_cells=min_cells,
+        max_len=max_len,
+        name='of these cells',
+        fractional=True,
+    )
     if top_genes is None or top_genes >= len(v): return v
     best = variable_genes(c, match_genes(var['_id'].to_numpy(), v).index, top_genes)
     kept = np.union1d(best, v.token(list(keep)) - len(v.specials) if len(keep) else []).astype(int)

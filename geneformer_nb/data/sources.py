@@ -17,8 +17,18 @@ from weakref import ref
 import numpy as np
 from fastcore.basics import patch
 from ..core import CountsError, digest, later
-from .counts import (Coded, Counts, Rows, Table, other_matrices, _checked, _choice, 
-                                       _frame, _rows, _check_csr)
+from geneformer_nb.data.counts import (
+    Coded,
+    Counts,
+    Rows,
+    Table,
+    other_matrices,
+    _checked,
+    _choice,
+    _frame,
+    _rows,
+    _check_csr,
+)
 pd = later('pandas')
 
 # %% ../../nbs/01a_sources.ipynb #1af02953
@@ -323,7 +333,9 @@ def block(self:Source,
     except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
     try: return _checked(rows, obs, var, where, logged, fractional, self.name)
     except CountsError as e:
-        raise _in_file(CountsError(f"{e}{other_matrices(self._got, where, logged)}"), self.path) from e
+        raise _in_file(
+            CountsError(f"{e}{other_matrices(self._got, where, logged)}"), self.path
+        ) from e
 
 @patch
 def fingerprint(self:Source)->str: # 16 hexadecimal characters

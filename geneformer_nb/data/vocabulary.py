@@ -120,8 +120,15 @@ def subset(self:Vocabulary,
     "A vocabulary of some of the genes, in the same order"
     genes = [self.genes[i] for i in keep]
     here = set(genes)
-    return Vocabulary(genes, self.medians[keep], self.cls, self.max_len, {g: s for g, s in self.symbols.items() if g in here},
-                      {a: g for a, g in self.aliases.items() if g in here}, name or self.name)
+    return Vocabulary(
+        genes,
+        self.medians[keep],
+        self.cls,
+        self.max_len,
+        {g: s for g, s in self.symbols.items() if g in here},
+        {a: g for a, g in self.aliases.items() if g in here},
+        name or self.name,
+    )
 
 @patch
 def unique_name(self:Vocabulary,
@@ -191,9 +198,20 @@ def save(self:Vocabulary,
 @patch
 def to_json(self:Vocabulary)->str:
     "The vocabulary as text, with its hash"
-    return json.dumps(dict(name=self.name, hash=self.hash, cls=self.cls, max_len=self.max_len, genes=self.genes,
-                           medians=self.medians.tolist(), symbols=self.symbols, aliases=self.aliases))
+    return json.dumps(
+        dict(
+            name=self.name,
+            hash=self.hash,
+            cls=self.cls,
+            max_len=self.max_len,
+            genes=self.genes,
+            medians=self.medians.tolist(),
+            symbols=self.symbols,
+            aliases=self.aliases,
+        )
+    )
 
+# %% ../../nbs/02_vocabulary.ipynb #ac3b3db8
 @patch(cls_method=True)
 def from_json(cls:Vocabulary,
     text:str, # what `to_json` gave
@@ -205,17 +223,26 @@ def from_json(cls:Vocabulary,
         want = fields.pop('hash')
         v = cls(**fields)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise VocabularyError(f"{name} holds no vocabulary ({type(e).__name__}: {e}): pass vocabulary=… instead.") from e
-    if v.hash != want: raise VocabularyError(f"{name} was changed after it was written: its hash is {v.hash}, not {want}.")
+        raise VocabularyError(
+            f"{name} holds no vocabulary ({type(e).__name__}: {e}): pass vocabulary=… instead."
+        ) from e
+    if v.hash != want:
+        raise VocabularyError(
+            f"{name} was changed after it was written: its hash is {v.hash}, not {want}."
+        )
     return v
 
+# %% ../../nbs/02_vocabulary.ipynb #2c5971fb
 @patch(cls_method=True)
 def load(cls:Vocabulary,
     path, # what `save` was given
 )->Vocabulary:
     "Read a vocabulary; raises `VocabularyError` when its content and its hash disagree"
     file = _vocab_file(path)
-    if not file.exists(): raise VocabularyError(f"There is no {file.name} in '{file.parent}': pass vocabulary=… instead.")
+    if not file.exists():
+        raise VocabularyError(
+            f"There is no {file.name} in '{file.parent}': pass vocabulary=… instead."
+        )
     return cls.from_json(file.read_text(errors='replace'), file.name)
 
 # %% ../../nbs/02_vocabulary.ipynb #1fe99f70
@@ -290,12 +317,19 @@ def from_dicts(cls:Vocabulary,
 @patch(cls_method=True)
 def official(cls:Vocabulary,
     version:str, # "V1" (30M cells, 2021) or "V2" (104M cells, 2024)
-    folder=official_repo, # folder that holds `geneformer/` as in the official repository, or a repository on the hub
+    folder=official_repo, # folder that holds `geneformer/` as in the official repository, or a
+    # repository on the hub
 )->Vocabulary:
-    "The dictionaries of an official generation, those of symbols where they are; raises `MissingDataError` for the others"
-    if version not in _official: raise VocabularyError(f"version {version!r} is neither 'V1' nor 'V2'.")
+    """The dictionaries of an official generation, those of symbols where they are
+
+    Raises `MissingDataError` for the others."""
+    if version not in _official:
+        raise VocabularyError(f"version {version!r} is neither 'V1' nor 'V2'.")
     place = hub_place(str(folder))
-    o, root = _official[version], fetch(place, dictionary_files) if place else Path(folder).expanduser()
+    o, root = (
+        _official[version],
+        fetch(place, dictionary_files) if place else Path(folder).expanduser(),
+    )
     root = root/'geneformer' if (root/'geneformer').is_dir() else root
     def read(kind, need=True):
         f = root/f"{o['sub']}{kind}_{o['tag']}.pkl"
@@ -339,7 +373,9 @@ def from_counts(cls:Vocabulary,
         c = counts_of(data, counts_layer, logged, fractional)
         table, tables = _exact_table(c, gene_ids), [c.var]
     else:
-        inputs = [] if isinstance(data, Medians) else sources(data, counts_layer, logged, fractional)
+        inputs = (
+            [] if isinstance(data, Medians) else sources(data, counts_layer, logged, fractional)
+        )
         table = (corpus_medians(inputs, gene_ids=gene_ids) if inputs else data).table()
         tables = [s.var for s in inputs]
     table = table[table['n_cells'] >= max(1, min_cells)]

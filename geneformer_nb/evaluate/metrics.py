@@ -130,7 +130,7 @@ def vectors_of(adata, key):
     "obsm[key] as an array, and which of its rows hold numbers"
     if key not in adata.obsm:
         raise GeneformerError(f"obsm has no {key!r} (it has {', '.join(adata.obsm) or 'nothing'}): "
-                              "run embed first.")
+                              "run gf.tl.embed first.")
     X = np.asarray(adata.obsm[key], dtype=np.float32)
     return X, np.isfinite(X).all(1)
 

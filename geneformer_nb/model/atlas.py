@@ -349,8 +349,8 @@ def embed_to(
     model, # `Geneformer`, or a checkpoint folder
     folder, # for the shards; the same call again goes on where it stopped
     *,
-    layer='second_to_last', # as in `embed`; a list makes a column of vectors for each
-    pool:str=None, # as in `embed`
+    layer='second_to_last', # of the model; a list makes a column of vectors for each
+    pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
     occurrences=None, # gene ids or symbols: a row for each cell and gene; None: a row a cell
     obs=None, # list of obs columns to carry; None: all that every input has
     where:dict=None, # {column: value or values} a cell must have; others get no row

@@ -128,19 +128,23 @@ class Reader:
     "What can encode cells: a `Geneformer`, or a model that was fine-tuned on one"
     read_layer = 'second_to_last' # layer to read cells at, as in `n_run`
     @property
-    def encoder(self): return self # the `Geneformer` that runs; its own for a `Geneformer`
+    def encoder(self):
+        return self # the `Geneformer` that runs; its own for a `Geneformer`
     @property
-    def read_pool(self): return self.pooling() # how tokens become a cell vector; None: they do not
+    def read_pool(self):
+        return self.pooling() # how tokens become a cell vector; None: they do not
     @property
     def parts(self): return {} # {name: module} on the encoder; none on a `Geneformer`
     @property
-    def answers(self): return [] # names of what the head says of a cell; none for a `Geneformer`
+    def answers(self):
+        return [] # names of what the head says of a cell; none for a `Geneformer`
 
     def read(self,
         x, # (t, d) vectors of the tokens of several cells, at `read_layer`
         offsets, # where each cell begins: (b+1,)
         pool=None, # "mean" or "cls"; None: `read_pool`
-    )->tuple: # (cell vectors (b, d), answers (b, answers) in double precision on the processor, or None)
+    )->tuple: # (cell vectors (b, d), answers (b, answers) in double precision on the
+    # processor, or None)
         "Vectors of cells, and what the head says of them"
         special = self.encoder.vocabulary.cls
         return pool_cells(x, offsets, pool or self.read_pool, special), None
@@ -342,8 +346,10 @@ def save_pretrained(self:Geneformer,
 
 @patch(cls_method=True)
 def from_pretrained(cls:Geneformer,
-    name, # a folder, a path on the hub such as "ctheodoris/Geneformer/Geneformer-V2-104M", or a short name: "V2-104M"
-    vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one of that size
+    name, # a folder, a path on the hub such as "ctheodoris/Geneformer/Geneformer-V2-104M", or a
+    # short name: "V2-104M"
+    vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one of
+    # that size
     device=None, # as in `pick_device`
     revision:str=None, # of the hub: branch, tag or commit; None is the newest
 )->Geneformer:

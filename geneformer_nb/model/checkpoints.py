@@ -205,14 +205,18 @@ def _vocabulary(folder, size, given):
     if given is None: return _find_vocabulary(folder, size)
     own = Vocabulary.load(folder) if (folder/'vocabulary.json').exists() else given
     if own.n_tokens == given.n_tokens and own.hash != given.hash:
-        raise VocabularyError(f"'{folder.name}' was made with the vocabulary {own.name!r} ({own.hash}), and the one "
-                              f"given is {given.name!r} ({given.hash}): leave vocabulary=… out.")
+        raise VocabularyError(
+            f"'{folder.name}' was made with the vocabulary {own.name!r} ({own.hash}), and the one "
+            f"given is {given.name!r} ({given.hash}): leave vocabulary=… out."
+        )
     return given
 
 def checkpoint_vocabulary(
     name, # a folder, a path on the hub, or a short name
 )->Vocabulary:
-    "The vocabulary of a checkpoint, without its weights; raises `MissingDataError`, `VocabularyError`"
+    """The vocabulary of a checkpoint, without its weights
+
+    Raises `MissingDataError`, `VocabularyError`."""
     folder = checkpoint_folder(name)
     return _find_vocabulary(folder, _config(folder)[1].vocab_size)
 
@@ -254,8 +258,10 @@ def _check_size(folder, files):
 
 # %% ../../nbs/07a_checkpoints.ipynb #a437d5f9
 def read_checkpoint(
-    name, # a folder, a path on the hub such as "ctheodoris/Geneformer/Geneformer-V2-104M", or a short name: "V2-104M"
-    vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one of that size
+    name, # a folder, a path on the hub such as "ctheodoris/Geneformer/Geneformer-V2-104M", or a
+    # short name: "V2-104M"
+    vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one of
+    # that size
     revision:str=None, # of the hub: branch, tag or commit; None is the newest
 ): # (transformers model in float32, vocabulary)
     """Model and vocabulary of a checkpoint folder.

@@ -132,7 +132,7 @@ def context(
     genes, # id or symbol, or a list of them
     column:str, # obs column of states, such as cell types
     *,
-    layer='second_to_last', # as in `embed`, one layer
+    layer='second_to_last', # of the model, as in `Geneformer.n_run`
     min_cells:int=5, # a state with fewer cells that hold the gene is left out for it; 2 at least
     unit:str=None, # obs column of the unit of replication, such as donor; None: the cell
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`

@@ -18,11 +18,11 @@ def knockout_scores(
     cells, # `Cells` without a knock-out, tokenized with the model's vocabulary
     genes=None, # ids of genes to delete; None deletes every gene of every cell
     *,
-    ranks:str='shift', # "shift": later genes move up, as in the official code; "hold": they keep their ranks
+    ranks:str='shift', # "shift": later genes move up, as officially; "hold": they keep their ranks
     layer='second_to_last', # as in `perturb`
     least:int=5, # fewer cells that hold both genes give nan
     budget:int=16_384, # tokens of a batch
-)->pd.DataFrame: # deleted gene × gene: movement (1 - cosine), 1 being the mean of that deletion in that cell
+)->pd.DataFrame: # deleted gene × gene: 1 - cosine, over its mean for that deletion and cell
     "How far each gene moves when another is deleted; raises as `perturb` does"
     v, what = model.vocabulary, each('detected' if genes is None else list(genes), KO, ranks=ranks)
     raw, per = perturb(model, cells, what, layer=layer, affected=True, budget=budget, show=False)
@@ -30,14 +30,20 @@ def knockout_scores(
     mean = np.bincount(row, moved) / np.maximum(np.bincount(row), 1)
     moved /= np.maximum(mean[row], 1e-12)
     names, n = raw['gene_id'].cat.categories, len(v.genes)
-    at = raw['gene_id'].cat.codes.to_numpy().astype(int)[row] * n + per['affected'].to_numpy() - len(v.specials)
+    at = (
+        raw['gene_id'].cat.codes.to_numpy().astype(int)[row] * n
+        + per['affected'].to_numpy()
+        - len(v.specials)
+    )
     count, total = (np.bincount(at, w, len(names) * n).reshape(-1, n) for w in (None, moved))
     score = np.where(count >= least, total / np.maximum(count, 1), np.nan)
     return pd.DataFrame(score, list(names), list(v.genes))
 
 # %% ../../nbs/34_known_knockouts.ipynb #a73077d1
 def _guesses(model, shown, truth, hid, at, ranks):
-    "Log probability of the hidden genes: one row with all in view, and one for each deletion at the places `at`"
+    """Log probability of the hidden genes
+
+    One row for the whole cell, and one for each deletion at the places `at`."""
     n, k = len(shown), len(model.vocabulary.specials)
     j = np.arange(n - 1)
     src = j + (j >= at[:, None])
@@ -45,7 +51,13 @@ def _guesses(model, shown, truth, hid, at, ranks):
     offsets = np.r_[0, n + np.arange(len(at) + 1) * (n - 1)]
     x = model.hidden(np.r_[shown, shown[src].ravel()], offsets, positions=positions, layer='last')
     rows = np.concatenate([hid, *(n + i * (n - 1) + hid - (hid > p) for i, p in enumerate(at))])
-    p = model.hf.cls(x[torch.as_tensor(rows, device=x.device)]).float()[:, k:].log_softmax(-1).cpu().numpy()
+    p = (
+        model.hf.cls(x[torch.as_tensor(rows, device=x.device)])
+        .float()[:, k:]
+        .log_softmax(-1)
+        .cpu()
+        .numpy()
+    )
     return p[np.arange(len(rows)), np.tile(truth[hid] - k, len(at) + 1)].reshape(len(at) + 1, -1)
 
 # %% ../../nbs/34_known_knockouts.ipynb #48ee7528
@@ -57,7 +69,7 @@ def guess_scores(
     ranks:str='hold', # as in `knockout_scores`
     share:float=.15, # of a cell's genes hidden at once; each gene is hidden once
     least:int=5, seed:int=0, # as in `knockout_scores`; which genes are hidden together
-)->pd.DataFrame: # deleted gene × gene: loss of log probability; above 0 the deleted gene spoke for the other
+)->pd.DataFrame: # deleted gene × gene: loss of log probability of the other gene
     "How much less a hidden gene is expected when another is deleted"
     v, rng = model.vocabulary, np.random.default_rng(seed)
     k, n = len(v.specials), len(v.genes)
@@ -73,7 +85,8 @@ def guess_scores(
                 shown = x.copy()
                 shown[hid] = v.specials['<mask>']
                 p, where = _guesses(model, shown, x, hid, at, ranks), np.ix_(x[at] - k, x[hid] - k)
-                total[where] += p[0] - p[1:]; count[where] += 1
+                total[where] += p[0] - p[1:]
+                count[where] += 1
     score = np.where(count >= least, total / np.maximum(count, 1), np.nan)
     return pd.DataFrame(score, list(v.genes), list(v.genes))[(count > 0).any(1)]
 
@@ -88,17 +101,19 @@ def specific(
 
 # %% ../../nbs/34_known_knockouts.ipynb #8e2ee3ef
 def _rho(s, y):
+    "Spearman correlation; 0 where the prediction is constant, nan where the truth is"
     from scipy.stats import rankdata
     if np.ptp(y) == 0: return np.nan
     return 0. if np.ptp(s) == 0 else float(np.corrcoef(rankdata(s), rankdata(y))[0, 1])
 
 def score_knockouts(
-    methods:dict, # {name: knocked gene × gene, as of `knockout_scores`}; more rows than `truth` do no harm
-    truth:pd.DataFrame, # knocked gene × gene: 1 for a target and 0, or how much the gene really changed
+    methods:dict, # {name: knocked gene × gene, as of `knockout_scores`}; other rows are ignored
+    truth:pd.DataFrame, # knocked gene × gene: 1 or 0 for a target or not, or the true change
     measure:str='auc', # "auc" for targets, "rho" (Spearman) for sizes
-)->pd.DataFrame: # method, knocked, score; without knock-outs that have no target, or were not predicted
-    "How each knock-out is predicted by each method; raises `GeneformerError`"
-    if measure not in ('auc', 'rho'): raise GeneformerError(f"measure is 'auc' or 'rho', not {measure!r}.")
+)->pd.DataFrame: # method, knocked, score, for knock-outs with a target and a prediction
+    "Score of each method for each knock-out; raises `GeneformerError`"
+    if measure not in ('auc', 'rho'):
+        raise GeneformerError(f"measure is 'auc' or 'rho', not {measure!r}.")
     one, rows = dict(auc=rank_area, rho=_rho)[measure], []
     for name, s in methods.items():
         s = s.reindex(index=truth.index, columns=truth.columns).to_numpy(float)
@@ -113,7 +128,7 @@ def score_table(
     draws:int=1000, # bootstrap samples of knock-outs
     seed:int=0, # of the samples
 )->pd.DataFrame: # by method: score (mean over knock-outs), ci_low, ci_high (95 %), n knock-outs
-    "Mean over knock-outs and its interval; the seeds of one knock-out are one vote"
+    "Mean over knock-outs and its interval; the seeds of one knock-out are averaged"
     out, rng = {}, np.random.default_rng(seed)
     for name, s in scores.groupby('method', sort=False):
         x = s.groupby('knocked')['score'].mean().to_numpy()
@@ -127,9 +142,14 @@ def knockout_baselines(
     genes, # their ids
     axes:int=20, # principal components of the linear model
 )->dict: # {name: knocked gene × gene}; "linear on PCA" is signed, log units
-    "What can be said of knock-outs without a network; raises `GeneformerError` where the ids do not fit"
+    """Predictions of knock-outs without a network
+
+    Raises `GeneformerError` where the ids do not fit."""
     x = np.asarray(counts.todense() if hasattr(counts, 'todense') else counts, float)
-    if x.shape[1] != len(genes): raise GeneformerError(f"There are {len(genes)} ids for {x.shape[1]} columns of counts: one a column.")
+    if x.shape[1] != len(genes):
+        raise GeneformerError(
+            f"There are {len(genes)} ids for {x.shape[1]} columns of counts: one a column."
+        )
     depth = x.sum(1, keepdims=True)
     x = np.log1p(x / np.maximum(depth, 1) * np.median(depth))
     mean, z = x.mean(0), x - x.mean(0)
@@ -137,8 +157,12 @@ def knockout_baselines(
     sd, (w, u) = np.sqrt(np.diag(cov)) + 1e-9, np.linalg.eigh(cov)
     low = (u[:, -axes:] * w[-axes:]) @ u[:, -axes:].T
     linear = -low * (mean / (np.diag(low) + np.median(np.diag(cov))))[:, None]
-    all_ = {'no change': np.zeros_like(cov), 'mean expression': np.tile(mean, (len(mean), 1)), 'correlation': np.abs(cov / sd / sd[:, None]),
-            'linear on PCA': linear}
+    all_ = {
+        'no change': np.zeros_like(cov),
+        'mean expression': np.tile(mean, (len(mean), 1)),
+        'correlation': np.abs(cov / sd / sd[:, None]),
+        'linear on PCA': linear,
+    }
     return {k: pd.DataFrame(s, list(genes), list(genes)) for k, s in all_.items()}
 
 # %% ../../nbs/34_known_knockouts.ipynb #6c5e6117
@@ -153,7 +177,9 @@ def like_genes(
     def other(i):
         order = np.argsort(np.abs(rank - rank[i]), kind='stable')
         return rng.choice(order[order != i][:near])
-    return pd.DataFrame(scores.to_numpy()[[other(i) for i in range(len(rank))]], scores.index, scores.columns)
+    return pd.DataFrame(
+        scores.to_numpy()[[other(i) for i in range(len(rank))]], scores.index, scores.columns
+    )
 
 def other_knockouts(
     effect:pd.DataFrame, # knocked gene × gene: true effects
