@@ -19,19 +19,33 @@ from .score import agreement
 from ..perturb.trust import permuted_states, permuted_test
 
 # %% ../../nbs/35d_controls.ipynb #7fac27b0
-actions = dict(KO=('KO', lambda *g: KO(*g)), OE=('OE', lambda *g: OE(*g)), up=('Dose up=0.5', lambda *g: Dose(*g, up=.5)),
-               down=('Dose down=0.5', lambda *g: Dose(*g, down=.5))) # {name: (kind in tables, what makes it of genes)}
+# {name: (kind in tables, what makes it of genes)}
+actions = dict(
+    KO=('KO', lambda *g: KO(*g)),
+    OE=('OE', lambda *g: OE(*g)),
+    up=('Dose up=0.5', lambda *g: Dose(*g, up=0.5)),
+    down=('Dose down=0.5', lambda *g: Dose(*g, down=0.5)),
+)
 
-words = {'KO': 'inhibit', 'OE': 'activate', 'Dose up=0.5': 'bring up', 'Dose down=0.5': 'bring down'} # kinds, as people say them
+# kinds, as people say them
+words = {
+    'KO': 'inhibit',
+    'OE': 'activate',
+    'Dose up=0.5': 'bring up',
+    'Dose down=0.5': 'bring down',
+}
 
 def action_of(
     kind:str, # of a row of the result table
     gene:str, # id or symbol
 ): # perturbation
-    "The action of a row, to be done again; raises `GeneformerError` for a kind that is no single action of a screen"
+    """The action of a row, to be done again; raises `GeneformerError` for a kind that is no single
+    action of a screen"""
     for name, make in actions.values():
         if name == kind: return make(gene)
-    raise GeneformerError(f"{kind!r} is no single action of a screen: {', '.join(k for k, _ in actions.values())}.")
+    raise GeneformerError(
+        f"{kind!r} is no single action of a screen: {', '.join(k for k, _ in actions.values())}."
+    )
 
 # %% ../../nbs/35d_controls.ipynb #7075e7cc
 def permuted_p(
@@ -46,13 +60,27 @@ def permuted_p(
     seed:int=0, # of the labelings and of the cells
 )->pd.Series: # p by perturbation
     "Does the shift of each action hang on the label of the donor? Raises as `permuted_states`"
-    two, states, labels = permuted_states(model, cells, label=label, donor=donor, start=start, goal=goal, n=n, seed=seed)
+    two, states, labels = permuted_states(
+        model, cells, label=label, donor=donor, start=start, goal=goal, n=n, seed=seed
+    )
     order = np.random.default_rng(seed).permutation(len(two))
-    kept = np.sort(two.obs.iloc[order].assign(_at=order).groupby([donor, label], observed=True).head(most)['_at'].to_numpy())
+    kept = np.sort(
+        two.obs.iloc[order]
+        .assign(_at=order)
+        .groupby([donor, label], observed=True)
+        .head(most)['_at']
+        .to_numpy()
+    )
     two, labels = two[kept], labels[:, kept]
     raw = perturb_to(folder, model, two, what, states=states)
-    return pd.concat([permuted_test(r.reset_index(drop=True), two.obs, labels, donor, min_cells=1).set_index('perturbation')['p']
-                      for _, r in raw.groupby('kind', observed=True)]).rename('p_permuted')
+    return pd.concat(
+        [
+            permuted_test(r.reset_index(drop=True), two.obs, labels, donor, min_cells=1).set_index(
+                'perturbation'
+            )['p']
+            for _, r in raw.groupby('kind', observed=True)
+        ]
+    ).rename('p_permuted')
 
 # %% ../../nbs/35d_controls.ipynb #c6d2bc49
 def best_pairs(
@@ -65,52 +93,108 @@ def best_pairs(
     parts = [action_of(str(k), str(g)) for k, g in zip(top.kind, top.gene_id)]
     return [a + b for a, b in combinations(parts, 2)]
 
+# %% ../../nbs/35d_controls.ipynb #acb893b1
 def pair_effects(
     raw:pd.DataFrame, # raw table of the pairs, from one run
     single:pd.DataFrame, # raw table of the single actions in the same cells
     obs:pd.DataFrame, # of the cells
     goal:str, # state to reach
     donor:str, # obs column of donors
-)->pd.DataFrame: # perturbation, shift, parts (sum of both shifts), beyond (shift - parts), ci_low, ci_high and p of beyond, n_cells, n_donors
-    "Do pairs do more than their parts? Donors are the witnesses; raises `GeneformerError` for a part that is not in `single`"
+)->pd.DataFrame: # perturbation, shift, parts (sum of both shifts), beyond (shift - parts), ci_low,
+# ci_high and p of beyond, n_cells, n_donors
+    """Do pairs do more than their parts? Donors are the witnesses; raises `GeneformerError` for a
+    part that is not in `single`"""
     column, pairs = shift_column(raw, goal), raw.assign(perturbation=raw.perturbation.astype(str))
-    alone = single.assign(perturbation=single.perturbation.astype(str)).set_index(['cell', 'perturbation'])[column]
+    alone = single.assign(perturbation=single.perturbation.astype(str)).set_index(
+        ['cell', 'perturbation']
+    )[column]
     names = pairs.perturbation.str.split(' + ', regex=False)
     if lost := sorted({p for n in names for p in n} - set(alone.index.get_level_values(1))):
-        raise GeneformerError(f"{lost[0]} stands in a pair and was never done alone: pass the raw table of the screen.")
-    parts = sum(alone.reindex(pd.MultiIndex.from_arrays([pairs.cell, names.str[i]])).to_numpy() for i in (0, 1))
-    pairs = pairs.assign(shift=pairs[column], parts=parts, beyond=pairs[column] - parts, who=obs[donor].astype(str).to_numpy()[pairs.cell])
+        raise GeneformerError(
+            f"{lost[0]} stands in a pair and was never done alone: pass the raw table of the "
+            "screen."
+        )
+    parts = sum(
+        alone.reindex(pd.MultiIndex.from_arrays([pairs.cell, names.str[i]])).to_numpy()
+        for i in (0, 1)
+    )
+    pairs = pairs.assign(
+        shift=pairs[column],
+        parts=parts,
+        beyond=pairs[column] - parts,
+        who=obs[donor].astype(str).to_numpy()[pairs.cell],
+    )
     pairs, rows = pairs.dropna(subset=['parts']), []
     for name, t in pairs.groupby('perturbation', sort=False):
         per = t.groupby('who')[['shift', 'parts', 'beyond']].mean()
         mean, half, p = (float(x[0]) for x in t_interval(per.beyond.to_numpy()[None]))
-        rows.append(dict(perturbation=name, shift=per['shift'].mean(), parts=per.parts.mean(), beyond=mean, ci_low=mean - half, ci_high=mean + half,
-                         p=p, n_cells=len(t), n_donors=len(per)))
-    return pd.DataFrame(rows).sort_values('shift', ascending=False, kind='stable', ignore_index=True)
+        rows.append(
+            dict(
+                perturbation=name,
+                shift=per['shift'].mean(),
+                parts=per.parts.mean(),
+                beyond=mean,
+                ci_low=mean - half,
+                ci_high=mean + half,
+                p=p,
+                n_cells=len(t),
+                n_donors=len(per),
+            )
+        )
+    return pd.DataFrame(rows).sort_values(
+        'shift', ascending=False, kind='stable', ignore_index=True
+    )
 
 # %% ../../nbs/35d_controls.ipynb #ee58ec6c
 def stability_of(
     tables, # result tables of runs, or of folds, one row an action, with the column `of`
     of:str='score', # what is compared
     k:int=20, # length of the top list
-)->dict: # spearman, in_common (share of the first k), chance, runs: means over pairs of runs; empty for fewer than two
+)->dict: # spearman, in_common (share of the first k), chance, runs: means over pairs of runs; empty
+# for fewer than two
     "Do runs name the same genes?"
-    cols = pd.concat({str(i): t.drop_duplicates('perturbation').assign(perturbation=lambda t: t.perturbation.astype(str)).set_index('perturbation')[of]
-                      for i, t in enumerate(tables)}, axis=1) if len(tables) > 1 else pd.DataFrame()
+    cols = (
+        pd.concat(
+            {
+                str(i): t.drop_duplicates('perturbation')
+                .assign(perturbation=lambda t: t.perturbation.astype(str))
+                .set_index('perturbation')[of]
+                for i, t in enumerate(tables)
+            },
+            axis=1,
+        )
+        if len(tables) > 1
+        else pd.DataFrame()
+    )
     got = [agreement(cols[list(two)], [two[1]], k, of=two[0]) for two in combinations(cols, 2)]
     got = pd.concat(got) if got else pd.DataFrame()
-    return dict(got[['spearman', 'in_common', 'chance']].mean(), runs=len(tables)) if len(got) else {}
+    return (
+        dict(got[['spearman', 'in_common', 'chance']].mean(), runs=len(tables)) if len(got) else {}
+    )
 
+# %% ../../nbs/35d_controls.ipynb #24cdc320
 def over_seeds(
     tables, # result tables of runs with several seeds, the main one first
-)->pd.DataFrame: # the first, with `score` the mean over runs, `score_first` its own, and `rank_best` and `rank_worst` over runs; best first
+)->pd.DataFrame: # the first, with `score` the mean over runs, `score_first` its own, and
+# `rank_best` and `rank_worst` over runs; best first
     "One table of several runs"
-    def by(c): return pd.concat([t.assign(perturbation=t.perturbation.astype(str)).set_index('perturbation')[c] for t in tables], axis=1)
+    def by(c):
+        return pd.concat(
+            [
+                t.assign(perturbation=t.perturbation.astype(str)).set_index('perturbation')[c]
+                for t in tables
+            ],
+            axis=1,
+        )
     score = by('score')
     rank = score.rank(ascending=False, method='min')
     first = tables[0].assign(score_first=tables[0].score)
     at = first.perturbation.astype(str)
-    out = first.assign(score=at.map(score.mean(axis=1)), rank_best=at.map(rank.min(axis=1)), rank_worst=at.map(rank.max(axis=1)))
+    out = first.assign(
+        score=at.map(score.mean(axis=1)),
+        rank_best=at.map(rank.min(axis=1)),
+        rank_worst=at.map(rank.max(axis=1)),
+    )
     out = out.sort_values('score', ascending=False, kind='stable', ignore_index=True)
     out.attrs = dict(tables[0].attrs)
     return out
@@ -121,17 +205,30 @@ def perturbed_cells(
     what, # one perturbation, such as KO('GATA4') + OE('TBX5')
     vocabulary, # names the genes
 )->Cells: # those that could be perturbed, with their obs; position in `cells` as obs["_cell"]
-    "Cells after a perturbation, to be embedded or looked at; genes held in rank are refused. Raises `GeneformerError`"
+    """Cells after a perturbation, to be embedded or looked at; genes held in rank are refused.
+    Raises `GeneformerError`"""
     plan, made, at = ActionPlan([what], vocabulary), [], []
     for c in range(len(cells)):
         for form in plan.forms(cells, c):
             if not np.array_equal(form.positions, np.arange(len(form.tokens))):
                 raise GeneformerError("Held ranks are told to the model, not written in a cell.")
-            made.append(form.tokens); at.append(c)
-    if not made: raise GeneformerError(f"Nothing to perturb: none of the {len(cells)} cells has the genes of {what}.")
+            made.append(form.tokens)
+            at.append(c)
+    if not made:
+        raise GeneformerError(
+            f"Nothing to perturb: none of the {len(cells)} cells has the genes of {what}."
+        )
     tokens, offsets = ragged(made)
-    return Cells(tokens, offsets, cells.obs.iloc[at].assign(_cell=at), cells.vocabulary_hash, cells.special, cells.vocabulary)
+    return Cells(
+        tokens,
+        offsets,
+        cells.obs.iloc[at].assign(_cell=at),
+        cells.vocabulary_hash,
+        cells.special,
+        cells.vocabulary,
+    )
 
+# %% ../../nbs/35d_controls.ipynb #f618b100
 def before_after(
     encoder, # `Geneformer`
     start:Cells, goal:Cells, # cells of the two states, perhaps a few hundred
@@ -141,16 +238,22 @@ def before_after(
     layer='last', pool:str=None, # as in `perturb`
     how:str='umap', # "umap" or "pca"
     seed:int=0, # of the map
-)->pd.DataFrame: # one row a cell: x, y, state, and `after`: True for perturbed start cells; `cell` joins before and after
+)->pd.DataFrame: # one row a cell: x, y, state, and `after`: True for perturbed start cells; `cell`
+# joins before and after
     "Start cells before and after a perturbation on a map laid out by unperturbed cells"
     after = perturbed_cells(start, what, encoder.vocabulary)
-    a, b, c = (np.nan_to_num(encoder.encode(x, layer=layer, pool=pool, show=False)) for x in (start, goal, after))
+    a, b, c = (
+        np.nan_to_num(encoder.encode(x, layer=layer, pool=pool, show=False))
+        for x in (start, goal, after)
+    )
     if how not in ('umap', 'pca'): raise GeneformerError(f"how={how!r} is 'umap' or 'pca'.")
     if how == 'umap' and len(a) + len(b) >= 20:
         import umap
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            fit = umap.UMAP(metric='cosine', random_state=seed, n_neighbors=min(15, len(a) + len(b) - 1)).fit(np.concatenate([a, b]))
+            fit = umap.UMAP(
+                metric='cosine', random_state=seed, n_neighbors=min(15, len(a) + len(b) - 1)
+            ).fit(np.concatenate([a, b]))
             xy, moved = fit.embedding_, fit.transform(c)
     else:
         from sklearn.decomposition import PCA
@@ -158,8 +261,15 @@ def before_after(
         xy, moved = fit.transform(np.concatenate([a, b])), fit.transform(c)
     xy = np.concatenate([xy, moved])
     cell = np.concatenate([np.arange(len(a)), np.full(len(b), -1), after.obs['_cell']])
-    return pd.DataFrame(dict(x=xy[:, 0], y=xy[:, 1], state=[names[0]]*len(a) + [names[1]]*len(b) + [names[0]]*len(c),
-                             after=np.arange(len(xy)) >= len(a) + len(b), cell=cell.astype(int)))
+    return pd.DataFrame(
+        dict(
+            x=xy[:, 0],
+            y=xy[:, 1],
+            state=[names[0]] * len(a) + [names[1]] * len(b) + [names[0]] * len(c),
+            after=np.arange(len(xy)) >= len(a) + len(b),
+            cell=cell.astype(int),
+        )
+    )
 
 # %% ../../nbs/35d_controls.ipynb #ad4f9e00
 def map_plot(
@@ -179,7 +289,9 @@ def map_plot(
         moved = where[where.after].merge(before[before.cell >= 0], on='cell', suffixes=('', '_0'))
         ax.scatter(moved.x, moved.y, s=16, marker='^', lw=0, color=plots.palette[2], label='after')
         for m in moved.iloc[np.linspace(0, len(moved) - 1, min(arrows, len(moved))).astype(int)].itertuples():
-            ax.annotate('', (m.x, m.y), (m.x_0, m.y_0), arrowprops=dict(arrowstyle='->', color='.4', lw=.7))
+            ax.annotate(
+                '', (m.x, m.y), (m.x_0, m.y_0), arrowprops=dict(arrowstyle='->', color='.4', lw=0.7)
+            )
         ax.set(xlabel='map 1', ylabel='map 2', xticks=[], yticks=[], title=title)
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1), handletextpad=.2)
         return ax

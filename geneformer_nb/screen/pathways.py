@@ -20,15 +20,19 @@ from ..jobs import check_positive
 def read_gmt(
     file, # path of a .gmt file
 )->pd.DataFrame: # source (the set), target (the gene), weight 1
-    "Gene sets of a GMT file; raises `GeneformerError` for a file that is none, is empty, or names a set twice"
+    """Gene sets of a GMT file; raises `GeneformerError` for a file that is none, is empty, or names
+    a set twice"""
     file, rows, names = Path(file).expanduser(), [], set()
     try: lines = file.read_text(encoding='utf-8').splitlines()
-    except OSError as e: raise GeneformerError(f"'{file.name}' cannot be read: {e.strerror}.") from e
-    except UnicodeDecodeError as e: raise GeneformerError(f"'{file.name}' is no text, so no GMT: unpack it first.") from e
+    except OSError as e:
+        raise GeneformerError(f"'{file.name}' cannot be read: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise GeneformerError(f"'{file.name}' is no text, so no GMT: unpack it first.") from e
     for i, line in enumerate(lines, 1):
         if not line.strip(): continue
         name, *rest = (w.strip() for w in line.split('\t'))
-        genes = [g.split(',')[0] for g in rest[1:] if g] # some servers write a weight behind a comma
+        # some servers write a weight behind a comma
+        genes = [g.split(',')[0] for g in rest[1:] if g]
         if not name or not genes: raise GeneformerError(
             f"Line {i} of '{file.name}' is none of a GMT: a name, a description and genes, separated by tabs.")
         if name in names: raise GeneformerError(
@@ -44,9 +48,12 @@ _c6 = 'c6.all.v6.1.symbols.gmt'
 def _find_c6():
     for _, folder in datasets._folders():
         if (folder/'gmt_c6'/_c6).is_file(): return folder/'gmt_c6'/_c6
-    raise MissingDataError(f"'c6' (MSigDB oncogenic signatures, CC BY 4.0) is not on this machine: get {_c6} from "
-                           "aertslab/pySCENIC@06bafba41279:src/resources/tests/ and put it into gmt_c6 beside the other "
-                           "data sets, or pass a .gmt file of yours.")
+    raise MissingDataError(
+        f"'c6' (MSigDB oncogenic signatures, CC BY 4.0) is not on this machine: get {_c6} from "
+        "aertslab/pySCENIC@06bafba41279:src/resources/tests/ and put it into gmt_c6 beside the "
+        "other "
+        "data sets, or pass a .gmt file of yours."
+    )
 
 def _signs(t):
     "One row an edge: +1, -1, or 0 where the sign is unknown or contested"
@@ -59,56 +66,82 @@ named = dict(
     collectri=lambda: datasets.load('regulon_collectri'),
     trrust=lambda: _signs(datasets.load('regulon_trrust')),
     c6=lambda: read_gmt(_find_c6()),
-    cardiomyopathy=lambda: datasets.load('gene_lists_cardiomyopathy').set_axis(['target', 'source'], axis=1),
-    housekeeping=lambda: _set('housekeeping', [g.upper() for g in datasets.load('gene_lists_housekeeping')]),
-    transcription_factors=lambda: _set('transcription factors', datasets.load('tf_lists')['lambert2018']))
+    cardiomyopathy=lambda: datasets.load('gene_lists_cardiomyopathy').set_axis(
+        ['target', 'source'], axis=1
+    ),
+    housekeeping=lambda: _set(
+        'housekeeping', [g.upper() for g in datasets.load('gene_lists_housekeeping')]
+    ),
+    transcription_factors=lambda: _set(
+        'transcription factors', datasets.load('tf_lists')['lambert2018']
+    ),
+)
 
 # %% ../../nbs/35b_pathways.ipynb #09247356
 def _network(t):
     "A table of sets, checked and without repeats"
     if lacks := [c for c in ('source', 'target') if c not in t]: raise GeneformerError(
         f"A table of gene sets has the columns source (the set) and target (the gene); this lacks {' and '.join(lacks)}.")
-    t = t.assign(weight=t['weight'].astype(float) if 'weight' in t else 1.)[['source', 'target', 'weight']]
+    t = t.assign(weight=t['weight'].astype(float) if 'weight' in t else 1.0)[
+        ['source', 'target', 'weight']
+    ]
     if n := int(t[['source', 'target']].isna().any(axis=1).sum()):
         raise GeneformerError(f"{n} rows of the gene sets have no source or no target: drop them.")
     t = t.assign(source=t.source.astype(str).str.strip(), target=t.target.astype(str).str.strip())
     if not len(t): raise GeneformerError("The gene sets are empty.")
-    return t[~t.assign(target=t.target.str.upper()).duplicated(['source', 'target'])].reset_index(drop=True)
+    return t[~t.assign(target=t.target.str.upper()).duplicated(['source', 'target'])].reset_index(
+        drop=True
+    )
 
+# %% ../../nbs/35b_pathways.ipynb #4a8e9a76
 def gene_sets(
-    sets, # a name of `named`, a .gmt file, {set: genes}, a table with source, target (and weight), or a list of those
+    sets, # a name of `named`, a .gmt file, {set: genes}, a table with source, target (and weight),
+    # or a list of those
 )->pd.DataFrame: # source, target, weight: a row for each gene of each set
     "Gene sets as one long table; raises `GeneformerError`, `MissingDataError`"
     if isinstance(sets, pd.DataFrame): return _network(sets)
     if isinstance(sets, dict):
         if wrong := [k for k, g in sets.items() if isinstance(g, str) or not np.iterable(g)]:
-            raise GeneformerError(f"The set {wrong[0]!r} is to be a list of symbols, not {sets[wrong[0]]!r}.")
+            raise GeneformerError(
+                f"The set {wrong[0]!r} is to be a list of symbols, not {sets[wrong[0]]!r}."
+            )
         return _network(pd.concat([_set(k, list(g)) for k, g in sets.items()] or [_set('', [])]))
     if isinstance(sets, (str, Path)):
         if str(sets) in named: return _network(named[str(sets)]())
         if str(sets).endswith('.gmt'): return _network(read_gmt(sets))
-        raise GeneformerError(f"{str(sets)!r} is neither a .gmt file nor one of {', '.join(named)}.")
+        raise GeneformerError(
+            f"{str(sets)!r} is neither a .gmt file nor one of {', '.join(named)}."
+        )
     if not isinstance(sets, (list, tuple)) or not sets:
-        raise GeneformerError(f"Gene sets are a name, a .gmt file, a dict, a table or a list of those, not {sets!r}.")
+        raise GeneformerError(
+            f"Gene sets are a name, a .gmt file, a dict, a table or a list of those, not {sets!r}."
+        )
     got = [gene_sets(s) for s in sets]
     names = pd.Series([n for t in got for n in t.source.unique()])
-    for n in names[names.duplicated()]: raise GeneformerError(f"Two of the collections have a set {n!r}: rename one.")
+    for n in names[names.duplicated()]:
+        raise GeneformerError(f"Two of the collections have a set {n!r}: rename one.")
     return pd.concat(got, ignore_index=True)
 
 # %% ../../nbs/35b_pathways.ipynb #9b5cad7c
 def by_sign(
     sets, # as in `gene_sets`, with weights
-)->pd.DataFrame: # the same with "X activates" and "X represses" for X; edges of weight 0 are left out
+)->pd.DataFrame: # the same with "X activates" and "X represses" for X; edges of weight 0 are left
+# out
     "Regulons cut in two by the sign of their edges"
     t = gene_sets(sets)
     t = t[t.weight != 0]
-    return t.assign(source=t.source + np.where(t.weight > 0, ' activates', ' represses')).reset_index(drop=True)
+    return t.assign(
+        source=t.source + np.where(t.weight > 0, ' activates', ' represses')
+    ).reset_index(drop=True)
 
 # %% ../../nbs/35b_pathways.ipynb #0838056a
 def _ranking(table, by, state, cell_type):
-    "direction, gene (in upper case), score; one row each, in an order that does not depend on that of the table"
+    """direction, gene (in upper case), score; one row each, in an order that does not depend on
+    that of the table"""
     if isinstance(table, pd.Series):
-        table = pd.DataFrame(dict(symbol=table.index.astype(str), kind='given', score=table.to_numpy()))
+        table = pd.DataFrame(
+            dict(symbol=table.index.astype(str), kind='given', score=table.to_numpy())
+        )
     t = need_columns(table, ['symbol', 'kind', *([by] if by else [])], 'Enrichment')
     if 'donor' in t: t = t[t.donor.astype(str) == 'all']
     for col, want in (('state', state), ('cell_type', cell_type)):
@@ -124,14 +157,24 @@ def _ranking(table, by, state, cell_type):
     if by == 'shift' and 'null_shift' in t: score = score - t.null_shift.fillna(0)
     kind, gene = t.kind.astype(str), t['gene_id' if 'gene_id' in t else 'symbol'].astype(str)
     keep = np.isfinite(score) & ~gene.str.contains('+', regex=False) & ~kind.str.contains('drug')
-    out = pd.DataFrame(dict(direction=kind, gene=t.symbol.astype(str).str.upper(), score=score))[keep.to_numpy()]
-    if not len(out): raise GeneformerError(f"No row has a gene of its own and a finite {by}: nothing can be ranked.")
-    return out.sort_values(['direction', 'gene', 'score']).groupby(['direction', 'gene'], as_index=False).score.mean()
+    out = pd.DataFrame(dict(direction=kind, gene=t.symbol.astype(str).str.upper(), score=score))[
+        keep.to_numpy()
+    ]
+    if not len(out):
+        raise GeneformerError(
+            f"No row has a gene of its own and a finite {by}: nothing can be ranked."
+        )
+    return (
+        out.sort_values(['direction', 'gene', 'score'])
+        .groupby(['direction', 'gene'], as_index=False)
+        .score.mean()
+    )
 
 # %% ../../nbs/35b_pathways.ipynb #f5421c22
 def _decoupler():
     try: import decoupler
-    except ImportError as e: raise GeneformerError("Enrichment goes through decoupler, which is not installed: "
+    except ImportError as e:
+        raise GeneformerError("Enrichment goes through decoupler, which is not installed: "
                                                    "pip install 'geneformer_nb[bio]'.") from e
     return decoupler
 
@@ -139,7 +182,9 @@ def _ora(scores, net, top, **_):
     "Odds ratio and p of each set among the `top` highest; scores by gene are of one direction"
     best = scores[scores > 0].sort_values(ascending=False, kind='stable').index[:top]
     hits = net[net.target.isin(best)]
-    there = hits.iloc[np.argsort(best.get_indexer(hits.target), kind='stable')].groupby('source').target
+    there = (
+        hits.iloc[np.argsort(best.get_indexer(hits.target), kind='stable')].groupby('source').target
+    )
     out = net.source.value_counts().rename('size').rename_axis('source').reset_index()
     out['n_top'] = out.source.map(there.size()).fillna(0).astype(int)
     out['genes'] = out.source.map(there.agg(', '.join)).fillna('') if len(best) else ''
@@ -165,8 +210,10 @@ def running_sum(
 def _gsea(scores, net, times, seed, **_):
     "ES, NES, p and leading edge of each set; scores by gene are of one direction"
     mt, pp = _decoupler().mt, _decoupler().pp
-    if scores.nunique() < 2: raise GeneformerError("All scores are equal: there is no ranking to walk down.")
-    by_lot = np.random.default_rng(seed).permutation(len(scores)) # ties in an order that is not the alphabet's
+    if scores.nunique() < 2:
+        raise GeneformerError("All scores are equal: there is no ranking to walk down.")
+    # ties in an order that is not the alphabet's
+    by_lot = np.random.default_rng(seed).permutation(len(scores))
     s = scores.iloc[by_lot].sort_values(ascending=False, kind='stable')
     sources, flat, start, size = pp.idxmat(s.index.to_numpy(), net.copy())
     es, _ = mt.gsea.func(s.to_numpy()[None], flat, start, size, times=0)
@@ -175,15 +222,28 @@ def _gsea(scores, net, times, seed, **_):
     for i, (a, n) in enumerate(zip(start, size)):
         member = np.isin(np.arange(len(s)), flat[a:a + n])
         walk = running_sum(s, member)
-        edge = member & (np.arange(len(s)) <= walk.argmax() if es[0, i] >= 0 else np.arange(len(s)) > walk.argmin())
+        edge = member & (
+            np.arange(len(s)) <= walk.argmax()
+            if es[0, i] >= 0
+            else np.arange(len(s)) > walk.argmin()
+        )
         edges.append(s.index[edge])
     p = np.maximum(np.nan_to_num(p[0], nan=1.), 1/(times + 1))
-    return pd.DataFrame(dict(source=sources, es=es[0], nes=np.nan_to_num(nes[0]), p=p, n_top=[len(e) for e in edges],
-                             genes=[', '.join(e) for e in edges]))
+    return pd.DataFrame(
+        dict(
+            source=sources,
+            es=es[0],
+            nes=np.nan_to_num(nes[0]),
+            p=p,
+            n_top=[len(e) for e in edges],
+            genes=[', '.join(e) for e in edges],
+        )
+    )
 
 # %% ../../nbs/35b_pathways.ipynb #39175e33
 def _usable(net, scores, direction, low, high):
-    "The part of the sets that was screened, and its sizes; raises `GeneformerError` where none is left"
+    """The part of the sets that was screened, and its sizes; raises `GeneformerError` where none is
+    left"""
     here = net[net.target.isin(scores.index)]
     n = here.source.value_counts()
     here = here[here.source.map(n).between(low, min(high, len(scores) - 1))]
@@ -198,16 +258,19 @@ def enrich(
     table, # result table of `summarize` or a screen, whole; or a Series of scores by symbol
     sets, # as in `gene_sets`
     *,
-    how:str='ora', # "ora": the top of the ranking against all that was screened; "gsea": the whole ranking
+    how:str='ora', # "ora": the top of the ranking against all that was screened; "gsea": the whole
+    # ranking
     top:int=50, # for "ora": how many of each direction, of those with a positive score
     by:str=None, # column to rank by; None takes score, else shift - null_shift
     state:str=None, cell_type:str=None, # which, where the table has several
     min_size:int=5, max_size:int=500, # screened genes a set must have, and may have
     times:int=1000, # for "gsea": random sets
     seed:int=0, # of those
-)->pd.DataFrame: # set, direction, odds_ratio or es and nes, n_set, n_screened, n_background, n_top, genes, p, fdr
+)->pd.DataFrame: # set, direction, odds_ratio or es and nes, n_set, n_screened, n_background, n_top,
+# genes, p, fdr
     "Which gene sets the genes of a screen belong to; raises `GeneformerError`, `MissingDataError`"
-    if how not in ('ora', 'gsea'): raise GeneformerError(f"how={how!r} is 'ora' (the top) or 'gsea' (the whole ranking).")
+    if how not in ('ora', 'gsea'):
+        raise GeneformerError(f"how={how!r} is 'ora' (the top) or 'gsea' (the whole ranking).")
     check_positive(top=top, times=times, min_size=min_size, max_size=max_size)
     net, parts = gene_sets(sets).assign(target=lambda t: t.target.str.upper()), []
     for direction, t in _ranking(table, by, state, cell_type).groupby('direction', sort=True):
@@ -219,10 +282,28 @@ def enrich(
         got['n_screened'] = got.source.map(n)
         parts.append(got.assign(direction=direction, n_background=len(scores), fdr=bh(got.p)))
     out = pd.concat(parts, ignore_index=True).rename(columns=dict(source='set'))
-    out['n_set'], shown = out['set'].map(net.source.value_counts()), ['odds_ratio'] if how == 'ora' else ['es', 'nes']
+    out['n_set'], shown = (
+        out['set'].map(net.source.value_counts()),
+        ['odds_ratio'] if how == 'ora' else ['es', 'nes'],
+    )
     order = ['direction', 'p', '_near', 'set']
-    out = out.assign(_near=-out[shown[-1]].abs()).sort_values(order, kind='stable', ignore_index=True)
-    return out[['set', 'direction', *shown, 'n_set', 'n_screened', 'n_background', 'n_top', 'genes', 'p', 'fdr']]
+    out = out.assign(_near=-out[shown[-1]].abs()).sort_values(
+        order, kind='stable', ignore_index=True
+    )
+    return out[
+        [
+            'set',
+            'direction',
+            *shown,
+            'n_set',
+            'n_screened',
+            'n_background',
+            'n_top',
+            'genes',
+            'p',
+            'fdr',
+        ]
+    ]
 
 # %% ../../nbs/35b_pathways.ipynb #d1d93817
 @styled
@@ -233,39 +314,100 @@ def enrichment_plot(
     alpha:float=.05, # false discovery rate up to which a dot is filled
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    "The best sets of each direction: how strong, how many genes, and whether it survives the number of tests"
+    """The best sets of each direction: how strong, how many genes, and whether it survives the
+    number of tests"""
     from matplotlib.ticker import LogLocator, NullLocator
-    t = need_columns(table, ['set', 'direction', 'n_top', 'n_screened', 'p', 'fdr'], 'An enrichment plot')
-    x, label = ('nes', 'normalized enrichment score') if 'nes' in t else ('odds_ratio', 'odds ratio')
-    t = t.sort_values(['direction', 'p'], kind='stable').groupby('direction').head(n).iloc[::-1].reset_index(drop=True)
+    t = need_columns(
+        table, ['set', 'direction', 'n_top', 'n_screened', 'p', 'fdr'], 'An enrichment plot'
+    )
+    x, label = (
+        ('nes', 'normalized enrichment score') if 'nes' in t else ('odds_ratio', 'odds ratio')
+    )
+    t = (
+        t.sort_values(['direction', 'p'], kind='stable')
+        .groupby('direction')
+        .head(n)
+        .iloc[::-1]
+        .reset_index(drop=True)
+    )
     ax = axes_of(ax, (6.4, 1.2 + .27*len(t)))
     kinds = sorted(t.direction.unique())
     for i, r in t.iterrows():
         color = palette[kinds.index(r.direction) % len(palette)]
         fill = color if r.fdr <= alpha else 'white'
         ax.scatter(r[x], i, s=25 + 14*r.n_top, color=fill, edgecolor=color, lw=1.4, zorder=3)
-    for k in kinds if len(kinds) > 1 else []: ax.scatter([], [], color=palette[kinds.index(k) % len(palette)], label=k)
-    ax.scatter([], [], color=gray, label=f'FDR {alpha:g} or less'); ax.scatter([], [], color='white', edgecolor=gray, label=f'FDR above {alpha:g}')
+    for k in kinds if len(kinds) > 1 else []:
+        ax.scatter([], [], color=palette[kinds.index(k) % len(palette)], label=k)
+    ax.scatter([], [], color=gray, label=f'FDR {alpha:g} or less')
+    ax.scatter([], [], color='white', edgecolor=gray, label=f'FDR above {alpha:g}')
     sizes = sorted({int(t.n_top.min()), int(t.n_top.median()), int(t.n_top.max())})
-    for m in sizes: ax.scatter([], [], s=25 + 14*m, color='white', edgecolor=gray, lw=1.4, label=f"{m} gene{'s'[:m != 1]} on top")
+    for m in sizes:
+        ax.scatter(
+            [],
+            [],
+            s=25 + 14 * m,
+            color='white',
+            edgecolor=gray,
+            lw=1.4,
+            label=f"{m} gene{'s'[: m != 1]} on top",
+        )
     ax.axvline(0 if x == 'nes' else 1, color=gray, lw=1, ls='--')
     if x == 'odds_ratio':
-        ax.set_xscale('log'); ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_yticks(range(len(t)), [f'{s[:40]}  {a}/{b}' for s, a, b in zip(t['set'], t.n_top, t.n_screened)])
+        ax.set_xscale('log')
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_yticks(
+        range(len(t)), [f'{s[:40]}  {a}/{b}' for s, a, b in zip(t['set'], t.n_top, t.n_screened)]
+    )
     ax.set(xlabel=label + '; smallest p at the top', ylim=(-.7, len(t) - .3))
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
 # %% ../../nbs/35b_pathways.ipynb #7dfda277
 actions = dict(
-    inhibit=['inhibit', 'inhibits', 'inhibitor', 'inhibition', 'gating inhibitor', 'antisense inhibitor', 'rnai inhibitor',
-             'antagonist', 'competitive antagonist', 'non competitive antagonist', 'allosteric antagonist',
-             'inverse agonist', 'block', 'blocks', 'blocker', 'channel blocker', 'negative modulator',
-             'negative allosteric modulator', 'degrader', 'suppressor', 'silencer', 'down'],
-    activate=['activate', 'activates', 'activator', 'activation', 'agonist', 'partial agonist', 'full agonist', 'opener',
-              'channel opener', 'positive modulator', 'positive allosteric modulator', 'potentiator', 'stimulator',
-              'inducer', 'up']) # {what is done: words for it}
+    inhibit=[
+        'inhibit',
+        'inhibits',
+        'inhibitor',
+        'inhibition',
+        'gating inhibitor',
+        'antisense inhibitor',
+        'rnai inhibitor',
+        'antagonist',
+        'competitive antagonist',
+        'non competitive antagonist',
+        'allosteric antagonist',
+        'inverse agonist',
+        'block',
+        'blocks',
+        'blocker',
+        'channel blocker',
+        'negative modulator',
+        'negative allosteric modulator',
+        'degrader',
+        'suppressor',
+        'silencer',
+        'down',
+    ],
+    activate=[
+        'activate',
+        'activates',
+        'activator',
+        'activation',
+        'agonist',
+        'partial agonist',
+        'full agonist',
+        'opener',
+        'channel opener',
+        'positive modulator',
+        'positive allosteric modulator',
+        'potentiator',
+        'stimulator',
+        'inducer',
+        'up',
+    ],
+)  # {what is done: words for it}
 
 # %% ../../nbs/35b_pathways.ipynb #ce6ea964
 def _drug_table(drugs):
@@ -274,7 +416,9 @@ def _drug_table(drugs):
         f = Path(drugs).expanduser()
         try: drugs = pd.read_csv(f, sep='\t' if f.suffix in ('.tsv', '.txt') else ',')
         except (OSError, ValueError) as e:
-            raise GeneformerError(f"'{f.name}' cannot be read as a table: {getattr(e, 'strerror', None) or e}.") from e
+            raise GeneformerError(
+                f"'{f.name}' cannot be read as a table: {getattr(e, 'strerror', None) or e}."
+            ) from e
     if not isinstance(drugs, pd.DataFrame):
         raise GeneformerError(f"Drugs are a table or its path, not {type(drugs).__name__}.")
     t = drugs.rename(columns=lambda c: str(c).strip().lower())
@@ -282,10 +426,13 @@ def _drug_table(drugs):
         f"A table of drugs has the columns drug, target and action; this one lacks {', '.join(lacks)}.")
     t = t[['drug', 'target', 'action']].reset_index(drop=True)
     for i, c in np.argwhere(t.isna().to_numpy()):
-        raise GeneformerError(f"Row {i + 1} of the drugs has no {t.columns[c]}: fill it in or drop it.")
+        raise GeneformerError(
+            f"Row {i + 1} of the drugs has no {t.columns[c]}: fill it in or drop it."
+        )
     if not len(t): raise GeneformerError("The table of drugs has no rows.")
     return t.astype(str).apply(lambda c: c.str.strip())
 
+# %% ../../nbs/35b_pathways.ipynb #86e9858f
 def read_drugs(
     drugs, # table with drug, target, action, or the path of a .csv or .tsv
 )->pd.DataFrame: # drug, target, action ("inhibit" or "activate"), without repeats
@@ -295,14 +442,19 @@ def read_drugs(
     for i in np.flatnonzero(done.isna()): raise GeneformerError(
         f"Row {i + 1} of the drugs ({t.drug[i]}, {t.target[i]}): {t.action[i]!r} does not say whether the target goes down "
         f"or up; write inhibit or activate, or drop the row ({int(done.isna().sum())} such rows).")
-    t = t.assign(action=done, key=t.target.str.upper()).drop_duplicates(['drug', 'key', 'action'], ignore_index=True)
+    t = t.assign(action=done, key=t.target.str.upper()).drop_duplicates(
+        ['drug', 'key', 'action'], ignore_index=True
+    )
     for r in t[t.duplicated(['drug', 'key'])].itertuples():
-        raise GeneformerError(f"{r.drug} both inhibits and activates {r.target}: keep one of the rows.")
+        raise GeneformerError(
+            f"{r.drug} both inhibits and activates {r.target}: keep one of the rows."
+        )
     return t.drop(columns='key')
 
 # %% ../../nbs/35b_pathways.ipynb #813e9e60
 def _by_lot(of, n, times, seed):
-    "(times,) scores of drugs with as many targets of each kind as `n` says, drawn from scores `of` each kind"
+    """(times,) scores of drugs with as many targets of each kind as `n` says, drawn from scores
+    `of` each kind"""
     total = np.zeros(times)
     for i, (kind, k) in enumerate(n.items()):
         rng, x = np.random.default_rng([seed, *n.values(), i]), of[kind].to_numpy() if k else None
@@ -318,29 +470,49 @@ def drug_scores(
     by:str=None, state:str=None, cell_type:str=None, # as in `enrich`
     times:int=1000, # drugs by lot for each number of targets
     seed:int=0, # of those
-)->pd.DataFrame: # drug, score, by_lot (mean by lot), p (of a higher score), fdr, n_targets, n_screened, targets
+)->pd.DataFrame: # drug, score, by_lot (mean by lot), p (of a higher score), fdr, n_targets,
+# n_screened, targets
     "What drugs are worth by the genes they act on; raises `GeneformerError`"
-    t, ranking, kinds = read_drugs(drugs), _ranking(table, by, state, cell_type), dict(inhibit=inhibit, activate=activate)
+    t, ranking, kinds = (
+        read_drugs(drugs),
+        _ranking(table, by, state, cell_type),
+        dict(inhibit=inhibit, activate=activate),
+    )
     check_positive(times=times)
     of, lots = {k: r.set_index('gene').score for k, r in ranking.groupby('direction')}, {}
     if not {inhibit, activate} & set(of): raise GeneformerError(
         f"The table has no rows of kind {inhibit} or {activate}; it has {', '.join(of)}.")
-    ids = dict(zip(*(table[c].astype(str).str.upper() for c in ('gene_id', 'symbol')))) if 'gene_id' in table else {}
+    ids = (
+        dict(zip(*(table[c].astype(str).str.upper() for c in ('gene_id', 'symbol'))))
+        if 'gene_id' in table
+        else {}
+    )
     t = t.assign(kind=t.action.map(kinds), gene=[ids.get(g, g) for g in t.target.str.upper()])
     t['score'] = [of[k].get(g, np.nan) if k in of else np.nan for k, g in zip(t.kind, t.gene)]
     def one(name, d):
-        n, score = {k: int((d[d.score.notna()].kind == k).sum()) for k in kinds.values()}, d.score.mean()
-        said = [f'{r.kind} {r.target} {r.score:+.3g}' if np.isfinite(r.score) else f'{r.target} not screened'
-                for r in d.itertuples()]
+        n, score = (
+            {k: int((d[d.score.notna()].kind == k).sum()) for k in kinds.values()},
+            d.score.mean(),
+        )
+        said = [
+            f'{r.kind} {r.target} {r.score:+.3g}'
+            if np.isfinite(r.score)
+            else f'{r.target} not screened'
+            for r in d.itertuples()
+        ]
         key = tuple(n.values())
         if sum(key) and key not in lots: lots[key] = _by_lot(of, n, times, seed)
         lot = lots.get(key, np.array([np.nan]))
         p = (1 + (lot >= score - 1e-12).sum())/(times + 1) if sum(key) else np.nan
         return name, score, lot.mean(), p, len(d), sum(key), ', '.join(said)
-    out = pd.DataFrame([one(k, d) for k, d in t.sort_values(['drug', 'gene']).groupby('drug')],
-                       columns=['drug', 'score', 'by_lot', 'p', 'n_targets', 'n_screened', 'targets'])
+    out = pd.DataFrame(
+        [one(k, d) for k, d in t.sort_values(['drug', 'gene']).groupby('drug')],
+        columns=['drug', 'score', 'by_lot', 'p', 'n_targets', 'n_screened', 'targets'],
+    )
     out.insert(4, 'fdr', bh(out.p))
-    return out.sort_values(['score', 'drug'], ascending=[False, True], kind='stable', ignore_index=True)
+    return out.sort_values(
+        ['score', 'drug'], ascending=[False, True], kind='stable', ignore_index=True
+    )
 
 # %% ../../nbs/35b_pathways.ipynb #fb8b0b7c
 def drug_plan(
@@ -350,19 +522,35 @@ def drug_plan(
     inhibit=KO, activate=OE, # what an action does to a gene, such as partial(Dose, down=.5)
     say=print, # function that is told what was lost; None is silent
 )->list: # of `drug(…)`, for `perturb`
-    "Drugs as perturbations, and a word on targets the vocabulary lacks; raises `GeneformerError` when none is left"
+    """Drugs as perturbations, and a word on targets the vocabulary lacks; raises `GeneformerError`
+    when none is left"""
     t, say = read_drugs(drugs), say or (lambda *_: None)
     def token(g):
         try: return vocabulary.token(g)
         except GeneformerError: return -1
     t = t.assign(token=[token(g) for g in t.target])
     lost, t = t[t.token < 0], t[t.token >= 0].drop_duplicates(['drug', 'token', 'action'])
-    if not len(t): raise GeneformerError(f"None of the {len(lost)} targets is in the vocabulary {vocabulary.name!r}: "
-                                         f"{', '.join(lost.target[:5])}. Name targets by symbol or id.")
+    if not len(t):
+        raise GeneformerError(
+            f"None of the {len(lost)} targets is in the vocabulary {vocabulary.name!r}: "
+            f"{', '.join(lost.target[:5])}. Name targets by symbol or id."
+        )
     for r in t[t.duplicated(['drug', 'token'])].itertuples():
-        raise GeneformerError(f"{r.drug} both inhibits and activates {r.target}, under two names: keep one of the rows.")
-    if len(lost): say(f"Not in the vocabulary {vocabulary.name!r}: {', '.join(lost.target + ' of ' + lost.drug)}.")
-    if gone := [d for d in lost.drug.unique() if d not in set(t.drug)]: say(f"Left without a target: {', '.join(gone)}.")
+        raise GeneformerError(
+            f"{r.drug} both inhibits and activates {r.target}, under two names: keep one of the "
+            "rows."
+        )
+    if len(lost):
+        say(
+            f"Not in the vocabulary {vocabulary.name!r}: "
+            f"{', '.join(lost.target + ' of ' + lost.drug)}."
+        )
+    if gone := [d for d in lost.drug.unique() if d not in set(t.drug)]:
+        say(f"Left without a target: {', '.join(gone)}.")
     def targets(d, action): return list(d.target[d.action == action])
-    return [drug(name, targets(d, 'inhibit'), targets(d, 'activate'), inhibit=inhibit, activate=activate)
-            for name, d in t.groupby('drug', sort=False)]
+    return [
+        drug(
+            name, targets(d, 'inhibit'), targets(d, 'activate'), inhibit=inhibit, activate=activate
+        )
+        for name, d in t.groupby('drug', sort=False)
+    ]

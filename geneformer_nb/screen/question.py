@@ -13,7 +13,16 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd
 from ..core import GeneformerError, Manifest, check_folder, digest, in_words
 from ..data.cells import Cells
-from ..data.ranks import Record, find_record, need_adata, own_vocabulary, plain_counts, ranked_cells, recorded_counts, recorded_match
+from geneformer_nb.data.ranks import (
+    Record,
+    find_record,
+    need_adata,
+    own_vocabulary,
+    plain_counts,
+    ranked_cells,
+    recorded_counts,
+    recorded_match,
+)
 from ..data.vocabulary import GeneMatch, Vocabulary
 from ..evaluate.splits import fold_donors
 from ..model.bert import Geneformer, weights_digest
@@ -32,27 +41,42 @@ class Question:
     start: str          # state of the cells to treat
     goal: str           # state to reach
     where: dict = None  # {obs column: value or values}: only these cells
-    groups: dict = None # {state: values of `label`}: several values become one state, other cells are left out
+    groups: dict = None # {state: values of `label`}: several values become one state, other cells
+    # are left out
 
     def __post_init__(self):
-        if not isinstance(self.where or {}, dict): raise GeneformerError("where is a dict, {obs column: value or values}.")
-        if self.start == self.goal: raise GeneformerError(f"start and goal are both {self.start!r}: name two different states.")
+        if not isinstance(self.where or {}, dict):
+            raise GeneformerError("where is a dict, {obs column: value or values}.")
+        if self.start == self.goal:
+            raise GeneformerError(
+                f"start and goal are both {self.start!r}: name two different states."
+            )
     @property
     def unit(self)->str: # what a donor is called in sentences: the name of its column
-        return re.sub(r'[ _.-]*(id|ids|name)$', '', self.donor, flags=re.I).replace('_', ' ') or 'donor'
+        return (
+            re.sub(r'[ _.-]*(id|ids|name)$', '', self.donor, flags=re.I).replace('_', ' ')
+            or 'donor'
+        )
 
 def select(
     adata, # AnnData
     question:Question, # what is asked
-)->tuple: # AnnData of the cells of the question, and for each cell of `adata` whether `where` took it
+)->tuple: # AnnData of the cells of the question, and for each cell of `adata` whether `where` took
+# it
     "The cells of a question; raises `GeneformerError` in a sentence for each way it can be wrong"
     q = question
     need_adata(adata, [*(q.where or {}), q.label, q.donor])
     inside = np.ones(adata.n_obs, bool)
     for column, values in (q.where or {}).items():
-        values, have = [values] if isinstance(values, str) else list(values), adata.obs[column].astype(str)
+        values, have = (
+            [values] if isinstance(values, str) else list(values),
+            adata.obs[column].astype(str),
+        )
         inside &= have.isin(map(str, values)).to_numpy()
-        if not inside.any(): raise GeneformerError(f"No cell has {column} in {values}; it holds {', '.join(sorted(set(have))[:8])}.")
+        if not inside.any():
+            raise GeneformerError(
+                f"No cell has {column} in {values}; it holds {', '.join(sorted(set(have))[:8])}."
+            )
     some = adata[inside].copy()
     if q.groups: some = _merge(some, q.label, q.groups)
     _both_states(some.obs, q)
@@ -61,10 +85,17 @@ def select(
 # %% ../../nbs/35g_question.ipynb #2c0eba2d
 def _merge(adata, label, groups):
     "Only the cells of the grouped values, under the names of their groups"
-    name = {str(v): g for g, values in groups.items() for v in ([values] if isinstance(values, str) else values)}
+    name = {
+        str(v): g
+        for g, values in groups.items()
+        for v in ([values] if isinstance(values, str) else values)
+    }
     have = adata.obs[label].astype(str)
     if lost := [v for v in name if v not in set(have)]:
-        raise GeneformerError(f"No cell has {label} = {lost[0]!r}; the column holds {', '.join(sorted(set(have))[:12])}.")
+        raise GeneformerError(
+            f"No cell has {label} = {lost[0]!r}; the column holds "
+            f"{', '.join(sorted(set(have))[:12])}."
+        )
     some = adata[have.isin(name).to_numpy()].copy()
     some.obs[label] = have[have.isin(name)].map(name).to_numpy()
     return some
@@ -73,8 +104,13 @@ def _both_states(obs, q):
     "Raise `GeneformerError` unless both states are there, each with two donors"
     have = obs[q.label].astype(str)
     for s in (q.start, q.goal):
-        if s not in set(have): raise GeneformerError(f"No cell has {q.label} = {s!r}; the column holds {', '.join(sorted(set(have))[:8])}.")
-        if obs.loc[(have == s).to_numpy(), q.donor].nunique() < 2: raise GeneformerError(f"State {s!r} has a single {q.donor}: a "
+        if s not in set(have):
+            raise GeneformerError(
+                f"No cell has {q.label} = {s!r}; the column holds "
+                f"{', '.join(sorted(set(have))[:8])}."
+            )
+        if obs.loc[(have == s).to_numpy(), q.donor].nunique() < 2:
+            raise GeneformerError(f"State {s!r} has a single {q.donor}: a "
             "classifier cannot be tested on another one, so nothing can be screened honestly.")
 
 # %% ../../nbs/35g_question.ipynb #b3d5908c
@@ -94,31 +130,62 @@ def limits_of(
     "What a reader must know before the table"
     q, unit = question, question.unit
     n = obs.groupby(obs[q.label].astype(str), observed=True)[q.donor].nunique()
-    out = [f"{q.start}: {n[q.start]} {unit}s; {q.goal}: {n[q.goal]} {unit}s. Nothing here generalizes beyond what so many {unit}s allow.",
-           "A shift of an embedding is what a model computes for a cell, not what the cell does. It ranks hypotheses for experiments."]
-    if min(n[q.start], n[q.goal]) < 5: out.append(f"With fewer than five {unit}s in a state this is a demonstration, not evidence.")
+    out = [
+        f"{q.start}: {n[q.start]} {unit}s; {q.goal}: {n[q.goal]} {unit}s. Nothing here generalizes "
+        f"beyond what so many {unit}s allow.",
+        "A shift of an embedding is what a model computes for a cell, not what the cell does. It "
+        "ranks hypotheses for experiments.",
+    ]
+    if min(n[q.start], n[q.goal]) < 5:
+        out.append(
+            f"With fewer than five {unit}s in a state this is a demonstration, not evidence."
+        )
     return out
 
 # %% ../../nbs/35g_question.ipynb #a5f936ec
-small_pretraining = dict(steps=1000, batch=16, lr=3e-3, mask=.3, num_hidden_layers=2, hidden_size=64, num_attention_heads=2,
-                         intermediate_size=128, dropout=0.) # of a model small enough for two cores, where no checkpoint is given
-small_finetuning = dict(epochs=6) # all layers learn: a classifier that has hardly moved ranks drivers no better than chance
-_shape = ('num_hidden_layers', 'hidden_size', 'num_attention_heads', 'intermediate_size', 'dropout', 'initializer_range')
+# of a model small enough for two cores, where no checkpoint is given
+small_pretraining = dict(
+    steps=1000,
+    batch=16,
+    lr=3e-3,
+    mask=0.3,
+    num_hidden_layers=2,
+    hidden_size=64,
+    num_attention_heads=2,
+    intermediate_size=128,
+    dropout=0.0,
+)
+# all layers learn: a classifier that has hardly moved ranks drivers no better than chance
+small_finetuning = dict(epochs=6)
+_shape = (
+    'num_hidden_layers',
+    'hidden_size',
+    'num_attention_heads',
+    'intermediate_size',
+    'dropout',
+    'initializer_range',
+)
 _controls = ('first_order', 'untrained', 'permuted')
 
+# %% ../../nbs/35g_question.ipynb #38e687e1
 @dataclass(frozen=True)
 class Settings:
     "How a screen is run; raises `GeneformerError` for what cannot be"
-    directions: tuple = ('KO', 'OE', 'up') # actions: delete, to the front, half a cell up or "down" in rank
-    genes: object = 'detected' # genes to perturb: names, or "detected": deleted where a cell has them, activated if start or goal has them
+    directions: tuple = ('KO', 'OE', 'up') # actions: delete, to the front, half a cell up or "down"
+    # in rank
+    genes: object = 'detected' # genes to perturb: names, or "detected": deleted where a cell has
+    # them, activated if start or goal has them
     max_cells: int = 50        # start cells of each donor that are perturbed, drawn with the seed
     folds: object = 3          # folds of donors; "loo" leaves out one at a time
     known: tuple = ()          # genes named beforehand, to see how they rank
-    controls: tuple = _controls # scores that need a model; the last two each cost about as much as the screen
+    controls: tuple = _controls # scores that need a model; the last two each cost about as much as
+    # the screen
     pairs: int = 0             # so many of the best actions are also tried two by two
-    seeds: int = 1             # runs in all, each with its own folds, model and classifiers; the score is their mean
-    flags: dict = None         # {flag: genes}, such as housekeeping genes, over those of `flag_genes`
-    pretraining: dict = None   # arguments of `pretrain` for the small model, over those of `small_pretraining`
+    seeds: int = 1 # runs in all, each with its own folds, model and classifiers; the score is their
+    # mean
+    flags: dict = None # {flag: genes}, such as housekeeping genes, over those of `flag_genes`
+    pretraining: dict = None # arguments of `pretrain` for the small model, over those of
+    # `small_pretraining`
     finetuning: dict = None    # arguments of `finetune`, over those of `small_finetuning`
     min_cells: int = 3         # a gene seen in fewer cells is not activated
     seed: int = 0              # everything random
@@ -142,7 +209,8 @@ class Settings:
         for name, may in dict(directions=tuple(actions), controls=_controls).items():
             if bad := [x for x in getattr(self, name) if x not in may]:
                 raise GeneformerError(f"{name} takes {', '.join(map(repr, may))}, not {bad[0]!r}.")
-        if not self.directions: raise GeneformerError("directions is empty: name an action, such as 'KO'.")
+        if not self.directions:
+            raise GeneformerError("directions is empty: name an action, such as 'KO'.")
 
 def _words(x):
     "One name or several as a tuple; None as an empty one"
@@ -169,10 +237,17 @@ def screen_actions(
     vocabulary:Vocabulary, # names the genes
 )->list: # of `each(…)`, one a direction
     "What a screen does to genes"
-    if settings.genes != 'detected': return [each(list(settings.genes), actions[d][1]) for d in settings.directions]
-    both = cells[cells.obs[question.label].astype(str).isin([question.start, question.goal]).to_numpy()]
+    if settings.genes != 'detected':
+        return [each(list(settings.genes), actions[d][1]) for d in settings.directions]
+    both = cells[
+        cells.obs[question.label].astype(str).isin([question.start, question.goal]).to_numpy()
+    ]
     n = np.bincount(both.tokens, minlength=vocabulary.n_tokens)
-    seen = [vocabulary.gene(t) for t in np.flatnonzero(n >= settings.min_cells) if t >= len(vocabulary.specials)]
+    seen = [
+        vocabulary.gene(t)
+        for t in np.flatnonzero(n >= settings.min_cells)
+        if t >= len(vocabulary.specials)
+    ]
     return [each(seen if d == 'OE' else 'detected', actions[d][1]) for d in settings.directions]
 
 # %% ../../nbs/35g_question.ipynb #3c296dab
@@ -203,7 +278,12 @@ def forecast(
     some = cells[np.linspace(0, len(cells) - 1, min(len(cells), 12)).astype(int)]
     one = estimate(model, some, what, states=None, layer='last')
     each_cell = n_screened / len(some)
-    return Forecast(per_cell*shown['pretrain'], per_cell*shown['finetune'], one['seconds']*each_cell, int(one['variants']*each_cell))
+    return Forecast(
+        per_cell * shown['pretrain'],
+        per_cell * shown['finetune'],
+        one['seconds'] * each_cell,
+        int(one['variants'] * each_cell),
+    )
 
 # %% ../../nbs/35g_question.ipynb #0b1716f6
 @dataclass(frozen=True)
@@ -228,24 +308,28 @@ class Plan:
     @property
     def n_folds(self): return int(self.fold.max()) + 1
     @property
-    def n_donors(self): return self.cells.obs[self.question.donor].astype(str).iloc[self.screened].nunique()
+    def n_donors(self):
+        return self.cells.obs[self.question.donor].astype(str).iloc[self.screened].nunique()
     @property
     def vocabulary(self): return self.model.vocabulary
 
 # %% ../../nbs/35g_question.ipynb #8cd73460
 def make_plan(
     adata, # AnnData that `pp.tokenize` has been over
-    model, # Geneformer, name of a checkpoint, or a Vocabulary: a small model is pretrained with it; None: with the one of the record
+    model, # Geneformer, name of a checkpoint, or a Vocabulary: a small model is pretrained with it;
+    # None: with the one of the record
     question:Question, # what is asked
     settings:Settings, # how
     out, # folder of results
     shared=None, # folder of model and classifiers; None: `out`
     say=print, # function that is told what happens
 )->Plan:
-    "Cells, folds, model and forecast of a screen; raises `GeneformerError`, `VocabularyError`, `CountsError`, `StorageError`"
+    """Cells, folds, model and forecast of a screen; raises `GeneformerError`, `VocabularyError`,
+    `CountsError`, `StorageError`"""
     if out is None: raise GeneformerError("out names a folder for the results.")
     some, inside = select(adata, question)
-    if isinstance(model, (str, Path)): model = Geneformer.from_pretrained(model, device=settings.device)
+    if isinstance(model, (str, Path)):
+        model = Geneformer.from_pretrained(model, device=settings.device)
     vocabulary = vocabulary_for(adata, model)
     record = find_record(adata, vocabulary)
     known = [vocabulary.gene(vocabulary.token(g)) for g in settings.known]
@@ -259,32 +343,56 @@ def make_plan(
     what = screen_actions(cells, question, settings, vocabulary)
     ActionPlan(what, vocabulary)
     out = check_folder(out, need=200_000_000)
-    plan = Plan(question, settings, cells, plain_counts(counts), match, record, fold, screened, what, known, flags,
-                model, 'It was given.', out, check_folder(shared) if shared else out)
+    plan = Plan(
+        question,
+        settings,
+        cells,
+        plain_counts(counts),
+        match,
+        record,
+        fold,
+        screened,
+        what,
+        known,
+        flags,
+        model,
+        'It was given.',
+        out,
+        check_folder(shared) if shared else out,
+    )
     cells.save(out/'cells.dataset')
     _open_manifests(plan)
     return _with_model(plan, vocabulary, say)
 
+# %% ../../nbs/35g_question.ipynb #6cfbdb79
 def vocabulary_for(
     adata, # AnnData that `pp.tokenize` has been over
     model, # Geneformer, Vocabulary or None
 )->Vocabulary:
-    "The vocabulary of a screen: that of the model, the one given, or the one that `pp.tokenize` made; raises `VocabularyError`"
+    """The vocabulary of a screen: that of the model, the one given, or the one that `pp.tokenize`
+    made; raises `VocabularyError`"""
     if isinstance(model, Vocabulary): return model
     if isinstance(model, Geneformer): return model.vocabulary
     if model is not None: raise GeneformerError(
         f"model is a Geneformer, the name of a checkpoint, a Vocabulary or None, not {type(model).__name__}.")
     record = find_record(adata)
     if record.own_vocabulary: return own_vocabulary(record)
-    raise GeneformerError(f"The ranks are of the vocabulary {record.vocabulary!r} and no model was given: pass its model, pass that "
-                          "vocabulary itself to pretrain a small model with it, or run gf.pp.tokenize(adata) without a model.")
+    raise GeneformerError(
+        f"The ranks are of the vocabulary {record.vocabulary!r} and no model was given: pass its "
+        "model, pass that "
+        "vocabulary itself to pretrain a small model with it, or run gf.pp.tokenize(adata) without "
+        "a model."
+    )
 
 # %% ../../nbs/35g_question.ipynb #7111eb9a
 def _with_genes(adata, cells, say):
     "The cells that hold a known gene, in both forms"
     some = cells.lengths > 0
     if some.all(): return adata, cells
-    say(f"{(~some).sum()} cells hold no known gene and are left out, {cells.obs.index[~some][0]!r} first.")
+    say(
+        f"{(~some).sum()} cells hold no known gene and are left out, {cells.obs.index[~some][0]!r} "
+        "first."
+    )
     return adata[some].copy(), cells[some]
 
 def _ambient(adata, inside, record, match, vocabulary):
@@ -297,11 +405,21 @@ def _ambient(adata, inside, record, match, vocabulary):
 def _open_manifests(plan):
     "Write what the results depend on, or raise `StorageError` where a folder holds another run"
     q, s, cells = plan.question, plan.settings, plan.cells
-    cohort = dict(cells=digest(cells.tokens, cells.offsets), vocabulary=cells.vocabulary_hash,
-                  obs=digest(cells.obs[[q.label, q.donor]].astype(str)),
-                  model=weights_digest(plan.model) if isinstance(plan.model, Geneformer) else s.pretraining,
-                  finetuning=s.finetuning, folds=digest(plan.fold), seed=s.seed)
-    asked = asdict(q) | dict(directions=s.directions, genes=s.genes, max_cells=s.max_cells, screened=digest(plan.screened))
+    cohort = dict(
+        cells=digest(cells.tokens, cells.offsets),
+        vocabulary=cells.vocabulary_hash,
+        obs=digest(cells.obs[[q.label, q.donor]].astype(str)),
+        model=weights_digest(plan.model) if isinstance(plan.model, Geneformer) else s.pretraining,
+        finetuning=s.finetuning,
+        folds=digest(plan.fold),
+        seed=s.seed,
+    )
+    asked = asdict(q) | dict(
+        directions=s.directions,
+        genes=s.genes,
+        max_cells=s.max_cells,
+        screened=digest(plan.screened),
+    )
     if plan.shared != plan.out: Manifest(plan.shared, cohort).open()
     Manifest(plan.out, cohort | dict(question=asked)).open()
 
@@ -314,23 +432,36 @@ def _shown(plan, small):
     return dict(pretrain=p['steps']*p['batch'] if small else 0, finetune=each_fold*folds)
 
 def _with_model(plan, vocabulary, say):
-    "The plan with the model that was given, or with a small one made of these cells, after the time was forecast"
+    """The plan with the model that was given, or with a small one made of these cells, after the
+    time was forecast"""
     s, small = plan.settings, not isinstance(plan.model, Geneformer)
     shape = {k: x for k, x in s.pretraining.items() if k in _shape}
     model = Geneformer.new('nano', vocabulary, s.seed, **shape) if small else plan.model
     f = forecast(model, plan.cells, len(plan.screened), plan.actions, _shown(plan, small))
     say(_forecast_text(plan, f, small))
     if not small: return replace(plan, model=model.to(s.device))
-    model = pretrain(plan.cells, 'nano', plan.shared/'model', seed=s.seed, device=s.device, **s.pretraining)
-    return replace(plan, model=model.to(s.device), origin="It is a small model, pretrained on these very cells without their "
-                   "labels. It stands in for the official checkpoint.")
+    model = pretrain(
+        plan.cells, 'nano', plan.shared / 'model', seed=s.seed, device=s.device, **s.pretraining
+    )
+    return replace(
+        plan,
+        model=model.to(s.device),
+        origin="It is a small model, pretrained on these very cells without their "
+        "labels. It stands in for the official checkpoint.",
+    )
 
+# %% ../../nbs/35g_question.ipynb #2306d550
 def _forecast_text(plan, f, small):
     "The forecast as sentences"
     q, s, cells = plan.question, plan.settings, plan.cells
     runs = 1 + ('untrained' in s.controls)
     seen = len(np.unique(cells.tokens)) - 2*cells.special
-    text = (f"{len(cells):,} cells in question, {seen:,} genes seen in them; {len(plan.screened)} {q.start} cells of {plan.n_donors} {q.unit}s "
-            f"to perturb, about {f.variants:,} times. Expected: pretraining {in_words(f.pretrain) if small else 'none'}, "
-            f"fine-tuning {in_words(f.finetune*runs)}, screening {in_words(f.screen*(runs + ('permuted' in s.controls)))}")
+    text = (
+        f"{len(cells):,} cells in question, {seen:,} genes seen in them; {len(plan.screened)} "
+        f"{q.start} cells of {plan.n_donors} {q.unit}s "
+        f"to perturb, about {f.variants:,} times. Expected: pretraining "
+        f"{in_words(f.pretrain) if small else 'none'}, "
+        f"fine-tuning {in_words(f.finetune * runs)}, screening "
+        f"{in_words(f.screen * (runs + ('permuted' in s.controls)))}"
+    )
     return text + (f", all of it {s.seeds} times." if s.seeds > 1 else '.')

@@ -46,7 +46,11 @@ def table_html(
         if not isinstance(x, float): return str(x)
         return f'{x:,.0f}' if x == round(x) and abs(x) >= 1 else f'{x:.{digits}g}'
     body = df.map(show)
-    return '<div class="wide">' + body.to_html(index=not isinstance(df.index, pd.RangeIndex), border=0, na_rep='') + '</div>'
+    return (
+        '<div class="wide">'
+        + body.to_html(index=not isinstance(df.index, pd.RangeIndex), border=0, na_rep='')
+        + '</div>'
+    )
 
 # %% ../../nbs/35a_report.ipynb #47df9b08
 _css = '''body{font:16px/1.55 system-ui,sans-serif;color:#222;max-width:54rem;margin:2rem auto;padding:0 1rem}
@@ -62,8 +66,11 @@ def page(
 )->str: # a whole HTML page
     "One self-contained page"
     body = ''.join((f'<h2>{html.escape(h)}</h2>' if h else '') + x for h, x in parts)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<title>{html.escape(title)}</title><style>{_css}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">'
+        f'<title>{html.escape(title)}</title><style>{_css}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>'
+    )
 
 def para(text, cls='', raw=False): # a sentence or several; css class; raw: already HTML
     "A paragraph"
@@ -75,58 +82,164 @@ def _said(kind): return ' + '.join(words.get(k, k) for k in str(kind).split('+')
 def _targets(s, n):
     "The best rows, as people read them"
     t = s.table.head(n)
-    out = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str), 'score': t.score, 'shift': t['shift'],
-                        '95 % interval of the shift': [f'{a:.3g} … {b:.3g}' for a, b in zip(t.ci_low, t.ci_high)], 'matched genes': t.null_shift, 'p against them': t.p, 'FDR': t.fdr,
-                        f"{s.question.unit}s agree": t.consistency.map('{:.0%}'.format), 'beyond matched': t.specificity.map('{:.0%}'.format),
-                        'cells': t.n_cells, s.question.unit + 's': t.n_donors})
-    if 'rank_best' in t: out['rank over seeds'] = [f'{a:.0f} … {b:.0f}' for a, b in zip(t.rank_best, t.rank_worst)]
+    out = pd.DataFrame(
+        {
+            'target': t.symbol,
+            'do': t.kind.map(_said).astype(str),
+            'score': t.score,
+            'shift': t['shift'],
+            '95 % interval of the shift': [
+                f'{a:.3g} … {b:.3g}' for a, b in zip(t.ci_low, t.ci_high)
+            ],
+            'matched genes': t.null_shift,
+            'p against them': t.p,
+            'FDR': t.fdr,
+            f"{s.question.unit}s agree": t.consistency.map('{:.0%}'.format),
+            'beyond matched': t.specificity.map('{:.0%}'.format),
+            'cells': t.n_cells,
+            s.question.unit + 's': t.n_donors,
+        }
+    )
+    if 'rank_best' in t:
+        out['rank over seeds'] = [f'{a:.0f} … {b:.0f}' for a, b in zip(t.rank_best, t.rank_worst)]
     if (t.get('flag', '') != '').any(): out['flag'] = t['flag']
     return out.reset_index(drop=True).rename(index=lambda i: i + 1)
 
-_score_names = dict(excess='beyond matched genes', shift='shift', away='away from the start', expression='test between donors', coefficient='logistic regression',
-                 first_order='first order', untrained='never pretrained', p_permuted='p, labels permuted, before fine-tuning')
+# %% ../../nbs/35a_report.ipynb #b47e657e
+_score_names = dict(
+    excess='beyond matched genes',
+    shift='shift',
+    away='away from the start',
+    expression='test between donors',
+    coefficient='logistic regression',
+    first_order='first order',
+    untrained='never pretrained',
+    p_permuted='p, labels permuted, before fine-tuning',
+)
 
+# %% ../../nbs/35a_report.ipynb #388e12f3
 def _controls(s, n=12):
     "What other readings say of the same actions"
     if not len(s.agreement): return []
     t, have = s.table.head(n), [c for c in _score_names if c in s.table]
-    place = {c: s.table[c].rank(ascending=c == 'p_permuted', method='min') for c in have if c != 'p_permuted'}
-    def shown(c): return t[c] if c not in place else place[c][t.index].map(lambda x: '' if np.isnan(x) else f'{x:.0f}')
-    show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str)} | {_score_names[c]: shown(c) for c in have})
-    text = (f"The place of the best actions among all {len(s.table):,} in every other reading; the counts alone (test, regression) and an "
-            "encoder that was fine-tuned but never pretrained are what a model has to be held against. An empty place: that reading says "
-            "nothing of this action.")
-    agree = s.agreement.rename(index=_score_names).rename(columns=dict(
-        spearman='rank correlation with the score', in_common='first 20 in common', chance='of that by chance', n='actions'))
-    return [('Beside other readings', para(text) + table_html(show.reset_index(drop=True).rename(index=lambda i: i + 1)) + table_html(agree))]
+    place = {
+        c: s.table[c].rank(ascending=c == 'p_permuted', method='min')
+        for c in have
+        if c != 'p_permuted'
+    }
+    def shown(c):
+        return (
+            t[c]
+            if c not in place
+            else place[c][t.index].map(lambda x: '' if np.isnan(x) else f'{x:.0f}')
+        )
+    show = pd.DataFrame(
+        {'target': t.symbol, 'do': t.kind.map(_said).astype(str)}
+        | {_score_names[c]: shown(c) for c in have}
+    )
+    text = (
+        f"The place of the best actions among all {len(s.table):,} in every other reading; the "
+        "counts alone (test, regression) and an "
+        "encoder that was fine-tuned but never pretrained are what a model has to be held against. "
+        "An empty place: that reading says "
+        "nothing of this action."
+    )
+    agree = s.agreement.rename(index=_score_names).rename(
+        columns=dict(
+            spearman='rank correlation with the score',
+            in_common='first 20 in common',
+            chance='of that by chance',
+            n='actions',
+        )
+    )
+    return [
+        (
+            'Beside other readings',
+            para(text)
+            + table_html(show.reset_index(drop=True).rename(index=lambda i: i + 1))
+            + table_html(agree),
+        )
+    ]
 
+# %% ../../nbs/35a_report.ipynb #af9d812a
 def _map(s):
     "Cells before and after the best action"
     if not len(s.map): return []
     what = s.map.attrs['what']
-    return [('', picture(map_plot(s.map, what), f"Held-out cells of one fold before and after {what}, on a map (UMAP) laid out by "
-                                                "unperturbed cells; arrows join a cell with itself"))]
+    return [
+        (
+            '',
+            picture(
+                map_plot(s.map, what),
+                f"Held-out cells of one fold before and after {what}, on a map (UMAP) laid out by "
+                "unperturbed cells; arrows join a cell with itself",
+            ),
+        )
+    ]
 
+# %% ../../nbs/35a_report.ipynb #a5f6bffa
 def _runs(s):
     "Pairs, and stability: what there is of them"
     parts = []
-    if len(s.pairs): parts.append(('Two at a time', para("The best actions in pairs. Parts: the sum of both shifts in the same cells; beyond: what "
-        f"the pair does more than that, with its interval and p over {s.question.unit}s. The actions were chosen by their shift in these cells, so "
-        "shift is flattered; beyond is not.") + table_html(s.pairs)))
-    if len(s.stability): parts.append(('Would another run say the same?', para("Mean over pairs of runs. In common: the first twenty of the order by "
-        "score; chance is what random orders share.") + table_html(s.stability.rename(columns=dict(spearman='rank correlation', in_common='first 20 in common')))))
+    if len(s.pairs):
+        parts.append(
+            (
+                'Two at a time',
+                para(
+                    "The best actions in pairs. Parts: the sum of both shifts in the same cells; "
+                    "beyond: what "
+                    "the pair does more than that, with its interval and p over "
+                    f"{s.question.unit}s. The actions were chosen by their shift in these cells, "
+                    "so "
+                    "shift is flattered; beyond is not."
+                )
+                + table_html(s.pairs),
+            )
+        )
+    if len(s.stability):
+        parts.append(
+            (
+                'Would another run say the same?',
+                para(
+                    "Mean over pairs of runs. In common: the first twenty of the order by "
+                    "score; chance is what random orders share."
+                )
+                + table_html(
+                    s.stability.rename(
+                        columns=dict(spearman='rank correlation', in_common='first 20 in common')
+                    )
+                ),
+            )
+        )
     return parts
 
+# %% ../../nbs/35a_report.ipynb #b5141d7f
 def _known(s):
     "How genes named beforehand rank, beside the controls"
     if not len(s.known): return []
-    text = (f"{', '.join(s.known_symbols)} were named before the screen. In each reading a gene is given the best of its actions; the random "
-            "figures are what chance gives on average for one action a gene.")
+    text = (
+        f"{', '.join(s.known_symbols)} were named before the screen. In each reading a gene is "
+        "given the best of its actions; the random "
+        "figures are what chance gives on average for one action a gene."
+    )
     names = {'score': 'the screen'} | _score_names
-    curves = {names.get(k, k): r for k, r in s.rankings.items() if k in ('score', 'expression', 'coefficient', 'untrained', 'first_order')}
-    fig = plots.recall_curve(curves, s.known_symbols, top=min(60, max(map(len, s.rankings.values()))))
-    return [('Known genes', para(text) + table_html(s.known.rename(index=names)) + table_html(s.known_by_gene.rename(columns=names)) +
-             picture(fig, 'Share of the known genes among the first genes of each ranking'))]
+    curves = {
+        names.get(k, k): r
+        for k, r in s.rankings.items()
+        if k in ('score', 'expression', 'coefficient', 'untrained', 'first_order')
+    }
+    fig = plots.recall_curve(
+        curves, s.known_symbols, top=min(60, max(map(len, s.rankings.values())))
+    )
+    return [
+        (
+            'Known genes',
+            para(text)
+            + table_html(s.known.rename(index=names))
+            + table_html(s.known_by_gene.rename(columns=names))
+            + picture(fig, 'Share of the known genes among the first genes of each ranking'),
+        )
+    ]
 
 # %% ../../nbs/35a_report.ipynb #fa5ce045
 def write_report(
@@ -136,31 +249,96 @@ def write_report(
 )->Path: # the file
     "Write the page"
     q, few = s.question, s.unit != 'donors'
-    acts = dict(KO='deleted (KO)', OE='put before all others (OE)', up='brought up by half a cell', down='brought down by half a cell')
-    ask = (f"Which genes, {' or '.join(acts[d] for d in s.settings.directions)} in {q.start} cells, move them towards {q.goal}? "
-           f"{s.n_screened:,} {q.start} cells of {s.n_donors} {q.unit}s were perturbed in silico, gene by gene "
-           f"({len(s.shifts):,} perturbed cells), each by a classifier that had not seen its {q.unit}.")
-    limits = list(s.limits) + ([f"Fewer than three {q.unit}s could be screened, so intervals and p-values count cells as if they were "
-                                "independent; they are too narrow."] if few else [])
+    acts = dict(
+        KO='deleted (KO)',
+        OE='put before all others (OE)',
+        up='brought up by half a cell',
+        down='brought down by half a cell',
+    )
+    ask = (
+        f"Which genes, {' or '.join(acts[d] for d in s.settings.directions)} in {q.start} cells, "
+        f"move them towards {q.goal}? "
+        f"{s.n_screened:,} {q.start} cells of {s.n_donors} {q.unit}s were perturbed in silico, "
+        "gene by gene "
+        f"({len(s.shifts):,} perturbed cells), each by a classifier that had not seen its {q.unit}."
+    )
+    limits = list(s.limits) + (
+        [
+            f"Fewer than three {q.unit}s could be screened, so intervals and p-values count cells "
+            "as if they were "
+            "independent; they are too narrow."
+        ]
+        if few
+        else []
+    )
     marks = s.known_symbols
-    parts = [('', para(ask, 'lead')), ('Who was looked at', table_html(s.cohort.rename_axis(None)) +
-              para(f"Every {q.unit} is held out once; the audit found no {q.unit} and no cell on both sides of a fold:") +
-              table_html(s.audit)),
-             ('Read this first', ''.join(para(l, 'note') for l in limits)),
-             ('How well the states are told apart', para(f"On held-out {q.unit}s, all folds together. A model that does not clear its "
-              "baselines has little to say about targets.") + table_html(s.quality.astype(float)) +
-              picture(plots.confusion(s.predictions.truth, s.predictions.predicted), 'True state against predicted state, held-out cells')),
-             ('Targets', para(f"Ranked by score = effect x (1 - p) x agreement of {q.unit}s x share of matched genes outrun, the last two counted "
-              f"from one half; effect is shift less that of matched genes, in units of the spread of its kind of action. Shift is a difference of "
-              f"cosines: positive means towards {q.goal}.") + table_html(_targets(s, n)) +
-              picture(plots.top_targets(s.table, 15, by='score', mark=marks), f'The fifteen best by score: shift towards {q.goal}') +
-              (picture(plots.volcano(s.table, mark=marks), 'Every perturbation: how far, and on how much evidence')
-               if s.table.p.notna().any() else ''))]
+    parts = [
+        ('', para(ask, 'lead')),
+        (
+            'Who was looked at',
+            table_html(s.cohort.rename_axis(None))
+            + para(
+                f"Every {q.unit} is held out once; the audit found no {q.unit} and no cell on both "
+                "sides of a fold:"
+            )
+            + table_html(s.audit),
+        ),
+        ('Read this first', ''.join(para(l, 'note') for l in limits)),
+        (
+            'How well the states are told apart',
+            para(
+                f"On held-out {q.unit}s, all folds together. A model that does not clear its "
+                "baselines has little to say about targets."
+            )
+            + table_html(s.quality.astype(float))
+            + picture(
+                plots.confusion(s.predictions.truth, s.predictions.predicted),
+                'True state against predicted state, held-out cells',
+            ),
+        ),
+        (
+            'Targets',
+            para(
+                f"Ranked by score = effect x (1 - p) x agreement of {q.unit}s x share of matched "
+                "genes outrun, the last two counted "
+                "from one half; effect is shift less that of matched genes, in units of the "
+                "spread of its kind of action. Shift is a difference of "
+                f"cosines: positive means towards {q.goal}."
+            )
+            + table_html(_targets(s, n))
+            + picture(
+                plots.top_targets(s.table, 15, by='score', mark=marks),
+                f'The fifteen best by score: shift towards {q.goal}',
+            )
+            + (
+                picture(
+                    plots.volcano(s.table, mark=marks),
+                    'Every perturbation: how far, and on how much evidence',
+                )
+                if s.table.p.notna().any()
+                else ''
+            ),
+        ),
+    ]
     if not few and len(s.by_donor):
         parts.append(('', picture(plots.shift_plot(pd.concat([s.table.head(8), s.by_donor]), n=8),
                                   f"The best eight in each {q.unit}")))
-    parts += _map(s) + _controls(s) + _runs(s) + _known(s) + [('How it was done', ''.join(map(para, s.methods))),
-        ('How to cite', para('Geneformer: Theodoris et al., Transfer learning enables predictions in network biology, Nature 618, 616–624 (2023), '
-         'doi 10.1038/s41586-023-06139-9. This implementation: geneformer_nb.'))]
+    parts += (
+        _map(s)
+        + _controls(s)
+        + _runs(s)
+        + _known(s)
+        + [
+            ('How it was done', ''.join(map(para, s.methods))),
+            (
+                'How to cite',
+                para(
+                    'Geneformer: Theodoris et al., Transfer learning enables predictions in '
+                    'network biology, Nature 618, 616–624 (2023), '
+                    'doi 10.1038/s41586-023-06139-9. This implementation: geneformer_nb.'
+                ),
+            ),
+        ]
+    )
     with atomic(path) as tmp: tmp.write_text(page(s.title, parts), encoding='utf-8')
     return Path(path)

@@ -11,11 +11,18 @@ from ..core import GeneformerError
 from ..evaluate.splits import need_obs
 from ..evaluate.baselines import de_ranking, log_cp10k
 from ..data.vocabulary import GeneMatch
-from ..perturb.stats import perturbation_codes, matching_properties, nearest_genes, genes_at_once, summarize
+from geneformer_nb.perturb.stats import (
+    perturbation_codes,
+    matching_properties,
+    nearest_genes,
+    genes_at_once,
+    summarize,
+)
 
 # %% ../../nbs/35c_score.ipynb #68f45340
 def _beyond(raw, table, size=12):
-    "Share of the matched genes that each perturbation of `table` outruns, in the direction of its excess"
+    """Share of the matched genes that each perturbation of `table` outruns, in the direction of its
+    excess"""
     own = table.assign(perturbation=table.perturbation.astype(str)).set_index('perturbation')
     shift, side, out = own['shift'], np.sign(own['excess']), {}
     for _, part in raw.groupby(['kind', genes_at_once(raw)], sort=False, observed=True):
@@ -32,6 +39,7 @@ def _spread(x):
     sd = 1.4826*(x - x.median()).abs().median()
     return sd if sd > 1e-12 else 1.
 
+# %% ../../nbs/35c_score.ipynb #b2e28883
 def score_targets(
     raw:pd.DataFrame, # raw table of a perturbation run with the state `goal`
     obs:pd.DataFrame, # obs of its cells
@@ -39,12 +47,20 @@ def score_targets(
     donor:str, # obs column of donors
     size:int=12, # matched genes
     **kwargs, # min_cells, symbols … as in `summarize`
-)->tuple: # the result table, best first, with excess, effect, confidence, consistency, specificity and score; its rows by donor
+)->tuple: # the result table, best first, with excess, effect, confidence, consistency, specificity
+# and score; its rows by donor
     "Tables of a screen; raises as `summarize`"
     t = summarize(raw, obs, [goal], donor=donor, by_donor=True, **kwargs)
-    whole, by = t[t.donor == 'all'].reset_index(drop=True), t[t.donor != 'all'].reset_index(drop=True)
+    whole, by = (
+        t[t.donor == 'all'].reset_index(drop=True),
+        t[t.donor != 'all'].reset_index(drop=True),
+    )
     whole['excess'] = whole['shift'] - whole.null_shift.fillna(0)
-    own = (by['shift'] - by.null_shift.fillna(0)).groupby(by.perturbation.astype(str)).agg(lambda x: (x > 0).mean())
+    own = (
+        (by['shift'] - by.null_shift.fillna(0))
+        .groupby(by.perturbation.astype(str))
+        .agg(lambda x: (x > 0).mean())
+    )
     up = whole.perturbation.astype(str).map(own)
     whole['effect'] = whole.excess/whole.groupby('kind', observed=True).excess.transform(_spread)
     whole['confidence'] = 1 - whole.p.fillna(1)
@@ -52,22 +68,32 @@ def score_targets(
     whole['specificity'] = _beyond(raw, whole, size)
     half = lambda x: (2*x - 1).clip(lower=0).fillna(1)
     whole['score'] = whole.effect*whole.confidence*half(whole.consistency)*half(whole.specificity)
-    whole = whole.sort_values(['score', 'excess'], ascending=False, kind='stable', ignore_index=True)
+    whole = whole.sort_values(
+        ['score', 'excess'], ascending=False, kind='stable', ignore_index=True
+    )
     whole.attrs = dict(t.attrs)
     return whole, by
 
 # %% ../../nbs/35c_score.ipynb #b65eb369
-_marks = {'mitochondrial': r'^MT-', 'ribosomal': r'^RP[LS]\d', 'hemoglobin': r'^HB[ABDEGMQZ]\d?$',
-          'sex-linked': r'^(XIST|TSIX|DDX3Y|EIF1AY|KDM5D|NLGN4Y|RPS4Y[12]|TMSB4Y|TXLNGY|TTTY\d+|USP9Y|UTY|ZFY)$'} # by symbol
+# by symbol
+_marks = {
+    'mitochondrial': r'^MT-',
+    'ribosomal': r'^RP[LS]\d',
+    'hemoglobin': r'^HB[ABDEGMQZ]\d?$',
+    'sex-linked': r'^(XIST|TSIX|DDX3Y|EIF1AY|KDM5D|NLGN4Y|RPS4Y[12]|TMSB4Y|TXLNGY|TTTY\d+|USP9Y|UTY|ZFY)$',
+}
 
 def ambient_genes(
     inside, # cells × genes, counts of the cells that were asked about
     outside, # cells × genes, counts of the other cells of the same samples
     fold:float=4., # how many times larger the mean share of the counts must be outside
 )->np.ndarray: # for each gene: is it seen inside, and does it belong outside?
-    "Genes whose counts may come from other cells; raises `GeneformerError` for matrices of other genes"
+    """Genes whose counts may come from other cells; raises `GeneformerError` for matrices of other
+    genes"""
     if inside.shape[1] != outside.shape[1]:
-        raise GeneformerError("Both sides need the same genes in the same order: select cells of one AnnData.")
+        raise GeneformerError(
+            "Both sides need the same genes in the same order: select cells of one AnnData."
+        )
     def share(X):
         x = np.asarray(X.sum(0), float).ravel()
         return x/max(x.sum(), 1e-9)
@@ -77,7 +103,8 @@ def ambient_genes(
 def flag_genes(
     genes, # gene ids
     vocabulary, # names them
-    lists:dict=None, # {flag: gene ids or symbols}; names that are not among the genes are passed over
+    lists:dict=None, # {flag: gene ids or symbols}; names that are not among the genes are passed
+    # over
 )->pd.Series: # by gene id: flags joined by ", ", empty where there is none
     "Genes known to deceive, by name or by list"
     genes = list(dict.fromkeys(map(str, genes)))
@@ -85,8 +112,12 @@ def flag_genes(
     said = {f: set(symbols.index[symbols.str.match(p)]) for f, p in _marks.items()}
     for f, names in (lists or {}).items():
         names = {str(x).upper() for x in ([names] if isinstance(names, str) else names)}
-        said[f] = said.get(f, set()) | {g for g, s in symbols.items() if s in names or g.upper() in names}
-    return pd.Series([', '.join(f for f, g in said.items() if x in g) for x in genes], genes, dtype=object)
+        said[f] = said.get(f, set()) | {
+            g for g, s in symbols.items() if s in names or g.upper() in names
+        }
+    return pd.Series(
+        [', '.join(f for f, g in said.items() if x in g) for x in genes], genes, dtype=object
+    )
 
 # %% ../../nbs/35c_score.ipynb #1016b976
 def count_controls(
@@ -98,18 +129,26 @@ def count_controls(
     goal:str, # state to reach
     donor:str, # obs column of donors
     C:float=.01, # inverse strength of the penalty of the regression
-)->pd.DataFrame: # by gene id: expression (Welch's t between donors, goal over start; NaN with too few), coefficient (of goal, standardized log CP10k)
-    "What counts alone say of each gene; all cells of the two states are used. Raises `GeneformerError`"
+)->pd.DataFrame: # by gene id: expression (Welch's t between donors, goal over start; NaN with too
+# few), coefficient (of goal, standardized log CP10k)
+    """What counts alone say of each gene; all cells of the two states are used. Raises
+    `GeneformerError`"""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
     need_obs(counts.obs, label, donor)
     state, X = counts.obs[label].astype(str).to_numpy(), log_cp10k(counts, fractional=True)
-    if lost := [s for s in (start, goal) if s not in state]: raise GeneformerError(f"No cell has {label} = {lost[0]!r}.")
+    if lost := [s for s in (start, goal) if s not in state]:
+        raise GeneformerError(f"No cell has {label} = {lost[0]!r}.")
     two = np.isin(state, [start, goal])
     scaled = StandardScaler().fit_transform(X[two].toarray())
-    fit = LogisticRegression(C=C, max_iter=1000, class_weight='balanced').fit(scaled, state[two] == goal)
+    fit = LogisticRegression(C=C, max_iter=1000, class_weight='balanced').fit(
+        scaled, state[two] == goal
+    )
     out = pd.DataFrame(dict(expression=np.nan, coefficient=fit.coef_[0]), index=counts.var_names)
-    try: tested = de_ranking(counts, label, start, goal, donor, fractional=True).set_index('gene')['t']
+    try:
+        tested = de_ranking(counts, label, start, goal, donor, fractional=True).set_index('gene')[
+            't'
+        ]
     except GeneformerError: tested = None  # too few donors for a test
     if tested is not None: out['expression'] = tested.reindex(counts.var_names)
     out = out[match.index >= 0].assign(gene_id=[vocabulary.genes[i] for i in match.index if i >= 0])
@@ -120,16 +159,24 @@ def _sign(kind):
     "+1 for an action that brings a gene up, -1 for one that takes it down, NaN for mixed ones"
     kind = str(kind)
     if '+' in kind or kind == 'drug': return np.nan
-    if kind.startswith('Dose'): return 1. if 'up' in kind or 'quartiles=' in kind and '-' not in kind else -1.
+    if kind.startswith('Dose'):
+        return 1. if 'up' in kind or 'quartiles=' in kind and '-' not in kind else -1.
     return dict(OE=1.).get(kind, -1. if kind.startswith('KO') else np.nan)
 
+# %% ../../nbs/35c_score.ipynb #2d303328
 def orient(
     table:pd.DataFrame, # a result table, one row an action
     controls:pd.DataFrame, # of `count_controls`
-)->pd.DataFrame: # with their columns added; positive: the action goes towards the goal by that reading
+)->pd.DataFrame: # with their columns added; positive: the action goes towards the goal by that
+# reading
     "Give readings of the counts the sign of each action"
     sign = table.kind.map(_sign).astype(float)
-    return table.assign(**{c: sign.to_numpy()*controls[c].reindex(table.gene_id.astype(str)).to_numpy() for c in controls})
+    return table.assign(
+        **{
+            c: sign.to_numpy() * controls[c].reindex(table.gene_id.astype(str)).to_numpy()
+            for c in controls
+        }
+    )
 
 # %% ../../nbs/35c_score.ipynb #e2525f86
 def agreement(
@@ -137,33 +184,47 @@ def agreement(
     columns, # names of columns in which larger is better
     k:int=20, # length of the top list
     of:str='score', # column that the others are held against
-)->pd.DataFrame: # by column: spearman with `of`, share of the first k in common, chance of that, n (actions with both)
+)->pd.DataFrame: # by column: spearman with `of`, share of the first k in common, chance of that, n
+# (actions with both)
     "Other readings beside the score"
     rows = {}
     for c in columns:
         both = table[[of, c]].astype(float).dropna()
         if len(both) < 3: continue
         top = [set(both[x].nlargest(min(k, len(both))).index) for x in (of, c)]
-        rows[c] = dict(spearman=both[of].rank().corr(both[c].rank()), in_common=len(top[0] & top[1])/len(top[0]),
-                       chance=len(top[0])/len(both), n=len(both))
+        rows[c] = dict(
+            spearman=both[of].rank().corr(both[c].rank()),
+            in_common=len(top[0] & top[1]) / len(top[0]),
+            chance=len(top[0]) / len(both),
+            n=len(both),
+        )
     return pd.DataFrame(rows, index=['spearman', 'in_common', 'chance', 'n']).T.astype(float)
 
+# %% ../../nbs/35c_score.ipynb #054b7e03
 def recovery(
     table:pd.DataFrame, # a result table with columns of scores
     true, # perturbations that are right
     columns, # names of columns in which larger is better; rows without a value come last
     k=(5, 10, 20), # lengths of top lists
 )->pd.DataFrame: # by column: auroc, average_precision, and precision and recall among the first k
-    "How well each reading finds what is right; raises `GeneformerError` when nothing in the table is"
+    """How well each reading finds what is right; raises `GeneformerError` when nothing in the table
+    is"""
     from sklearn.metrics import average_precision_score, roc_auc_score
     y = table.perturbation.astype(str).isin(set(map(str, true))).to_numpy()
-    if not y.any() or y.all(): raise GeneformerError(f"{y.sum()} of the {len(y)} perturbations of the table are right: name some of them, not all.")
+    if not y.any() or y.all():
+        raise GeneformerError(
+            f"{y.sum()} of the {len(y)} perturbations of the table are right: name some of them, "
+            "not all."
+        )
     rows = {}
     for c in columns:
         x = table[c].astype(float)
         if x.notna().sum() < 2: continue
         x = x.rank(method='average').fillna(0).to_numpy()
         hit = y[np.argsort(-x, kind='stable')].cumsum()
-        rows[c] = dict(auroc=roc_auc_score(y, x), average_precision=average_precision_score(y, x)) | \
-                  {f'precision_{n}': hit[min(n, len(hit)) - 1]/n for n in k} | {f'recall_{n}': hit[min(n, len(hit)) - 1]/y.sum() for n in k}
+        rows[c] = (
+            dict(auroc=roc_auc_score(y, x), average_precision=average_precision_score(y, x))
+            | {f'precision_{n}': hit[min(n, len(hit)) - 1] / n for n in k}
+            | {f'recall_{n}': hit[min(n, len(hit)) - 1] / y.sum() for n in k}
+        )
     return pd.DataFrame(rows).T
