@@ -6,7 +6,8 @@ from geneformer_nb.screen import pathways
 from geneformer_nb.data import toy
 from geneformer_nb.core import GeneformerError
 from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.screen.pathways import drug_plan, drug_scores, enrich, enrichment_plot, gene_sets, read_drugs, read_gmt, running_sum
+from geneformer_nb.screen.drugs import drug_plan, drug_scores, read_drugs
+from geneformer_nb.screen.pathways import enrich, enrichment_plot, gene_sets, read_gmt, running_sum
 from geneformer_nb.perturb.actions import ActionPlan
 from sentences import says
 
