@@ -2,6 +2,9 @@
 
 import pytest
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'browser: opens a page in Chromium; skipped where there is none')
+
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
     "Golden tests that were skipped are not green, and the run says so, last of all"

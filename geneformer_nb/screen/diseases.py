@@ -13,7 +13,7 @@ import pandas as pd
 from .. import plots
 from ..core import GeneformerError, atomic, check_folder, verb
 from .question import Settings
-from .report import page, para, picture, table_html, _said
+from .report import page, para, picture, table_html, _action_text
 from .run import screen
 from .score import _sign
 
@@ -111,7 +111,7 @@ def _both_ways(model, treat, of, alpha):
         b.assign(way=-b.way), on=['gene_id', 'way'], suffixes=('_into', '_out_of')
     )
     def said(side):
-        return [f"{_said(k)}: {s:.3g}" for k, s in zip(two[f'kind_{side}'], two[f'score_{side}'])]
+        return [f"{_action_text(k)}: {s:.3g}" for k, s in zip(two[f'kind_{side}'], two[f'score_{side}'])]
     two = two.assign(disease=of, symbol=two.symbol_into, into=said('into'), out_of=said('out_of'))
     return pd.DataFrame(
         two,
@@ -220,7 +220,7 @@ def _index(s, alpha):
         show = pd.DataFrame(
             {
                 'target': t.symbol,
-                'do': t.kind.map(_said).astype(str),
+                'do': t.kind.map(_action_text).astype(str),
                 'score': t.score,
                 'shift': t['shift'],
                 'FDR': t.fdr,
