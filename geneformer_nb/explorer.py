@@ -13,15 +13,8 @@ from fastcore.basics import patch
 from .data.cells import Cells
 from .core import GeneformerError
 from .model.embed import gene_embeddings, pick_cells, state_embeddings
-from geneformer_nb.perturb.actions import (
-    Dose,
-    KO,
-    OE,
-    ActionPlan,
-    make_engine,
-    layer_and_pool,
-    perturb,
-)
+from .perturb.actions import Dose, KO, OE, ActionPlan
+from .perturb.actions import make_engine, layer_and_pool, perturb
 from .plots.style import gray, styled, palette
 from .screen.report import picture, table_html
 from .jobs import check_positive
@@ -48,7 +41,8 @@ def _count(cells, n_tokens, specials):
 # %% ../nbs/54_explorer.ipynb #a906b637
 class Explorer:
     "Cells, a model, and states to move towards"
-    def __init__(self, model, cells, states, donor, where, max_cells, nulls, neighbors, seed, layer, pool, budget):
+    def __init__(self, model, cells, states, donor, where, max_cells, nulls, neighbors, seed, layer,
+                 pool, budget):
         check_positive(max_cells=max_cells, nulls=nulls, neighbors=neighbors)
         self.model, self.encoder = model, model.encoder
         self.asked = dict(layer=layer, pool=pool, budget=budget)
@@ -71,24 +65,11 @@ class Explorer:
             raise GeneformerError(
                 f"obs has no column {donor!r} (it has {', '.join(map(str, cells.obs.columns))})."
             )
-        self.measures, self.states, self.donor = (
-            sorted(measures, key=lambda m: m in begin),
-            states,
-            donor,
-        )
-        self.n_nulls, self.n_near, self.cache, self.near, self._ui, self.first = (
-            nulls,
-            neighbors,
-            {},
-            None,
-            None,
-            None,
-        )
-        who = (
-            np.full(len(cells), 'all cells')
-            if donor is None
-            else cells.obs[donor].astype(str).to_numpy()
-        )
+        self.measures = sorted(measures, key=lambda m: m in begin)
+        self.states, self.donor, self.n_nulls, self.n_near = states, donor, nulls, neighbors
+        self.cache, self.near, self._ui, self.first = {}, None, None, None
+        who = np.full(len(cells), 'all cells')
+        if donor is not None: who = cells.obs[donor].astype(str).to_numpy()
         rows, v = _even(who, pick_cells(cells.obs, where), max_cells, seed), self.encoder.vocabulary
         self.cells, self.who = cells[rows], who[rows]
         self.there, self.rank = _count(self.cells, v.n_tokens, len(v.specials))
@@ -96,7 +77,8 @@ class Explorer:
 
     def __repr__(self):
         of = f' of {len(set(self.who))} {self.donor}s' if self.donor else ''
-        return f"Explorer of {len(self.cells)} cells{of}: look('GENE', 'inhibit'), towards {', '.join(self.measures)}"
+        towards = ', '.join(self.measures)
+        return f"Explorer of {len(self.cells)} cells{of}: look('GENE', 'inhibit'), towards {towards}"
 
 # %% ../nbs/54_explorer.ipynb #6b19212a
 def explore(
@@ -200,7 +182,8 @@ class Look:
         )
         n, gene = len(self.donors), 'all the genes' if '+' in self.genes else 'the gene'
         whose = f'{n} {self.unit}s' if n > 1 else f'{len(self.cells)} cells'
-        said = f"{self.words} changes {what} by {_num(self.shift)}, mean of {whose}. {self.have} of {self.of} cells have {gene}. "
+        said = (f"{self.words} changes {what} by {_num(self.shift)}, mean of {whose}. "
+                f"{self.have} of {self.of} cells have {gene}. ")
         if not len(self.nulls): return said + "There are no matched genes to compare with."
         x = self.nulls['shift']
         return said + (
@@ -292,8 +275,9 @@ def look(self:Explorer,
     if state not in self.measures:
         raise GeneformerError(f"state={state!r} is one of {', '.join(self.measures)}.")
     has, present, said = self.there[:, tokens].all(1), action != 'activate', self._names(tokens)
-    if present and not has.any(): raise GeneformerError(
-        f"None of the {len(has)} cells has {said}: nothing can be taken out or moved; activate can put it there.")
+    if present and not has.any():
+        raise GeneformerError(f"None of the {len(has)} cells has {said}: nothing can be taken out or "
+                              "moved; activate can put it there.")
     words = dict(inhibit=f'Inhibiting {said}', activate=f'Activating {said}')
     words = words.get(action, f'Moving {said} {action} by {share:.0%}')
     others, shifts, tell = self.matched(tokens, present), [], tell or (lambda *_: None)
@@ -315,9 +299,8 @@ def figure(self:Explorer,
     "Each cell by donor with the donors' means, and the mean beside those of matched genes"
     import matplotlib.pyplot as plt
     look = self.look(self.first) if look is None else look
-    fig, (a, b) = plt.subplots(
-        1, 2, figsize=(8.2, 3.2), width_ratios=(3, 1.2), gridspec_kw=dict(wspace=0.35)
-    )
+    fig, (a, b) = plt.subplots(1, 2, figsize=(8.2, 3.2), width_ratios=(3, 1.2))
+    fig.subplots_adjust(wspace=.35)
     rng, n = np.random.default_rng(0), len(look.donors)
     for i, d in look.donors.iterrows():
         y = look.cells['shift'][(look.cells.donor == d.donor).to_numpy()]
@@ -328,11 +311,8 @@ def figure(self:Explorer,
     a.plot([], [], lw=2, color='black', label='mean')
     a.plot([], [], lw=2, ls=(0, (1, 1)), color=gray, label='matched genes')
     a.set_xticks(range(n), look.donors.donor, rotation=0 if n < 8 else 60)
-    what = (
-        'change of ' + look.towards
-        if look.towards.startswith('p(')
-        else f'shift towards {look.towards} (cosine)'
-    )
+    what = f'shift towards {look.towards} (cosine)'
+    if look.towards.startswith('p('): what = 'change of ' + look.towards
     fig.suptitle(look.words[0].upper() + look.words[1:], x=.5, y=1.1)
     a.set(ylabel=what, xlim=(-.6, n - .4))
     a.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
@@ -393,37 +373,19 @@ def _repr_html_(self:Look):
 def _fields(self:Explorer): # {name: widget}
     "The widgets one by one"
     import ipywidgets as w
-    v, order = (
-        self.encoder.vocabulary,
-        np.argsort(-self.seen, kind='stable')[: min(2000, (self.seen > 0).sum())],
-    )
-    style = dict(description_width='5.5rem')
+    order = np.argsort(-self.seen, kind='stable')[:min(2000, (self.seen > 0).sum())]
+    v, style = self.encoder.vocabulary, dict(description_width='5.5rem')
     return dict(
-        gene=w.Combobox(
-            value=self.first,
-            options=sorted(v.symbol(v.gene(order.tolist()))),
-            description='Gene',
-            placeholder='GATA4, or GATA4 + TBX5',
-            continuous_update=False,
-            style=style,
-        ),
+        gene=w.Combobox(value=self.first, options=sorted(v.symbol(v.gene(order.tolist()))),
+                        description='Gene', placeholder='GATA4, or GATA4 + TBX5',
+                        continuous_update=False, style=style),
         state=w.Dropdown(options=self.measures, description='Towards', style=style),
         action=w.ToggleButtons(options=list(actions), style=dict(button_width='5.5rem')),
-        share=w.FloatSlider(
-            value=0.25,
-            min=0.05,
-            max=1,
-            step=0.05,
-            readout_format='.0%',
-            description='by',
-            style=style,
-            layout=dict(display='none'),
-        ),
-        go=w.Button(
-            description='Look', button_style='primary', layout=dict(margin='.3rem 0 .3rem 6rem')
-        ),
-        out=w.HTML(),
-    )
+        share=w.FloatSlider(value=.25, min=.05, max=1, step=.05, readout_format='.0%',
+                            description='by', style=style, layout=dict(display='none')),
+        go=w.Button(description='Look', button_style='primary',
+                    layout=dict(margin='.3rem 0 .3rem 6rem')),
+        out=w.HTML())
 
 # %% ../nbs/54_explorer.ipynb #f2eaf787
 @patch

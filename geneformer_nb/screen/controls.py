@@ -94,56 +94,40 @@ def best_pairs(
     return [a + b for a, b in combinations(parts, 2)]
 
 # %% ../../nbs/35d_controls.ipynb #acb893b1
+def _by_cell(raw, goal):
+    "Shift of each cell and perturbation in a raw table, with both as index"
+    name = raw.perturbation.astype(str)
+    return raw[shift_column(raw, goal)].set_axis(pd.MultiIndex.from_arrays([raw.cell, name]))
+
 def pair_effects(
     raw:pd.DataFrame, # raw table of the pairs, from one run
     single:pd.DataFrame, # raw table of the single actions in the same cells
     obs:pd.DataFrame, # of the cells
     goal:str, # state to reach
     donor:str, # obs column of donors
-)->pd.DataFrame: # perturbation, shift, parts (sum of both shifts), beyond (shift - parts), ci_low,
-# ci_high and p of beyond, n_cells, n_donors
-    """Do pairs do more than their parts? Donors are the witnesses; raises `GeneformerError` for a
-    part that is not in `single`"""
-    column, pairs = shift_column(raw, goal), raw.assign(perturbation=raw.perturbation.astype(str))
-    alone = single.assign(perturbation=single.perturbation.astype(str)).set_index(
-        ['cell', 'perturbation']
-    )[column]
-    names = pairs.perturbation.str.split(' + ', regex=False)
-    if lost := sorted({p for n in names for p in n} - set(alone.index.get_level_values(1))):
-        raise GeneformerError(
-            f"{lost[0]} stands in a pair and was never done alone: pass the raw table of the "
-            "screen."
-        )
-    parts = sum(
-        alone.reindex(pd.MultiIndex.from_arrays([pairs.cell, names.str[i]])).to_numpy()
-        for i in (0, 1)
-    )
-    pairs = pairs.assign(
-        shift=pairs[column],
-        parts=parts,
-        beyond=pairs[column] - parts,
-        who=obs[donor].astype(str).to_numpy()[pairs.cell],
-    )
-    pairs, rows = pairs.dropna(subset=['parts']), []
+)->pd.DataFrame: # by pair: shift, parts (sum of both), beyond (the rest), its interval and p
+    """Do pairs do more than their parts? The donor is the unit of replication. Raises
+    `GeneformerError` for a part that is not in `single`"""
+    alone, names = _by_cell(single, goal), raw.perturbation.astype(str)
+    halves = names.str.split(' + ', regex=False)
+    lost = sorted({p for n in halves for p in n} - set(alone.index.get_level_values(1)))
+    if lost:
+        raise GeneformerError(f"{lost[0]} is part of a pair but was never done alone: pass the raw "
+                              "table of the screen.")
+    index = [pd.MultiIndex.from_arrays([raw.cell, halves.str[i]]) for i in (0, 1)]
+    parts = sum(alone.reindex(x).to_numpy() for x in index)
+    shift, who = raw[shift_column(raw, goal)].to_numpy(), obs[donor].astype(str).to_numpy()[raw.cell]
+    pairs = pd.DataFrame(dict(perturbation=names.to_numpy(), who=who, shift=shift, parts=parts,
+                              beyond=shift - parts)).dropna(subset=['parts'])
+    rows = []
     for name, t in pairs.groupby('perturbation', sort=False):
         per = t.groupby('who')[['shift', 'parts', 'beyond']].mean()
         mean, half, p = (float(x[0]) for x in t_interval(per.beyond.to_numpy()[None]))
-        rows.append(
-            dict(
-                perturbation=name,
-                shift=per['shift'].mean(),
-                parts=per.parts.mean(),
-                beyond=mean,
-                ci_low=mean - half,
-                ci_high=mean + half,
-                p=p,
-                n_cells=len(t),
-                n_donors=len(per),
-            )
-        )
-    return pd.DataFrame(rows).sort_values(
-        'shift', ascending=False, kind='stable', ignore_index=True
-    )
+        rows.append(dict(perturbation=name, shift=per['shift'].mean(), parts=per.parts.mean(),
+                         beyond=mean, ci_low=mean - half, ci_high=mean + half, p=p, n_cells=len(t),
+                         n_donors=len(per)))
+    order = dict(by='shift', ascending=False, kind='stable', ignore_index=True)
+    return pd.DataFrame(rows).sort_values(**order)
 
 # %% ../../nbs/35d_controls.ipynb #ee58ec6c
 def stability_of(
@@ -288,7 +272,8 @@ def map_plot(
             ax.scatter(t.x, t.y, s=16, lw=0, alpha=.7, color=plots.palette[i], label=s)
         moved = where[where.after].merge(before[before.cell >= 0], on='cell', suffixes=('', '_0'))
         ax.scatter(moved.x, moved.y, s=16, marker='^', lw=0, color=plots.palette[2], label='after')
-        for m in moved.iloc[np.linspace(0, len(moved) - 1, min(arrows, len(moved))).astype(int)].itertuples():
+        drawn = np.linspace(0, len(moved) - 1, min(arrows, len(moved))).astype(int)
+        for m in moved.iloc[drawn].itertuples():
             ax.annotate(
                 '', (m.x, m.y), (m.x_0, m.y_0), arrowprops=dict(arrowstyle='->', color='.4', lw=0.7)
             )

@@ -8,6 +8,7 @@ __all__ = ['hits', 'overlap', 'venn_plot', 'DiseaseScreen', 'disease_screen']
 # %% ../../nbs/35e_diseases.ipynb #eeb27ebf
 import html, re
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 import pandas as pd
 from .. import plots
@@ -20,11 +21,8 @@ from .score import _sign
 # %% ../../nbs/35e_diseases.ipynb #61b846fb
 def _hit_rows(table, alpha, kinds=None):
     "The best hit of each gene and direction (`way`: +1 up, -1 down, 0 mixed), best first"
-    t = (
-        table
-        if kinds is None
-        else table[table.kind.astype(str).isin([kinds] if isinstance(kinds, str) else list(kinds))]
-    )
+    if isinstance(kinds, str): kinds = [kinds]
+    t = table if kinds is None else table[table.kind.astype(str).isin(list(kinds))]
     t = t[(t.score > 0) & (t.fdr < alpha)]
     t = t.assign(gene_id=t.gene_id.astype(str), way=t.kind.map(_sign).astype(float).fillna(0))
     return t.sort_values('score', ascending=False, kind='stable').drop_duplicates(
@@ -111,7 +109,8 @@ def _both_ways(model, treat, of, alpha):
         b.assign(way=-b.way), on=['gene_id', 'way'], suffixes=('_into', '_out_of')
     )
     def said(side):
-        return [f"{_action_text(k)}: {s:.3g}" for k, s in zip(two[f'kind_{side}'], two[f'score_{side}'])]
+        rows = zip(two[f'kind_{side}'], two[f'score_{side}'])
+        return [f"{_action_text(k)}: {s:.3g}" for k, s in rows]
     two = two.assign(disease=of, symbol=two.symbol_into, into=said('into'), out_of=said('out_of'))
     return pd.DataFrame(
         two,
@@ -155,6 +154,7 @@ def disease_screen(
     for start, goal, directions in into + out_of:
         name = f'{start} → {goal}'
         tell(name)
+        folder = out/_slug(f'{start}-to-{goal}')
         screens[name] = screen(
             adata,
             model,
@@ -163,17 +163,13 @@ def disease_screen(
             start=start,
             goal=goal,
             directions=directions,
-            out=out / _slug(f'{start}-to-{goal}'),
+            out=folder,
             shared=out / 'shared',
             say=say,
             **more,
         )
-    result = DiseaseScreen(
-        screens,
-        _shared(screens, healthy, diseases, alpha),
-        _all_both_ways(screens, healthy, diseases, alpha),
-        out,
-    )
+    shared = _shared(screens, healthy, diseases, alpha)
+    result = DiseaseScreen(screens, shared, _all_both_ways(screens, healthy, diseases, alpha), out)
     result.shared.to_csv(out/'shared.csv')
     result.genes.to_csv(out/'both_ways.csv', index=False)
     _index(result, alpha)
@@ -194,68 +190,44 @@ def _all_both_ways(screens, healthy, diseases, alpha):
 def _shared(screens, healthy, diseases, alpha):
     "Hits of every two diseases, into them and out of them"
     rows = {}
-    for i, a in enumerate(diseases):
-        for b in diseases[i + 1:]:
-            for x, y in ((f'{healthy} → {a}', f'{healthy} → {b}'), (f'{a} → {healthy}', f'{b} → {healthy}')):
-                if x in screens:
-                    rows[f'{x} and {y}'] = overlap(
-                        screens[x].table, screens[y].table, alpha
-                    ) | dict(first=x, second=y)
+    for a, b in combinations(diseases, 2):
+        into = f'{healthy} → {a}', f'{healthy} → {b}'
+        out_of = f'{a} → {healthy}', f'{b} → {healthy}'
+        for x, y in (into, out_of):
+            if x not in screens: continue
+            row = overlap(screens[x].table, screens[y].table, alpha)
+            rows[f'{x} and {y}'] = row | dict(first=x, second=y)
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/35e_diseases.ipynb #3d2eed37
+def _screen_part(name, s, alpha):
+    "Heading and HTML of one screen: a link to its report and its best targets"
+    t = s.table.head(8)
+    show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_action_text).astype(str),
+                         'score': t.score, 'shift': t['shift'], 'FDR': t.fdr, 'flag': t['flag']})
+    link = 'no report'
+    if (s.folder/'report.html').exists():
+        link = f'<a href="{html.escape(s.folder.name)}/report.html">the report</a>'
+    tested = s.table.gene_id.nunique()
+    found = f"{len(hits(s.table, alpha)):,} genes are hits of {tested:,} tested; {link}."
+    return name, para(found, raw=True) + table_html(show.reset_index(drop=True))
+
 def _index(s, alpha):
-    "The page that leads to the reports"
-    parts = [
-        (
-            '',
-            para(
-                f"{len(s.screens)} screens of one cohort. A hit has a positive score and a false "
-                f"discovery rate below {alpha:g}."
-            ),
-        )
-    ]
-    for name, one in s.screens.items():
-        t = one.table.head(8)
-        show = pd.DataFrame(
-            {
-                'target': t.symbol,
-                'do': t.kind.map(_action_text).astype(str),
-                'score': t.score,
-                'shift': t['shift'],
-                'FDR': t.fdr,
-                'flag': t['flag'],
-            }
-        )
-        link = (
-            f'<a href="{html.escape(one.folder.name)}/report.html">the report</a>'
-            if (one.folder / 'report.html').exists()
-            else 'no report'
-        )
-        found = f"{len(hits(one.table, alpha)):,} genes are hits of {one.table.gene_id.nunique():,} tested; {link}."
-        parts.append((name, para(found, raw=True) + table_html(show.reset_index(drop=True))))
+    "Write the page that leads to the reports"
+    head = (f"{len(s.screens)} screens of one cohort. A hit has a positive score and a false "
+            f"discovery rate below {alpha:g}.")
+    parts = [('', para(head)), *(_screen_part(k, x, alpha) for k, x in s.screens.items())]
     for r in s.shared.to_dict('records'):
         two = r['first'], r['second']
-        parts.append(
-            (
-                ' and '.join(two),
-                picture(
-                    venn_plot(r, two),
-                    f"Hits of the two in the same direction: {r['both']} in both, "
-                    f"{r['expected']:.1f} by chance",
-                ),
-            )
-        )
+        text = (f"Hits of the two in the same direction: {r['both']} in both, "
+                f"{r['expected']:.1f} by chance")
+        parts.append((' and '.join(two), picture(venn_plot(r, two), text)))
     if len(s.genes):
-        parts.append(
-            (
-                'Both ways',
-                para(
-                    "Genes that move healthy cells into the disease, and the opposite of which "
-                    "moves diseased cells out of it."
-                )
-                + table_html(s.genes[['disease', 'symbol', 'into', 'out_of']].head(40)),
-            )
+        text = (
+            "These genes move healthy cells into the disease. The opposite action moves diseased "
+            "cells out of it."
         )
+        table = s.genes[['disease', 'symbol', 'into', 'out_of']].head(40)
+        parts.append(('Both ways', para(text) + table_html(table)))
     with atomic(s.folder/'index.html') as tmp:
         tmp.write_text(page('Into the disease and out of it', parts), encoding='utf-8')

@@ -105,7 +105,7 @@ def drug_scores(
     by:str=None, state:str=None, cell_type:str=None, # as in `enrich`
     times:int=1000, # random drugs for each number of targets
     seed:int=0, # of the random drugs
-)->pd.DataFrame: # drug, score, random (mean of random drugs), p, fdr, n_targets, n_screened, targets
+)->pd.DataFrame: # drug, score, random (mean of random drugs), p, fdr, numbers of targets
     "Score drugs by the genes they act on; raises `GeneformerError`"
     targets, ranking = read_drugs(drugs), _ranking(table, by, state, cell_type)
     check_positive(times=times)

@@ -31,8 +31,9 @@ def read_gmt(
         name, *rest = (w.strip() for w in line.split('\t'))
         # some servers write a weight behind a comma
         genes = [g.split(',')[0] for g in rest[1:] if g]
-        if not name or not genes: raise GeneformerError(
-            f"Line {i} of '{file.name}' is none of a GMT: a name, a description and genes, separated by tabs.")
+        if not name or not genes:
+            raise GeneformerError(f"Line {i} of '{file.name}' is not a line of a GMT file: a name, a "
+                                  "description and genes, separated by tabs.")
         if name in names: raise GeneformerError(
             f"Line {i} of '{file.name}' names the set {name!r} a second time: rename one.")
         names.add(name)
@@ -78,8 +79,9 @@ named = dict(
 # %% ../../nbs/35b_pathways.ipynb #09247356
 def _network(t):
     "A table of sets, checked and without repeats"
-    if lacks := [c for c in ('source', 'target') if c not in t]: raise GeneformerError(
-        f"A table of gene sets has the columns source (the set) and target (the gene); this lacks {' and '.join(lacks)}.")
+    if lacks := [c for c in ('source', 'target') if c not in t]:
+        raise GeneformerError("A table of gene sets has the columns source (the set) and target "
+                              f"(the gene); this lacks {' and '.join(lacks)}.")
     t = t.assign(weight=t['weight'].astype(float) if 'weight' in t else 1.0)[
         ['source', 'target', 'weight']
     ]
@@ -133,40 +135,37 @@ def by_sign(
     ).reset_index(drop=True)
 
 # %% ../../nbs/35b_pathways.ipynb #0838056a
+def _one_value(t, column, value):
+    "Rows of `t` with `value` in `column`; None takes all where there is one value only"
+    there = list(map(str, t[column].unique())) if column in t else []
+    if value is None and len(there) < 2: return t
+    if str(value) not in there:
+        raise GeneformerError(f"Enrichment is of one {column}: pass {column}=, one of "
+                              f"{', '.join(there) or 'none (no such column)'}.")
+    return t[t[column].astype(str) == str(value)]
+
 def _ranking(table, by, state, cell_type):
-    """direction, gene (in upper case), score; one row each, in an order that does not depend on
-    that of the table"""
+    "Sorted table of direction, gene (upper case) and score: one row each"
     if isinstance(table, pd.Series):
-        table = pd.DataFrame(
-            dict(symbol=table.index.astype(str), kind='given', score=table.to_numpy())
-        )
+        given = dict(symbol=table.index.astype(str), kind='given', score=table.to_numpy())
+        table = pd.DataFrame(given)
     t = need_columns(table, ['symbol', 'kind', *([by] if by else [])], 'Enrichment')
     if 'donor' in t: t = t[t.donor.astype(str) == 'all']
-    for col, want in (('state', state), ('cell_type', cell_type)):
-        there = list(map(str, t[col].unique())) if col in t else []
-        if want is None and len(there) < 2: continue
-        if str(want) not in there: raise GeneformerError(
-            f"Enrichment is of one {col}: pass {col}=, one of {', '.join(there) or 'none (no such column)'}.")
-        t = t[t[col].astype(str) == str(want)]
-    if by is None: by = next((c for c in ('score', 'shift') if c in t), None)
-    if by is None: raise GeneformerError(
-        f"Enrichment needs the column score or shift, or by=; the table has {', '.join(map(str, t))}.")
+    t = _one_value(_one_value(t, 'state', state), 'cell_type', cell_type)
+    by = by or next((c for c in ('score', 'shift') if c in t), None)
+    if by is None:
+        raise GeneformerError("Enrichment needs the column score or shift, or by=; the table has "
+                              f"{', '.join(map(str, t))}.")
     score = pd.to_numeric(t[by], errors='coerce')
     if by == 'shift' and 'null_shift' in t: score = score - t.null_shift.fillna(0)
     kind, gene = t.kind.astype(str), t['gene_id' if 'gene_id' in t else 'symbol'].astype(str)
-    keep = np.isfinite(score) & ~gene.str.contains('+', regex=False) & ~kind.str.contains('drug')
-    out = pd.DataFrame(dict(direction=kind, gene=t.symbol.astype(str).str.upper(), score=score))[
-        keep.to_numpy()
-    ]
+    single = ~gene.str.contains('+', regex=False) & ~kind.str.contains('drug')
+    out = pd.DataFrame(dict(direction=kind, gene=t.symbol.astype(str).str.upper(), score=score))
+    out = out[(np.isfinite(score) & single).to_numpy()]
     if not len(out):
-        raise GeneformerError(
-            f"No row has a gene of its own and a finite {by}: nothing can be ranked."
-        )
-    return (
-        out.sort_values(['direction', 'gene', 'score'])
-        .groupby(['direction', 'gene'], as_index=False)
-        .score.mean()
-    )
+        raise GeneformerError(f"No row has a single gene and a finite {by}: nothing can be ranked.")
+    out = out.sort_values(['direction', 'gene', 'score'])
+    return out.groupby(['direction', 'gene'], as_index=False).score.mean()
 
 # %% ../../nbs/35b_pathways.ipynb #f5421c22
 def _decoupler():
@@ -210,9 +209,9 @@ def _gsea(scores, net, times, seed, **_):
     mt, pp = _decoupler().mt, _decoupler().pp
     if scores.nunique() < 2:
         raise GeneformerError("All scores are equal: there is no ranking to walk down.")
-    # ties in an order that is not the alphabet's
-    by_lot = np.random.default_rng(seed).permutation(len(scores))
-    s = scores.iloc[by_lot].sort_values(ascending=False, kind='stable')
+    # equal scores stand in a random order, not in that of the alphabet
+    shuffled = np.random.default_rng(seed).permutation(len(scores))
+    s = scores.iloc[shuffled].sort_values(ascending=False, kind='stable')
     sources, flat, start, size = pp.idxmat(s.index.to_numpy(), net.copy())
     es, _ = mt.gsea.func(s.to_numpy()[None], flat, start, size, times=0)
     nes, p = mt.gsea.func(s.to_numpy()[None], flat, start, size, times=times, seed=seed + 1)
@@ -245,27 +244,26 @@ def _usable(net, scores, direction, low, high):
     here = net[net.target.isin(scores.index)]
     n = here.source.value_counts()
     here = here[here.source.map(n).between(low, min(high, len(scores) - 1))]
-    if not len(here): raise GeneformerError(
-        f"No set has {low} to {high} genes among the {len(scores)} screened ({direction}); the most is "
-        f"{n.max() if len(n) else 0}. Sets are matched by symbol: the screen has {', '.join(scores.index[:3])}, "
-        f"the sets {', '.join(net.target[:3])}.")
+    if not len(here):
+        raise GeneformerError(
+            f"No set has {low} to {high} genes among the {len(scores)} screened ({direction}); the "
+            f"most is {n.max() if len(n) else 0}. Sets are matched by symbol: the screen has "
+            f"{', '.join(scores.index[:3])}, the sets {', '.join(net.target[:3])}.")
     return here, n
 
 # %% ../../nbs/35b_pathways.ipynb #ca0b87a8
 def enrich(
-    table, # result table of `summarize` or a screen, whole; or a Series of scores by symbol
+    table, # result table of `summarize` or of a screen, whole; or a Series of scores by symbol
     sets, # as in `gene_sets`
     *,
-    how:str='ora', # "ora": the top of the ranking against all that was screened; "gsea": the whole
-    # ranking
-    top:int=50, # for "ora": how many of each direction, of those with a positive score
-    by:str=None, # column to rank by; None takes score, else shift - null_shift
-    state:str=None, cell_type:str=None, # which, where the table has several
-    min_size:int=5, max_size:int=500, # screened genes a set must have, and may have
+    how:str='ora', # "ora": the top against all screened genes; "gsea": the whole ranking
+    top:int=50, # for "ora": genes of each direction, of those with a positive score
+    by:str=None, # column to rank by; None: score, else shift - null_shift
+    state:str=None, cell_type:str=None, # which one, where the table has several
+    min_size:int=5, max_size:int=500, # fewest and most screened genes of a set
     times:int=1000, # for "gsea": random sets
-    seed:int=0, # of those
-)->pd.DataFrame: # set, direction, odds_ratio or es and nes, n_set, n_screened, n_background, n_top,
-# genes, p, fdr
+    seed:int=0, # of the random sets
+)->pd.DataFrame: # one row a set and direction, smallest p first
     "Which gene sets the genes of a screen belong to; raises `GeneformerError`, `MissingDataError`"
     if how not in ('ora', 'gsea'):
         raise GeneformerError(f"how={how!r} is 'ora' (the top) or 'gsea' (the whole ranking).")
@@ -273,35 +271,19 @@ def enrich(
     net, parts = gene_sets(sets).assign(target=lambda t: t.target.str.upper()), []
     for direction, t in _ranking(table, by, state, cell_type).groupby('direction', sort=True):
         scores = t.set_index('gene').score
-        if how == 'ora' and top >= len(scores): raise GeneformerError(
-            f"top={top} of {len(scores)} screened genes ({direction}) leaves none to compare with: pass a smaller top.")
+        if how == 'ora' and top >= len(scores):
+            raise GeneformerError(f"top={top} of {len(scores)} screened genes ({direction}) leaves "
+                                  "none to compare with: pass a smaller top.")
         here, n = _usable(net, scores, direction, min_size, max_size)
         got = dict(ora=_ora, gsea=_gsea)[how](scores, here, top=top, times=times, seed=seed)
         got['n_screened'] = got.source.map(n)
         parts.append(got.assign(direction=direction, n_background=len(scores), fdr=bh(got.p)))
     out = pd.concat(parts, ignore_index=True).rename(columns=dict(source='set'))
-    out['n_set'], shown = (
-        out['set'].map(net.source.value_counts()),
-        ['odds_ratio'] if how == 'ora' else ['es', 'nes'],
-    )
-    order = ['direction', 'p', '_near', 'set']
-    out = out.assign(_near=-out[shown[-1]].abs()).sort_values(
-        order, kind='stable', ignore_index=True
-    )
-    return out[
-        [
-            'set',
-            'direction',
-            *shown,
-            'n_set',
-            'n_screened',
-            'n_background',
-            'n_top',
-            'genes',
-            'p',
-            'fdr',
-        ]
-    ]
+    shown = ['odds_ratio'] if how == 'ora' else ['es', 'nes']
+    out = out.assign(n_set=out['set'].map(net.source.value_counts()), _size=-out[shown[-1]].abs())
+    out = out.sort_values(['direction', 'p', '_size', 'set'], kind='stable', ignore_index=True)
+    counts = ['n_set', 'n_screened', 'n_background', 'n_top']
+    return out[['set', 'direction', *shown, *counts, 'genes', 'p', 'fdr']]
 
 # %% ../../nbs/35b_pathways.ipynb #d1d93817
 @styled
@@ -309,55 +291,47 @@ def enrichment_plot(
     table:pd.DataFrame, # of `enrich`
     n:int=8, # sets of each direction
     *,
-    alpha:float=.05, # false discovery rate up to which a dot is filled
+    alpha:float=.05, # largest false discovery rate of a filled dot
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
-    """The best sets of each direction: how strong, how many genes, and whether it survives the
-    number of tests"""
-    from matplotlib.ticker import LogLocator, NullLocator
-    t = need_columns(
-        table, ['set', 'direction', 'n_top', 'n_screened', 'p', 'fdr'], 'An enrichment plot'
-    )
-    x, label = (
-        ('nes', 'normalized enrichment score') if 'nes' in t else ('odds_ratio', 'odds ratio')
-    )
-    t = (
-        t.sort_values(['direction', 'p'], kind='stable')
-        .groupby('direction')
-        .head(n)
-        .iloc[::-1]
-        .reset_index(drop=True)
-    )
+    "The best sets of each direction: effect, number of genes, and false discovery rate"
+    columns = ['set', 'direction', 'n_top', 'n_screened', 'p', 'fdr']
+    t = need_columns(table, columns, 'An enrichment plot')
+    t = t.sort_values(['direction', 'p'], kind='stable').groupby('direction').head(n)
+    t = t.iloc[::-1].reset_index(drop=True)
+    x = 'nes' if 'nes' in t else 'odds_ratio'
     ax = axes_of(ax, (6.4, 1.2 + .27*len(t)))
     kinds = sorted(t.direction.unique())
     for i, r in t.iterrows():
         color = palette[kinds.index(r.direction) % len(palette)]
         fill = color if r.fdr <= alpha else 'white'
         ax.scatter(r[x], i, s=25 + 14*r.n_top, color=fill, edgecolor=color, lw=1.4, zorder=3)
-    for k in kinds if len(kinds) > 1 else []:
-        ax.scatter([], [], color=palette[kinds.index(k) % len(palette)], label=k)
+    _enrichment_legend(ax, t, kinds, alpha)
+    ax.axvline(0 if x == 'nes' else 1, color=gray, lw=1, ls='--')
+    if x == 'odds_ratio': _odds_axis(ax)
+    labels = [f'{s[:40]}  {a}/{b}' for s, a, b in zip(t['set'], t.n_top, t.n_screened)]
+    ax.set_yticks(range(len(t)), labels)
+    name = dict(nes='normalized enrichment score', odds_ratio='odds ratio')[x]
+    ax.set(xlabel=name + '; smallest p at the top', ylim=(-.7, len(t) - .3))
+    return ax
+
+def _enrichment_legend(ax, t, kinds, alpha):
+    "Draw the legend: directions, false discovery rate, sizes of dots"
+    if len(kinds) > 1:
+        for i, k in enumerate(kinds):
+            ax.scatter([], [], color=palette[i % len(palette)], label=k)
     ax.scatter([], [], color=gray, label=f'FDR {alpha:g} or less')
     ax.scatter([], [], color='white', edgecolor=gray, label=f'FDR above {alpha:g}')
-    sizes = sorted({int(t.n_top.min()), int(t.n_top.median()), int(t.n_top.max())})
-    for m in sizes:
-        ax.scatter(
-            [],
-            [],
-            s=25 + 14 * m,
-            color='white',
-            edgecolor=gray,
-            lw=1.4,
-            label=f"{m} gene{'s'[: m != 1]} on top",
-        )
-    ax.axvline(0 if x == 'nes' else 1, color=gray, lw=1, ls='--')
-    if x == 'odds_ratio':
-        ax.set_xscale('log')
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter('{x:g}')
-        ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_yticks(
-        range(len(t)), [f'{s[:40]}  {a}/{b}' for s, a, b in zip(t['set'], t.n_top, t.n_screened)]
-    )
-    ax.set(xlabel=label + '; smallest p at the top', ylim=(-.7, len(t) - .3))
+    dot = dict(color='white', edgecolor=gray, lw=1.4)
+    for m in sorted({int(t.n_top.min()), int(t.n_top.median()), int(t.n_top.max())}):
+        genes = 'gene' if m == 1 else 'genes'
+        ax.scatter([], [], s=25 + 14*m, label=f'{m} {genes} on top', **dot)
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
-    return ax
+
+def _odds_axis(ax):
+    "Give a plot of odds ratios a log axis with plain numbers"
+    from matplotlib.ticker import LogLocator, NullLocator
+    ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_minor_locator(NullLocator())

@@ -13,16 +13,8 @@ from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd
 from ..core import GeneformerError, Manifest, check_folder, digest, in_words
 from ..data.cells import Cells
-from geneformer_nb.data.ranks import (
-    Record,
-    find_record,
-    need_adata,
-    own_vocabulary,
-    plain_counts,
-    ranked_cells,
-    recorded_counts,
-    recorded_match,
-)
+from ..data.ranks import Record, find_record, need_adata, own_vocabulary
+from ..data.ranks import plain_counts, ranked_cells, recorded_counts, recorded_match
 from ..data.vocabulary import GeneMatch, Vocabulary
 from ..evaluate.splits import fold_donors
 from ..model.bert import Geneformer, weights_digest
@@ -343,23 +335,9 @@ def make_plan(
     what = screen_actions(cells, question, settings, vocabulary)
     ActionPlan(what, vocabulary)
     out = check_folder(out, need=200_000_000)
-    plan = Plan(
-        question,
-        settings,
-        cells,
-        plain_counts(counts),
-        match,
-        record,
-        fold,
-        screened,
-        what,
-        known,
-        flags,
-        model,
-        'It was given.',
-        out,
-        check_folder(shared) if shared else out,
-    )
+    shared = check_folder(shared) if shared else out
+    plan = Plan(question, settings, cells, plain_counts(counts), match, record, fold, screened, what,
+                known, flags, model, 'It was given.', out, shared)
     cells.save(out/'cells.dataset')
     _open_manifests(plan)
     return _with_model(plan, vocabulary, say)
@@ -373,8 +351,9 @@ def vocabulary_for(
     made; raises `VocabularyError`"""
     if isinstance(model, Vocabulary): return model
     if isinstance(model, Geneformer): return model.vocabulary
-    if model is not None: raise GeneformerError(
-        f"model is a Geneformer, the name of a checkpoint, a Vocabulary or None, not {type(model).__name__}.")
+    if model is not None:
+        raise GeneformerError("model is a Geneformer, the name of a checkpoint, a Vocabulary or None, "
+                              f"not {type(model).__name__}.")
     record = find_record(adata)
     if record.own_vocabulary: return own_vocabulary(record)
     raise GeneformerError(

@@ -130,10 +130,12 @@ def _controls(s, n=12):
         rank = s.table[c].rank(ascending=False, method='min')[t.index]
         shown = rank.map(lambda x: '' if np.isnan(x) else f'{x:.0f}')
         show[_score_names[c]] = t[c] if c == 'p_permuted' else shown
-    text = (f"The table gives the rank of the best actions among all {len(s.table):,} by each other "
-            "score. Two scores use the counts alone: the test and the regression. One uses an encoder "
-            "that was fine-tuned but never pretrained. Compare the model with these. A cell is empty "
-            "where a score has no value for the action.")
+    text = (
+        f"The table gives the rank of the best actions among all {len(s.table):,} by each other "
+        "score. Two scores use the counts alone: the test and the regression. One uses an encoder "
+        "that was fine-tuned but never pretrained. Compare the model with these. A cell is empty "
+        "where a score has no value for the action."
+    )
     agree = s.agreement.rename(index=_score_names, columns=_agreement_names)
     below = "The next table compares the order by each score with the order of the screen."
     tables = table_html(_numbered(show)) + para(below) + table_html(agree)
@@ -151,10 +153,12 @@ def _map(s):
 def _pairs(s):
     "Section on pairs of actions; empty without them"
     if not len(s.pairs): return []
-    text = ("The best actions were tried in pairs. The column parts is the sum of both shifts in the "
-            "same cells. The column beyond is the shift of the pair less its parts, with interval and "
-            f"p over {s.question.unit}s. The actions were chosen by their shift in these cells, so "
-            "shift is biased upwards. The column beyond is not.")
+    text = (
+        "The best actions were tried in pairs. The column parts is the sum of both shifts in the "
+        "same cells. The column beyond is the shift of the pair less its parts, with interval and "
+        f"p over {s.question.unit}s. The actions were chosen by their shift in these cells, so "
+        "shift is biased upwards. The column beyond is not."
+    )
     return [('Pairs of actions', para(text) + table_html(s.pairs))]
 
 def _stability(s):
@@ -188,17 +192,23 @@ def _question(s):
     acts = dict(KO='deleted (KO)', OE='put before all others (OE)', up='moved up by half a cell',
                 down='moved down by half a cell')
     done = ' or '.join(acts[d] for d in s.settings.directions)
-    ask = (f"Which genes, {done} in {q.start} cells, move them towards {q.goal}? "
-           f"{s.n_screened:,} {q.start} cells of {s.n_donors} {unit}s were perturbed in silico, gene "
-           f"by gene ({len(s.shifts):,} perturbed cells). The classifier of each cell had not seen "
-           f"its {unit}.")
-    held = (f"Every {unit} is held out once. The audit found no {unit} and no cell on both sides of "
-            "a fold:")
+    ask = (
+        f"Which genes, {done} in {q.start} cells, move them towards {q.goal}? "
+        f"{s.n_screened:,} {q.start} cells of {s.n_donors} {unit}s were perturbed in silico, gene "
+        f"by gene ({len(s.shifts):,} perturbed cells). The classifier of each cell had not seen "
+        f"its {unit}."
+    )
+    held = (
+        f"Every {unit} is held out once. The audit found no {unit} and no cell on both sides of "
+        "a fold:"
+    )
     cohort = table_html(s.cohort.rename_axis(None)) + para(held) + table_html(s.audit)
     limits = list(s.limits)
     if s.unit != 'donors':
-        limits.append(f"Fewer than three {unit}s could be screened. So intervals and p-values count "
-                      "cells as if they were independent, and they are too narrow.")
+        limits.append(
+            f"Fewer than three {unit}s could be screened. So intervals and p-values count "
+            "cells as if they were independent, and they are too narrow."
+        )
     notes = ''.join(para(l, 'note') for l in limits)
     return [('', para(ask, 'lead')), ('The cohort', cohort), ('Read this first', notes)]
 
@@ -215,10 +225,12 @@ def _quality(s):
 def _ranking(s, n):
     "Section on the best `n` targets, with figures"
     q, marks = s.question, s.known_symbols
-    text = (f"Targets are ranked by score = effect x (1 - p) x agreement of {q.unit}s x share of "
-            "matched genes with a smaller shift. The last two factors count from one half. Effect is "
-            "the shift less that of matched genes, in units of the spread of its kind of action. "
-            f"Shift is a difference of cosines: a positive one is towards {q.goal}.")
+    text = (
+        f"Targets are ranked by score = effect x (1 - p) x agreement of {q.unit}s x share of "
+        "matched genes with a smaller shift. The last two factors count from one half. Effect is "
+        "the shift less that of matched genes, in units of the spread of its kind of action. "
+        f"Shift is a difference of cosines: a positive one is towards {q.goal}."
+    )
     out = para(text) + table_html(_targets(s, n))
     top = plots.top_targets(s.table, 15, by='score', mark=marks)
     out += picture(top, f'The fifteen best by score: shift towards {q.goal}')
@@ -236,9 +248,11 @@ def write_report(
     n:int=20, # targets in the table
 )->Path: # the file
     "Write the report of a screen"
-    cite = ('Geneformer: Theodoris et al., Transfer learning enables predictions in network biology, '
-            'Nature 618, 616–624 (2023), doi 10.1038/s41586-023-06139-9. '
-            'This implementation: geneformer_nb.')
+    cite = (
+        'Geneformer: Theodoris et al., Transfer learning enables predictions in network biology, '
+        'Nature 618, 616–624 (2023), doi 10.1038/s41586-023-06139-9. '
+        'This implementation: geneformer_nb.'
+    )
     parts = _question(s) + _quality(s) + _ranking(s, n)
     for section in (_map, _controls, _pairs, _stability, _known): parts += section(s)
     parts += [('Methods', ''.join(map(para, s.methods))), ('How to cite', para(cite))]

@@ -22,25 +22,12 @@ from ..model.embed import state_embeddings
 from ..perturb.gradients import first_order
 from ..perturb.shards import perturb_to
 from ..perturb.stats import summarize
-from geneformer_nb.screen.controls import (
-    action_of,
-    before_after,
-    best_pairs,
-    over_seeds,
-    pair_effects,
-    permuted_p,
-    stability_of,
-)
+from .controls import action_of, before_after, best_pairs
+from .controls import over_seeds, pair_effects, permuted_p, stability_of
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #3c0ac482
-from geneformer_nb.screen.question import (
-    Plan,
-    Question,
-    Settings,
-    cohort_table,
-    limits_of,
-    make_plan,
-)
+from .question import Plan, Question, Settings
+from .question import cohort_table, limits_of, make_plan
 from .report import save_figure, write_report
 from .score import agreement, count_controls, flag_genes, orient, score_targets
 from ..tasks.compare import untrained
@@ -531,33 +518,18 @@ def finish(
     if beside.more: table = over_seeds([table, *beside.more])
     quality = classifier_scores(predictions, folds, beside)
     rankings, known, by_gene = rank_known(plan, table)
+    agree = agreement(table, [c for c in score_columns[1:] if c in table])
+    tables = dict(table=table, by_donor=by_donor, shifts=shifts, obs=obs, predictions=predictions,
+                  quality=pd.DataFrame(quality).T, cohort=cohort_table(obs, q),
+                  audit=joined(folds, 'audit'), known=known, known_by_gene=by_gene, agreement=agree,
+                  stability=stability, pairs=try_pairs(plan, folds, table, shifts),
+                  map=draw_map(plan, folds, table) if report else pd.DataFrame())
+    limits = limits_of(obs, q) + _against_baselines(quality) + beside.notes
     return Result(
-        table=table,
-        by_donor=by_donor,
-        shifts=shifts,
-        obs=obs,
-        quality=pd.DataFrame(quality).T,
-        predictions=predictions,
-        cohort=cohort_table(obs, q),
-        audit=joined(folds, 'audit'),
-        rankings={k: v.symbol(r) for k, r in rankings.items()},
-        known=known,
-        known_by_gene=by_gene,
-        agreement=agreement(table, [c for c in score_columns[1:] if c in table]),
-        stability=stability,
-        pairs=try_pairs(plan, folds, table, shifts),
-        map=draw_map(plan, folds, table) if report else pd.DataFrame(),
-        question=q,
-        settings=plan.settings,
-        n_screened=len(plan.screened),
-        n_donors=plan.n_donors,
-        known_symbols=v.symbol(plan.known),
-        limits=limits_of(obs, q) + _against_baselines(quality) + beside.notes,
-        methods=methods_text(plan),
-        unit=unit,
-        folder=plan.out,
-        title=title or f"Target screen: {q.start} → {q.goal}",
-    )
+        **tables, question=q, settings=plan.settings, n_screened=len(plan.screened),
+        rankings={k: v.symbol(r) for k, r in rankings.items()}, n_donors=plan.n_donors,
+        known_symbols=v.symbol(plan.known), limits=limits, methods=methods_text(plan), unit=unit,
+        folder=plan.out, title=title or f"Target screen: {q.start} → {q.goal}")
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #728fb19d
 def write(
@@ -571,25 +543,12 @@ def write(
     result.table.to_parquet(out/'targets.parquet')
     result.by_donor.to_csv(out/'targets_by_donor.csv', index=False)
     if len(result.pairs): result.pairs.to_csv(out/'pairs.csv', index=False)
-    plan = dict(
-        n_screened=result.n_screened,
-        n_donors=result.n_donors,
-        n_perturbed=len(result.shifts),
-        unit=result.unit,
-    )
-    write_json(
-        out / 'summary.json',
-        dict(
-            question=asdict(q),
-            settings=asdict(result.settings),
-            plan=plan,
-            quality=result.quality.to_dict(),
-            known=result.known.to_dict(),
-            agreement=result.agreement.to_dict(),
-            stability=result.stability.to_dict(),
-            methods=result.methods,
-        ),
-    )
+    tables = ('quality', 'known', 'agreement', 'stability')
+    write_json(out/'summary.json', dict(
+        question=asdict(q), settings=asdict(result.settings),
+        plan=dict(n_screened=result.n_screened, n_donors=result.n_donors,
+                  n_perturbed=len(result.shifts), unit=result.unit),
+        **{name: getattr(result, name).to_dict() for name in tables}, methods=result.methods))
     if not report: return
     save_figure(
         plots.top_targets(result.table, 12, by='score', mark=result.known_symbols),

@@ -80,7 +80,8 @@ _marks = {
     'mitochondrial': r'^MT-',
     'ribosomal': r'^RP[LS]\d',
     'hemoglobin': r'^HB[ABDEGMQZ]\d?$',
-    'sex-linked': r'^(XIST|TSIX|DDX3Y|EIF1AY|KDM5D|NLGN4Y|RPS4Y[12]|TMSB4Y|TXLNGY|TTTY\d+|USP9Y|UTY|ZFY)$',
+    'sex-linked': r'^(XIST|TSIX|DDX3Y|EIF1AY|KDM5D|NLGN4Y|RPS4Y[12]|TMSB4Y|TXLNGY|TTTY\d+|USP9Y|UTY|'
+                  r'ZFY)$',
 }
 
 def ambient_genes(
