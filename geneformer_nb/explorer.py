@@ -48,23 +48,18 @@ class Explorer:
         self.asked = dict(layer=layer, pool=pool, budget=budget)
         self.layer, pooled = layer_and_pool(model, layer, pool)
         column = states if isinstance(states, str) else None
-        if column:
-            states = state_embeddings(
-                cells, self.encoder, column, layer=self.layer, pool=pooled, show=False
-            )
+        how = dict(layer=self.layer, pool=pooled, show=False)
+        if column: states = state_embeddings(cells, self.encoder, column, **how)
         engine = make_engine(model, cells, states, layer, pool, False, None)
         # the states the cells are in come last
         begin = np.atleast_1d((where or {}).get(column, [])).astype(str)
         measures = [c.removeprefix('shift_') for c in engine.columns if c.startswith('shift_')]
         if not measures:
-            raise GeneformerError(
-                "There is nothing to move towards: pass states={name: vector}, or the obs "
-                "column of the states."
-            )
+            raise GeneformerError("There is nothing to move towards: pass states={name: vector}, or "
+                                  "the obs column of the states.")
         if donor is not None and donor not in cells.obs:
-            raise GeneformerError(
-                f"obs has no column {donor!r} (it has {', '.join(map(str, cells.obs.columns))})."
-            )
+            have = ', '.join(map(str, cells.obs.columns))
+            raise GeneformerError(f"obs has no column {donor!r} (it has {have}).")
         self.measures = sorted(measures, key=lambda m: m in begin)
         self.states, self.donor, self.n_nulls, self.n_near = states, donor, nulls, neighbors
         self.cache, self.near, self._ui, self.first = {}, None, None, None
@@ -78,7 +73,8 @@ class Explorer:
     def __repr__(self):
         of = f' of {len(set(self.who))} {self.donor}s' if self.donor else ''
         towards = ', '.join(self.measures)
-        return f"Explorer of {len(self.cells)} cells{of}: look('GENE', 'inhibit'), towards {towards}"
+        cells = f'{len(self.cells)} cells{of}'
+        return f"Explorer of {cells}: look('GENE', 'inhibit'), towards {towards}"
 
 # %% ../nbs/54_explorer.ipynb #6b19212a
 def explore(
@@ -276,8 +272,8 @@ def look(self:Explorer,
         raise GeneformerError(f"state={state!r} is one of {', '.join(self.measures)}.")
     has, present, said = self.there[:, tokens].all(1), action != 'activate', self._names(tokens)
     if present and not has.any():
-        raise GeneformerError(f"None of the {len(has)} cells has {said}: nothing can be taken out or "
-                              "moved; activate can put it there.")
+        raise GeneformerError(f"None of the {len(has)} cells has {said}: nothing can be taken out "
+                              "or moved; activate can put it there.")
     words = dict(inhibit=f'Inhibiting {said}', activate=f'Activating {said}')
     words = words.get(action, f'Moving {said} {action} by {share:.0%}')
     others, shifts, tell = self.matched(tokens, present), [], tell or (lambda *_: None)
@@ -321,9 +317,8 @@ def figure(self:Explorer,
     b.scatter(0, look.shift, s=60, marker='D', color=palette[1], label=look.genes, zorder=3)
     b.set(xticks=[], xlim=(-.5, .5), ylabel=f'the same, mean over {look.unit}s')
     b.legend(loc='lower left', bbox_to_anchor=(-.2, 1), ncols=1, borderaxespad=0)
-    for ax in (a, b):
-        ax.axhline(0, color=gray, lw=.8)
-        ax.yaxis.set_major_formatter('{x:.3g}')
+    for ax in (a, b): ax.axhline(0, color=gray, lw=.8)
+    for ax in (a, b): ax.yaxis.set_major_formatter('{x:.3g}')
     plt.close(fig)
     return fig
 

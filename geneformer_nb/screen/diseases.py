@@ -142,11 +142,9 @@ def disease_screen(
     diseases = [diseases] if isinstance(diseases, str) else list(diseases)
     if not diseases or healthy in diseases:
         raise GeneformerError(f"diseases names states other than {healthy!r}, one or more.")
-    for name in ('start', 'goal', 'directions', 'shared', 'title'):
-        if name in more:
-            raise GeneformerError(
-                f"{name} is set by disease_screen: use healthy, diseases, modeling and treatment."
-            )
+    if taken := [k for k in ('start', 'goal', 'directions', 'shared', 'title') if k in more]:
+        raise GeneformerError(f"{taken[0]} is set by disease_screen: use healthy, diseases, "
+                              "modeling and treatment.")
     tell, out = say or (lambda *_: None), check_folder(out)
     into = [(healthy, d, modeling) for d in diseases if modeling]
     out_of = [(d, healthy, treatment) for d in diseases if treatment]
@@ -154,20 +152,9 @@ def disease_screen(
     for start, goal, directions in into + out_of:
         name = f'{start} → {goal}'
         tell(name)
-        folder = out/_slug(f'{start}-to-{goal}')
-        screens[name] = screen(
-            adata,
-            model,
-            label=label,
-            donor=donor,
-            start=start,
-            goal=goal,
-            directions=directions,
-            out=folder,
-            shared=out / 'shared',
-            say=say,
-            **more,
-        )
+        ask = dict(label=label, donor=donor, start=start, goal=goal, directions=directions)
+        places = dict(out=out/_slug(f'{start}-to-{goal}'), shared=out/'shared')
+        screens[name] = screen(adata, model, **ask, **places, say=say, **more)
     shared = _shared(screens, healthy, diseases, alpha)
     result = DiseaseScreen(screens, shared, _all_both_ways(screens, healthy, diseases, alpha), out)
     result.shared.to_csv(out/'shared.csv')

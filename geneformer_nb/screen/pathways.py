@@ -32,8 +32,8 @@ def read_gmt(
         # some servers write a weight behind a comma
         genes = [g.split(',')[0] for g in rest[1:] if g]
         if not name or not genes:
-            raise GeneformerError(f"Line {i} of '{file.name}' is not a line of a GMT file: a name, a "
-                                  "description and genes, separated by tabs.")
+            raise GeneformerError(f"Line {i} of '{file.name}' is not a line of a GMT file: a name, "
+                                  "a description and genes, separated by tabs.")
         if name in names: raise GeneformerError(
             f"Line {i} of '{file.name}' names the set {name!r} a second time: rename one.")
         names.add(name)
@@ -197,8 +197,8 @@ def _ora(scores, net, top, **_):
 def running_sum(
     scores, # (genes,) scores, highest first
     member, # (genes,) is the gene in the set?
-)->np.ndarray: # (genes,) the walk; its furthest point from zero is the enrichment score
-    "The walk of a set down a ranking"
+)->np.ndarray: # (genes,) its furthest point from zero is the enrichment score
+    "Running sum of a set down a ranking"
     scores, member = np.abs(np.asarray(scores, float)), np.asarray(member, bool)
     up = np.where(member, scores, 0)
     return np.cumsum(up/max(up.sum(), 1e-300) - ~member/max((~member).sum(), 1))
@@ -208,7 +208,7 @@ def _gsea(scores, net, times, seed, **_):
     "ES, NES, p and leading edge of each set; scores by gene are of one direction"
     mt, pp = _decoupler().mt, _decoupler().pp
     if scores.nunique() < 2:
-        raise GeneformerError("All scores are equal: there is no ranking to walk down.")
+        raise GeneformerError("All scores are equal: there is no ranking.")
     # equal scores stand in a random order, not in that of the alphabet
     shuffled = np.random.default_rng(seed).permutation(len(scores))
     s = scores.iloc[shuffled].sort_values(ascending=False, kind='stable')
@@ -315,6 +315,7 @@ def enrichment_plot(
     ax.set(xlabel=name + '; smallest p at the top', ylim=(-.7, len(t) - .3))
     return ax
 
+# %% ../../nbs/35b_pathways.ipynb #fa8ed211
 def _enrichment_legend(ax, t, kinds, alpha):
     "Draw the legend: directions, false discovery rate, sizes of dots"
     if len(kinds) > 1:
