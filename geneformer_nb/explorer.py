@@ -55,8 +55,8 @@ class Explorer:
         begin = np.atleast_1d((where or {}).get(column, [])).astype(str)
         measures = [c.removeprefix('shift_') for c in engine.columns if c.startswith('shift_')]
         if not measures:
-            raise GeneformerError("There is nothing to move towards: pass states={name: vector}, or "
-                                  "the obs column of the states.")
+            raise GeneformerError("There is nothing to move towards: pass states={name: vector}, "
+                                  "or the obs column of the states.")
         if donor is not None and donor not in cells.obs:
             have = ', '.join(map(str, cells.obs.columns))
             raise GeneformerError(f"obs has no column {donor!r} (it has {have}).")

@@ -208,8 +208,8 @@ def recovery(
     columns, # names of columns in which larger is better; rows without a value come last
     k=(5, 10, 20), # lengths of top lists
 )->pd.DataFrame: # by column: auroc, average_precision, and precision and recall among the first k
-    """How well each score finds the right perturbations; raises `GeneformerError` when the table has
-    none"""
+    """How well each score finds the right perturbations; raises `GeneformerError` when the table
+    has none"""
     from sklearn.metrics import average_precision_score, roc_auc_score
     y = table.perturbation.astype(str).isin(set(map(str, true))).to_numpy()
     if not y.any() or y.all():
