@@ -40,7 +40,7 @@ def known_table(
     n_genes:int, # genes that were tested
 )->tuple: # by score: median rank and recall, and what chance gives; and the rank of each gene by
 # each score
-    "How the genes named beforehand rank"
+    "Ranks of the genes named before the screen"
     rows, by_gene = {}, {}
     for name, order in rankings.items():
         at = {g: i + 1 for i, g in enumerate(dict.fromkeys(order))}
@@ -61,14 +61,13 @@ def _against_baselines(quality):
     return [
         f"The classifier behind this screen ({own[1]['donor_accuracy']:.2f} mean accuracy over "
         f"held-out donors) does not beat {best[0]} "
-        f"({best[1]['donor_accuracy']:.2f}): it has not read everything in the cells that tells "
-        "the states apart."
+        f"({best[1]['donor_accuracy']:.2f}): it misses a part of what distinguishes the states."
     ]
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #8a5af0a3
 @dataclass
 class Fold:
-    "What one fold gives"
+    "Results of one fold"
     predictions: pd.DataFrame # truth, predicted and donor of every held-out cell
     baselines: dict           # {baseline: predicted class of every held-out cell}
     audit: pd.DataFrame       # cells and donors of each side
@@ -132,7 +131,7 @@ def run_fold(
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #267b0b00
 def _perturb_fold(plan, k, out, clf, states):
-    "Put the shifts of the cells of a fold into it"
+    "Perturb the screened cells of a fold and store their shifts in `out`"
     how = dict(states=states, layer='last', pool=clf.pool)
     folder = plan.out/f'fold-{k}'
     out.shifts = perturb_to(
@@ -149,7 +148,7 @@ def run_folds(
     plan:Plan, # of the screen
     say=print, # function that is told what happens
 )->list: # of `Fold`
-    "Every fold in turn"
+    "Run every fold, one after the other"
     folds, start = [], time.time()
     for k in range(plan.n_folds):
         f = run_fold(plan, k)
@@ -179,8 +178,7 @@ def joined(
 @dataclass
 class Result:
     "A finished screen"
-    table: pd.DataFrame # one row an action: the result table and the columns told of below, best
-    # first
+    table: pd.DataFrame # one row an action, best first: result table and scores of other methods
     by_donor: pd.DataFrame    # the same for each donor
     shifts: pd.DataFrame      # one row a cell and perturbation
     obs: pd.DataFrame         # of the cells that `shifts["cell"]` counts
@@ -233,7 +231,7 @@ def score(
     plan:Plan, # of the screen
     folds:list, # of `Fold`
 )->tuple: # table of all actions, best first; its rows by donor; the unit of replication
-    "The tidy tables of a screen"
+    "Score the actions of a screen"
     q, obs, v, shifts, fast = (
         plan.question,
         plan.cells.obs,
@@ -261,7 +259,7 @@ def score(
 def methods_text(
     plan:Plan, # of the screen
 )->list: # sentences
-    "How it was done, for the report"
+    "Methods of a screen, for the report"
     q, s, cells, model = plan.question, plan.settings, plan.cells, plan.model
     matched = ', '.join(f'{k} {v}' for k, v in plan.record.match.items() if v)
     how = ', '.join(f'{k}={v}' for k, v in s.finetuning.items())
@@ -307,8 +305,8 @@ def screen(
     **settings, # directions, genes, max_cells, folds, known, controls, pairs, seeds … as in
     # `Settings`
 )->Result: # also written to `out`
-    """Rank genes by how far perturbing them moves held-out cells from start to goal; resumable.
-    Raises `GeneformerError` and kin"""
+    """Rank genes by how far perturbing them moves held-out cells from start to goal. A killed run
+    goes on when called again. Raises `GeneformerError` and its subclasses"""
     say, settings = say or (lambda *_: None), Settings(**settings)
     question = Question(label, donor, str(start), str(goal), where, groups)
     plan = make_plan(adata, model, question, settings, out, shared, say)
@@ -386,7 +384,7 @@ def _permuted(plan, out):
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #e1710832
 def _with_counts(plan, table):
-    "The table with what the counts alone say of each action, and flags"
+    "The table with scores of the counts alone, and flags"
     q, v = plan.question, plan.vocabulary
     table = orient(
         table, count_controls(plan.counts, plan.match, v, q.label, q.start, q.goal, q.donor)
@@ -404,7 +402,7 @@ def with_controls(plan, table, beside):
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #7b3ce62f
 def try_pairs(plan, folds, table, shifts):
-    "The best actions two by two, in the cells and by the classifiers of their folds"
+    "Table of pairs of the best actions, perturbed by the classifier of each fold"
     q, n, got = plan.question, plan.settings.pairs, []
     what = best_pairs(table, n) if n > 1 else []
     if not what: return pd.DataFrame()
@@ -537,7 +535,7 @@ def write(
     report:bool=True, # also the page of HTML
     say=print, # function that is told what happens
 ):
-    "Everything that is left in the folder for others to read"
+    "Write the tables, the summary and the report of a screen"
     out, q = result.folder, result.question
     result.table.to_csv(out/'targets.csv', index=False)
     result.table.to_parquet(out/'targets.parquet')
