@@ -178,11 +178,11 @@ class Look:
         )
         n, gene = len(self.donors), 'all the genes' if '+' in self.genes else 'the gene'
         whose = f'{n} {self.unit}s' if n > 1 else f'{len(self.cells)} cells'
-        said = (f"{self.words} changes {what} by {_num(self.shift)}, mean of {whose}. "
+        text = (f"{self.words} changes {what} by {_num(self.shift)}, mean of {whose}. "
                 f"{self.have} of {self.of} cells have {gene}. ")
-        if not len(self.nulls): return said + "There are no matched genes to compare with."
+        if not len(self.nulls): return text + "There are no matched genes to compare with."
         x = self.nulls['shift']
-        return said + (
+        return text + (
             f"{len(x)} matched genes: {_num(x.mean())}, from {_num(x.min())} to {_num(x.max())}; "
             f"this is above {self.place} of them."
         )
@@ -207,7 +207,7 @@ def _names(self:Explorer, tokens):
 
 # %% ../nbs/54_explorer.ipynb #d66951c5
 @patch
-def _answer(self:Explorer, words, said, state, shifts, others, near, has):
+def _answer(self:Explorer, words, names, state, shifts, others, near, has):
     "A `Look` from the shifts of the question and of the matched genes"
     mine, *null = [x.groupby(self.who[x.index]).mean() for x in shifts] # of each donor
     of = pd.concat(null, axis=1).mean(axis=1).reindex(mine.index) if null else np.nan
@@ -223,7 +223,7 @@ def _answer(self:Explorer, words, said, state, shifts, others, near, has):
     nulls = pd.DataFrame(rows, columns=['gene', 'shift', 'cells'])
     return Look(
         words,
-        said,
+        names,
         state,
         float(mine.mean()),
         cells,
@@ -270,12 +270,12 @@ def look(self:Explorer,
     state = self.measures[0] if state is None else str(state)
     if state not in self.measures:
         raise GeneformerError(f"state={state!r} is one of {', '.join(self.measures)}.")
-    has, present, said = self.there[:, tokens].all(1), action != 'activate', self._names(tokens)
+    has, present, names = self.there[:, tokens].all(1), action != 'activate', self._names(tokens)
     if present and not has.any():
-        raise GeneformerError(f"None of the {len(has)} cells has {said}: nothing can be taken out "
+        raise GeneformerError(f"None of the {len(has)} cells has {names}: nothing can be taken out "
                               "or moved; activate can put it there.")
-    words = dict(inhibit=f'Inhibiting {said}', activate=f'Activating {said}')
-    words = words.get(action, f'Moving {said} {action} by {share:.0%}')
+    words = dict(inhibit=f'Inhibiting {names}', activate=f'Activating {names}')
+    words = words.get(action, f'Moving {names} {action} by {share:.0%}')
     others, shifts, tell = self.matched(tokens, present), [], tell or (lambda *_: None)
     # a few at a time, to have something to tell
     todo = [[tokens], *(others[i:i + 4] for i in range(0, len(others), 4))]
@@ -284,7 +284,7 @@ def look(self:Explorer,
         tell(i + 1, len(todo) + 1)
     near = self.neighbors(tokens)
     tell(len(todo) + 1, len(todo) + 1)
-    return self._answer(words, said, state, shifts, others, near, has)
+    return self._answer(words, names, state, shifts, others, near, has)
 
 # %% ../nbs/54_explorer.ipynb #4863bb25
 @patch
@@ -330,7 +330,7 @@ _look = """<style>.gf-look{display:flex;flex-wrap:wrap;gap:1rem 2.5rem;font-size
 
 def _side(*parts): # (heading, table) pairs
     "Tables side by side"
-    def text(t): # numbers as they are said
+    def text(t): # numbers as text
         show = {c: '{:.2f}'.format if c == 'cosine' else _num for c in t if t[c].dtype.kind == 'f'}
         return t.assign(**{c: t[c].map(f) for c, f in show.items()}).reset_index(drop=True)
     tables = [

@@ -108,10 +108,11 @@ def _both_ways(model, treat, of, alpha):
     two = a[a.way != 0].merge(
         b.assign(way=-b.way), on=['gene_id', 'way'], suffixes=('_into', '_out_of')
     )
-    def said(side):
+    def actions_of(side):
         rows = zip(two[f'kind_{side}'], two[f'score_{side}'])
         return [f"{_action_text(k)}: {s:.3g}" for k, s in rows]
-    two = two.assign(disease=of, symbol=two.symbol_into, into=said('into'), out_of=said('out_of'))
+    two = two.assign(disease=of, symbol=two.symbol_into, into=actions_of('into'),
+                     out_of=actions_of('out_of'))
     return pd.DataFrame(
         two,
         columns=['disease', 'gene_id', 'symbol', 'into', 'out_of', 'score_into', 'score_out_of'],

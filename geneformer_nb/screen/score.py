@@ -107,17 +107,17 @@ def flag_genes(
     lists:dict=None, # {flag: gene ids or symbols}; names that are not among the genes are passed
     # over
 )->pd.Series: # by gene id: flags joined by ", ", empty where there is none
-    "Genes known to deceive, by name or by list"
+    "Flags of misleading genes, by symbol or by list"
     genes = list(dict.fromkeys(map(str, genes)))
     symbols = pd.Series([str(vocabulary.symbol(g)) for g in genes], genes, dtype=object).str.upper()
-    said = {f: set(symbols.index[symbols.str.match(p)]) for f, p in _marks.items()}
+    flagged = {f: set(symbols.index[symbols.str.match(p)]) for f, p in _marks.items()}
     for f, names in (lists or {}).items():
         names = {str(x).upper() for x in ([names] if isinstance(names, str) else names)}
-        said[f] = said.get(f, set()) | {
+        flagged[f] = flagged.get(f, set()) | {
             g for g, s in symbols.items() if s in names or g.upper() in names
         }
     return pd.Series(
-        [', '.join(f for f, g in said.items() if x in g) for x in genes], genes, dtype=object
+        [', '.join(f for f, g in flagged.items() if x in g) for x in genes], genes, dtype=object
     )
 
 # %% ../../nbs/35c_score.ipynb #1016b976
