@@ -4,7 +4,7 @@ __version__ = "0.0.1"
 from .core import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
-    'model.bert': 'Geneformer',
+    'tl': 'Geneformer', # tl loads every part, so that a model has all its methods: encode, perturb, finetune
     'data.vocabulary': 'Vocabulary',
     'data.cells': 'Cells',
     'perturb.actions': 'KO OE Dose drug each pairs',

@@ -194,8 +194,8 @@ def tokenize(
     done = tokenize_to(
         list(data), read_vocabulary(vocabulary), out, rows=rows, executor=executor, workers=workers,
         part=part, obs=carry, keep=None if keep_all else keep,
-        special=False if no_special else None, max_len=max_len, counts=keep_counts, uncropped=uncropped,
-        collapse=not no_collapse, **asdict(counts))
+        special=False if no_special else None, max_len=max_len, counts=keep_counts,
+        uncropped=uncropped, collapse=not no_collapse, **asdict(counts))
     if done is None:
         print(
             f"shards {part[0]}, {part[0] + part[1]}, … are done; '{Path(out).name}' waits for "

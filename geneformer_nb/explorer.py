@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from .data.cells import Cells
 from .core import GeneformerError
 from .model.embed import gene_embeddings, pick_cells, state_embeddings
-from .perturb.actions import Dose, KO, OE, ActionPlan, make_engine, layer_and_pool, perturb
+from .perturb.actions import Dose, KO, OE, ActionPlan
+from .perturb.actions import make_engine, layer_and_pool, perturb
 from .plots.style import gray, styled, palette
 from .screen.report import picture, table_html
 from .jobs import check_positive
@@ -23,11 +24,13 @@ from .perturb.stats import nearest_genes
 def _even(who, rows, most, seed):
     "At most `most` of the rows, drawn in turn from each of `who`"
     order = np.random.default_rng(seed).permutation(rows)
-    turn = pd.Series(who[order]).groupby(who[order]).cumcount().to_numpy() # the first of each, then a second of each …
+    # the first of each, then a second of each …
+    turn = pd.Series(who[order]).groupby(who[order]).cumcount().to_numpy()
     return np.sort(order[np.argsort(turn, kind='stable')[:most]])
 
 def _count(cells, n_tokens, specials):
-    "(cells, tokens) is the gene there? and (tokens,) the mean rank of each gene; last where it is not seen"
+    """(cells, tokens) is the gene there? and (tokens,) the mean rank of each gene; last where it is
+    not seen"""
     x, row = cells.tokens, np.repeat(np.arange(len(cells)), cells.lengths)
     rank, there = np.arange(len(x)) - cells.offsets[row], np.zeros((len(cells), n_tokens), bool)
     there[row, x] = True
@@ -38,23 +41,30 @@ def _count(cells, n_tokens, specials):
 # %% ../nbs/54_explorer.ipynb #a906b637
 class Explorer:
     "Cells, a model, and states to move towards"
-    def __init__(self, model, cells, states, donor, where, max_cells, nulls, neighbors, seed, layer, pool, budget):
+    def __init__(self, model, cells, states, donor, where, max_cells, nulls, neighbors, seed, layer,
+                 pool, budget):
         check_positive(max_cells=max_cells, nulls=nulls, neighbors=neighbors)
         self.model, self.encoder = model, model.encoder
         self.asked = dict(layer=layer, pool=pool, budget=budget)
         self.layer, pooled = layer_and_pool(model, layer, pool)
         column = states if isinstance(states, str) else None
-        if column: states = state_embeddings(cells, self.encoder, column, layer=self.layer, pool=pooled, show=False)
+        how = dict(layer=self.layer, pool=pooled, show=False)
+        if column: states = state_embeddings(cells, self.encoder, column, **how)
         engine = make_engine(model, cells, states, layer, pool, False, None)
-        begin = np.atleast_1d((where or {}).get(column, [])).astype(str) # the states the cells are in come last
+        # the states the cells are in come last
+        begin = np.atleast_1d((where or {}).get(column, [])).astype(str)
         measures = [c.removeprefix('shift_') for c in engine.columns if c.startswith('shift_')]
-        if not measures: raise GeneformerError("There is nothing to move towards: pass states={name: vector}, or the obs "
-                                               "column of the states.")
+        if not measures:
+            raise GeneformerError("There is nothing to move towards: pass states={name: vector}, "
+                                  "or the obs column of the states.")
         if donor is not None and donor not in cells.obs:
-            raise GeneformerError(f"obs has no column {donor!r} (it has {', '.join(map(str, cells.obs.columns))}).")
-        self.measures, self.states, self.donor = sorted(measures, key=lambda m: m in begin), states, donor
-        self.n_nulls, self.n_near, self.cache, self.near, self._ui, self.first = nulls, neighbors, {}, None, None, None
-        who = np.full(len(cells), 'all cells') if donor is None else cells.obs[donor].astype(str).to_numpy()
+            have = ', '.join(map(str, cells.obs.columns))
+            raise GeneformerError(f"obs has no column {donor!r} (it has {have}).")
+        self.measures = sorted(measures, key=lambda m: m in begin)
+        self.states, self.donor, self.n_nulls, self.n_near = states, donor, nulls, neighbors
+        self.cache, self.near, self._ui, self.first = {}, None, None, None
+        who = np.full(len(cells), 'all cells')
+        if donor is not None: who = cells.obs[donor].astype(str).to_numpy()
         rows, v = _even(who, pick_cells(cells.obs, where), max_cells, seed), self.encoder.vocabulary
         self.cells, self.who = cells[rows], who[rows]
         self.there, self.rank = _count(self.cells, v.n_tokens, len(v.specials))
@@ -62,13 +72,16 @@ class Explorer:
 
     def __repr__(self):
         of = f' of {len(set(self.who))} {self.donor}s' if self.donor else ''
-        return f"Explorer of {len(self.cells)} cells{of}: look('GENE', 'inhibit'), towards {', '.join(self.measures)}"
+        towards = ', '.join(self.measures)
+        cells = f'{len(self.cells)} cells{of}'
+        return f"Explorer of {cells}: look('GENE', 'inhibit'), towards {towards}"
 
 # %% ../nbs/54_explorer.ipynb #6b19212a
 def explore(
     model, # `Geneformer`, or what `finetune` returned, whose probabilities are then shown too
     cells:Cells, # tokenized with the model's vocabulary
-    states=None, # {state: vector} to move towards, or the obs column of states; None: only a fine-tuned model's classes
+    states=None, # {state: vector} to move towards, or the obs column of states; None: only a fine-
+    # tuned model's classes
     *,
     donor:str=None, # obs column of donors: points are grouped, and the mean is over donors
     where:dict=None, # {obs column: value or values}: only these cells, such as the diseased ones
@@ -81,24 +94,37 @@ def explore(
     budget:int=None, # tokens of a batch, as in `perturb`
 )->Explorer: # with `.look`, `.figure`, `.ui`; shows itself in a notebook
     "Look at one gene at a time; raises `GeneformerError`, `VocabularyError`"
-    out = Explorer(model, cells, states, donor, where, max_cells, nulls, neighbors, seed, layer, pool, budget)
+    out = Explorer(
+        model, cells, states, donor, where, max_cells, nulls, neighbors, seed, layer, pool, budget
+    )
     v = out.encoder.vocabulary
     out.first = gene or v.symbol(v.gene(int(out.seen.argmax())))
     return out
 
 # %% ../nbs/54_explorer.ipynb #bd7610b0
+# {word: what it does}
 actions = dict(inhibit=lambda *g, share: KO(*g), activate=lambda *g, share: OE(*g),
-               up=lambda *g, share: Dose(*g, up=share), down=lambda *g, share: Dose(*g, down=share)) # {word: what it does}
+               up=lambda *g, share: Dose(*g, up=share), down=lambda *g, share: Dose(*g, down=share))
 
 @patch
 def _asked(self:Explorer, genes, action, share):
-    "(tokens, function of genes) of a question; raises `GeneformerError`, `VocabularyError` with genes of a like name"
-    names = [g for g in re.split(r'[+,;\s]+', genes) if g] if isinstance(genes, str) else list(genes or [])
-    if not names: raise GeneformerError("Name a gene, or several joined by +, such as GATA4 + TBX5.")
-    if action not in actions: raise GeneformerError(f"action={action!r} is one of {', '.join(actions)}.")
+    """(tokens, function of genes) of a question; raises `GeneformerError`, `VocabularyError` with
+    genes of a like name"""
+    names = (
+        [g for g in re.split(r'[+,;\s]+', genes) if g]
+        if isinstance(genes, str)
+        else list(genes or [])
+    )
+    if not names:
+        raise GeneformerError("Name a gene, or several joined by +, such as GATA4 + TBX5.")
+    if action not in actions:
+        raise GeneformerError(f"action={action!r} is one of {', '.join(actions)}.")
     tokens = np.atleast_1d(self.encoder.vocabulary.token(names))
-    if len(set(tokens.tolist())) < len(tokens): raise GeneformerError(f"{' + '.join(names)} names one gene twice.")
-    return tokens, lambda tokens: actions[action](*self.encoder.vocabulary.gene(list(tokens)), share=share)
+    if len(set(tokens.tolist())) < len(tokens):
+        raise GeneformerError(f"{' + '.join(names)} names one gene twice.")
+    return tokens, lambda tokens: actions[action](
+        *self.encoder.vocabulary.gene(list(tokens)), share=share
+    )
 
 # %% ../nbs/54_explorer.ipynb #f2660e52
 @patch
@@ -106,14 +132,20 @@ def matched(self:Explorer,
     tokens, # of the genes of the question
     present:bool, # must some cell have all of them? then only such are taken
 )->list: # of arrays of tokens
-    "Genes near in rank and detection; for several genes the nearest of each together, then the second nearest …"
+    """Genes near in rank and detection; for several genes the nearest of each together, then the
+    second nearest …"""
     k, size = len(self.encoder.vocabulary.specials), 4*self.n_nulls + len(tokens)
     pool = np.flatnonzero((self.seen > 0) | ~np.full(len(self.seen), present))
     pool = np.union1d(pool[pool >= k], tokens)
-    near = pool[nearest_genes(np.column_stack([self.rank, self.seen])[pool], size)[np.searchsorted(pool, tokens)]]
+    near = pool[
+        nearest_genes(np.column_stack([self.rank, self.seen])[pool], size)[
+            np.searchsorted(pool, tokens)
+        ]
+    ]
     columns = [[t for t in row if t not in tokens] for row in near]
     rows = [np.array(r) for r in zip(*columns) if len(set(r)) == len(r)]
-    least = min(3, self.there[:, tokens].all(1).sum()) # a mean over fewer cells would be mostly noise
+    # a mean over fewer cells would be mostly noise
+    least = min(3, self.there[:, tokens].all(1).sum())
     return [r for r in rows if not present or self.there[:, r].all(1).sum() >= least][:self.n_nulls]
 
 # %% ../nbs/54_explorer.ipynb #12f97b11
@@ -127,24 +159,33 @@ class Look:
     towards: str             # state, or p(class)
     shift: float             # mean over donors, or over cells where no donor was named
     cells: pd.DataFrame      # by barcode: donor, shift
-    donors: pd.DataFrame     # donor, cells, shift, matched (mean of the matched genes in that donor)
+    donors: pd.DataFrame # donor, cells, shift, matched (mean of the matched genes in that donor)
     nulls: pd.DataFrame      # matched genes: gene, shift, cells
-    neighbors: pd.DataFrame # gene, neighbor, cosine of their mean vectors, as `neighbors` makes them
+    neighbors: pd.DataFrame # gene, neighbor, cosine of their mean vectors, as `neighbors` makes
+    # them
     have: int                # cells that have all the genes
     of: int                  # cells looked at
     unit: str = 'donor'      # what the column of donors holds
 
     @property
-    def place(self): return int((self.nulls['shift'] < self.shift).sum()) # matched genes that move less
+    def place(self):
+        return int((self.nulls['shift'] < self.shift).sum()) # matched genes that move less
     def __repr__(self):
-        what = f"the probability {self.towards}" if self.towards.startswith('p(') else f"the cosine to {self.towards}"
+        what = (
+            f"the probability {self.towards}"
+            if self.towards.startswith('p(')
+            else f"the cosine to {self.towards}"
+        )
         n, gene = len(self.donors), 'all the genes' if '+' in self.genes else 'the gene'
         whose = f'{n} {self.unit}s' if n > 1 else f'{len(self.cells)} cells'
-        said = f"{self.words} changes {what} by {_num(self.shift)}, mean of {whose}. {self.have} of {self.of} cells have {gene}. "
-        if not len(self.nulls): return said + "There are no matched genes to compare with."
+        text = (f"{self.words} changes {what} by {_num(self.shift)}, mean of {whose}. "
+                f"{self.have} of {self.of} cells have {gene}. ")
+        if not len(self.nulls): return text + "There are no matched genes to compare with."
         x = self.nulls['shift']
-        return said + (f"{len(x)} matched genes: {_num(x.mean())}, from {_num(x.min())} to {_num(x.max())}; "
-                       f"this is above {self.place} of them.")
+        return text + (
+            f"{len(x)} matched genes: {_num(x.mean())}, from {_num(x.min())} to {_num(x.max())}; "
+            f"this is above {self.place} of them."
+        )
 
 # %% ../nbs/54_explorer.ipynb #b5b197fd
 @patch
@@ -155,7 +196,8 @@ def _run(self:Explorer, perturbations):
     if todo:
         t = perturb(self.model, self.cells, todo, states=self.states, show=False, **self.asked)
         t = t.set_index('cell').rename(columns=lambda c: c.removeprefix('shift_'))
-        for k, part in t.groupby([t.kind.astype(str), t.gene_id.astype(str)]): self.cache[k] = part[self.measures]
+        for k, part in t.groupby([t.kind.astype(str), t.gene_id.astype(str)]):
+            self.cache[k] = part[self.measures]
     return [self.cache[k] for k in key]
 
 @patch
@@ -163,18 +205,35 @@ def _names(self:Explorer, tokens):
     v = self.encoder.vocabulary
     return ' + '.join(v.symbol(v.gene(list(tokens))))
 
+# %% ../nbs/54_explorer.ipynb #d66951c5
 @patch
-def _answer(self:Explorer, words, said, state, shifts, others, near, has):
+def _answer(self:Explorer, words, names, state, shifts, others, near, has):
     "A `Look` from the shifts of the question and of the matched genes"
     mine, *null = [x.groupby(self.who[x.index]).mean() for x in shifts] # of each donor
     of = pd.concat(null, axis=1).mean(axis=1).reindex(mine.index) if null else np.nan
     at = shifts[0].index
-    cells = pd.DataFrame(dict(donor=self.who[at], shift=shifts[0].to_numpy()), index=self.cells.obs.index[at])
-    donors = pd.DataFrame(dict(cells=cells.donor.value_counts(), shift=mine, matched=of)).sort_index()
+    cells = pd.DataFrame(
+        dict(donor=self.who[at], shift=shifts[0].to_numpy()), index=self.cells.obs.index[at]
+    )
+    donors = pd.DataFrame(
+        dict(cells=cells.donor.value_counts(), shift=mine, matched=of)
+    ).sort_index()
     donors = donors.rename_axis('donor').reset_index()
     rows = [(self._names(o), m.mean(), len(x)) for o, m, x in zip(others, null, shifts[1:])]
     nulls = pd.DataFrame(rows, columns=['gene', 'shift', 'cells'])
-    return Look(words, said, state, float(mine.mean()), cells, donors, nulls, near, int(has.sum()), len(has), self.donor or 'donor')
+    return Look(
+        words,
+        names,
+        state,
+        float(mine.mean()),
+        cells,
+        donors,
+        nulls,
+        near,
+        int(has.sum()),
+        len(has),
+        self.donor or 'donor',
+    )
 
 # %% ../nbs/54_explorer.ipynb #2363951c
 @patch
@@ -205,23 +264,27 @@ def look(self:Explorer,
     state:str=None, # one of `.measures`; None takes the first
     tell=None, # function of (steps done, steps in all)
 )->Look: # the answer
-    "Perturb the genes in these cells, and matched genes the same way; raises `GeneformerError`, `VocabularyError`"
+    """Perturb the genes in these cells, and matched genes the same way; raises `GeneformerError`,
+    `VocabularyError`"""
     tokens, do = self._asked(genes, action, share)
     state = self.measures[0] if state is None else str(state)
-    if state not in self.measures: raise GeneformerError(f"state={state!r} is one of {', '.join(self.measures)}.")
-    has, present, said = self.there[:, tokens].all(1), action != 'activate', self._names(tokens)
-    if present and not has.any(): raise GeneformerError(
-        f"None of the {len(has)} cells has {said}: nothing can be taken out or moved; activate can put it there.")
-    words = dict(inhibit=f'Inhibiting {said}', activate=f'Activating {said}')
-    words = words.get(action, f'Moving {said} {action} by {share:.0%}')
+    if state not in self.measures:
+        raise GeneformerError(f"state={state!r} is one of {', '.join(self.measures)}.")
+    has, present, names = self.there[:, tokens].all(1), action != 'activate', self._names(tokens)
+    if present and not has.any():
+        raise GeneformerError(f"None of the {len(has)} cells has {names}: nothing can be taken out "
+                              "or moved; activate can put it there.")
+    words = dict(inhibit=f'Inhibiting {names}', activate=f'Activating {names}')
+    words = words.get(action, f'Moving {names} {action} by {share:.0%}')
     others, shifts, tell = self.matched(tokens, present), [], tell or (lambda *_: None)
-    todo = [[tokens], *(others[i:i + 4] for i in range(0, len(others), 4))] # a few at a time, to have something to tell
+    # a few at a time, to have something to tell
+    todo = [[tokens], *(others[i:i + 4] for i in range(0, len(others), 4))]
     for i, part in enumerate(todo):
         shifts += [t[state] for t in self._run([do(t) for t in part])]
         tell(i + 1, len(todo) + 1)
     near = self.neighbors(tokens)
     tell(len(todo) + 1, len(todo) + 1)
-    return self._answer(words, said, state, shifts, others, near, has)
+    return self._answer(words, names, state, shifts, others, near, has)
 
 # %% ../nbs/54_explorer.ipynb #4863bb25
 @patch
@@ -232,25 +295,30 @@ def figure(self:Explorer,
     "Each cell by donor with the donors' means, and the mean beside those of matched genes"
     import matplotlib.pyplot as plt
     look = self.look(self.first) if look is None else look
-    fig, (a, b) = plt.subplots(1, 2, figsize=(8.2, 3.2), width_ratios=(3, 1.2), gridspec_kw=dict(wspace=.35))
+    fig, (a, b) = plt.subplots(1, 2, figsize=(8.2, 3.2), width_ratios=(3, 1.2))
+    fig.subplots_adjust(wspace=.35)
     rng, n = np.random.default_rng(0), len(look.donors)
     for i, d in look.donors.iterrows():
         y = look.cells['shift'][(look.cells.donor == d.donor).to_numpy()]
         a.scatter(i + rng.uniform(-.2, .2, len(y)), y, s=9, color=palette[0], alpha=.45, lw=0)
         a.plot([i - .32, i + .32], [d['shift']]*2, color='black', lw=2)
         a.plot([i - .32, i + .32], [d.matched]*2, color=gray, lw=2, ls=(0, (1, 1)))
-    a.plot([], [], 'o', ms=3, color=palette[0], label='a cell'); a.plot([], [], lw=2, color='black', label='mean')
+    a.plot([], [], 'o', ms=3, color=palette[0], label='a cell')
+    a.plot([], [], lw=2, color='black', label='mean')
     a.plot([], [], lw=2, ls=(0, (1, 1)), color=gray, label='matched genes')
     a.set_xticks(range(n), look.donors.donor, rotation=0 if n < 8 else 60)
-    what = 'change of ' + look.towards if look.towards.startswith('p(') else f'shift towards {look.towards} (cosine)'
+    what = f'shift towards {look.towards} (cosine)'
+    if look.towards.startswith('p('): what = 'change of ' + look.towards
     fig.suptitle(look.words[0].upper() + look.words[1:], x=.5, y=1.1)
     a.set(ylabel=what, xlim=(-.6, n - .4))
     a.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
     x = rng.uniform(-.15, .15, len(look.nulls))
     b.scatter(x, look.nulls['shift'], s=26, color=gray, lw=0, label='matched genes')
     b.scatter(0, look.shift, s=60, marker='D', color=palette[1], label=look.genes, zorder=3)
-    b.set(xticks=[], xlim=(-.5, .5), ylabel=f'the same, mean over {look.unit}s'); b.legend(loc='lower left', bbox_to_anchor=(-.2, 1), ncols=1, borderaxespad=0)
-    for ax in (a, b): ax.axhline(0, color=gray, lw=.8); ax.yaxis.set_major_formatter('{x:.3g}')
+    b.set(xticks=[], xlim=(-.5, .5), ylabel=f'the same, mean over {look.unit}s')
+    b.legend(loc='lower left', bbox_to_anchor=(-.2, 1), ncols=1, borderaxespad=0)
+    for ax in (a, b): ax.axhline(0, color=gray, lw=.8)
+    for ax in (a, b): ax.yaxis.set_major_formatter('{x:.3g}')
     plt.close(fig)
     return fig
 
@@ -262,43 +330,59 @@ _look = """<style>.gf-look{display:flex;flex-wrap:wrap;gap:1rem 2.5rem;font-size
 
 def _side(*parts): # (heading, table) pairs
     "Tables side by side"
-    def text(t): # numbers as they are said
+    def text(t): # numbers as text
         show = {c: '{:.2f}'.format if c == 'cosine' else _num for c in t if t[c].dtype.kind == 'f'}
         return t.assign(**{c: t[c].map(f) for c, f in show.items()}).reset_index(drop=True)
-    tables = [f'<div><b>{html.escape(h)}</b>{table_html(text(t))}</div>' for h, t in parts if len(t)]
+    tables = [
+        f'<div><b>{html.escape(h)}</b>{table_html(text(t))}</div>' for h, t in parts if len(t)
+    ]
     return f'{_look}<div class="gf-look">{"".join(tables)}</div>'
 
 @patch
 def show(self:Explorer,
     look:Look, # an answer
 )->str: # HTML
-    "An answer as picture and tables; numbers are not what cells do but what the model thinks of them"
+    """An answer as picture and tables; numbers are not what cells do but what the model thinks of
+    them"""
     matched = look.nulls.sort_values('shift', ascending=False)
-    return (f'<div style="max-width:60rem">{picture(self.figure(look), repr(look), 100)}'
-            + _side((f'By {look.unit}', look.donors), ('Matched genes', matched), ('Nearest genes', look.neighbors)) + '</div>')
+    return (
+        f'<div style="max-width:60rem">{picture(self.figure(look), repr(look), 100)}'
+        + _side(
+            (f'By {look.unit}', look.donors),
+            ('Matched genes', matched),
+            ('Nearest genes', look.neighbors),
+        )
+        + '</div>'
+    )
 
 @patch
 def _repr_html_(self:Explorer): return self.show(self.look(self.first))
 @patch
 def _repr_html_(self:Look):
-    return f'<p>{html.escape(repr(self))}</p>' + _side((f'By {self.unit}', self.donors), ('Nearest genes', self.neighbors))
+    return f'<p>{html.escape(repr(self))}</p>' + _side(
+        (f'By {self.unit}', self.donors), ('Nearest genes', self.neighbors)
+    )
 
 # %% ../nbs/54_explorer.ipynb #02d75f7b
 @patch
 def _fields(self:Explorer): # {name: widget}
     "The widgets one by one"
     import ipywidgets as w
-    v, order = self.encoder.vocabulary, np.argsort(-self.seen, kind='stable')[:min(2000, (self.seen > 0).sum())]
-    style = dict(description_width='5.5rem')
+    order = np.argsort(-self.seen, kind='stable')[:min(2000, (self.seen > 0).sum())]
+    v, style = self.encoder.vocabulary, dict(description_width='5.5rem')
     return dict(
-        gene=w.Combobox(value=self.first, options=sorted(v.symbol(v.gene(order.tolist()))), description='Gene',
-                        placeholder='GATA4, or GATA4 + TBX5', continuous_update=False, style=style),
+        gene=w.Combobox(value=self.first, options=sorted(v.symbol(v.gene(order.tolist()))),
+                        description='Gene', placeholder='GATA4, or GATA4 + TBX5',
+                        continuous_update=False, style=style),
         state=w.Dropdown(options=self.measures, description='Towards', style=style),
         action=w.ToggleButtons(options=list(actions), style=dict(button_width='5.5rem')),
-        share=w.FloatSlider(value=.25, min=.05, max=1, step=.05, readout_format='.0%', description='by', style=style,
-                            layout=dict(display='none')),
-        go=w.Button(description='Look', button_style='primary', layout=dict(margin='.3rem 0 .3rem 6rem')), out=w.HTML())
+        share=w.FloatSlider(value=.25, min=.05, max=1, step=.05, readout_format='.0%',
+                            description='by', style=style, layout=dict(display='none')),
+        go=w.Button(description='Look', button_style='primary',
+                    layout=dict(margin='.3rem 0 .3rem 6rem')),
+        out=w.HTML())
 
+# %% ../nbs/54_explorer.ipynb #f2eaf787
 @patch
 def _press(self:Explorer, parts):
     "Answer what the fields ask, or say in a sentence why not"
@@ -307,7 +391,8 @@ def _press(self:Explorer, parts):
     go.disabled, go.description = True, 'Looking …'
     asked = {k: parts[k].value for k in ('action', 'share', 'state')}
     try: parts['out'].value = self.show(self.look(parts['gene'].value, **asked, tell=tell))
-    except Exception as e: parts['out'].value = f'<p style="{warn}">{html.escape(str(e) or type(e).__name__)}</p>'
+    except Exception as e:
+        parts['out'].value = f'<p style="{warn}">{html.escape(str(e) or type(e).__name__)}</p>'
     finally: go.disabled, go.description = False, 'Look'
 
 # %% ../nbs/54_explorer.ipynb #3d3f8b86
@@ -323,12 +408,16 @@ def ui(self:Explorer): # an ipywidgets box; the same one each time
     import ipywidgets as w
     if self._ui is not None: return self._ui
     p, line = self._fields(), dict(flex_flow='row wrap')
-    def dose(change): p['share'].layout.display = None if change['new'] in ('up', 'down') else 'none'
+    def dose(change):
+        p['share'].layout.display = None if change['new'] in ('up', 'down') else 'none'
     p['action'].observe(dose, 'value')
     p['go'].on_click(lambda _: self._press(p))
     right = dict(width='6rem', display='flex', justify_content='flex-end', padding='0 .5rem 0 0')
     label = w.Label('Action', layout=right)
-    rows = w.HBox([p['gene'], p['state']], layout=line), w.HBox([label, p['action'], p['share']], layout=line)
+    rows = (
+        w.HBox([p['gene'], p['state']], layout=line),
+        w.HBox([label, p['action'], p['share']], layout=line),
+    )
     self._ui = w.VBox([*rows, p['go'], p['out']])
     self._ui.parts = p
     self._press(p)
@@ -337,4 +426,8 @@ def ui(self:Explorer): # an ipywidgets box; the same one each time
 @patch
 def _repr_mimebundle_(self:Explorer, include=None, exclude=None):
     "Widgets where a browser listens; what `_repr_html_` shows everywhere else"
-    return self.ui()._repr_mimebundle_() | {'text/plain': repr(self)} if _live() else {'text/plain': repr(self)}
+    return (
+        self.ui()._repr_mimebundle_() | {'text/plain': repr(self)}
+        if _live()
+        else {'text/plain': repr(self)}
+    )

@@ -2,11 +2,11 @@
 import importlib.util, sys
 import numpy as np, pandas as pd, pytest
 from scipy.stats import fisher_exact
-from geneformer_nb.screen import pathways
 from geneformer_nb.data import toy
 from geneformer_nb.core import GeneformerError
 from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.screen.pathways import drug_plan, drug_scores, enrich, enrichment_plot, gene_sets, read_drugs, read_gmt, running_sum
+from geneformer_nb.screen.drugs import actions, drug_plan, drug_scores, read_drugs
+from geneformer_nb.screen.pathways import enrich, enrichment_plot, gene_sets, read_gmt, running_sum
 from geneformer_nb.perturb.actions import ActionPlan
 from sentences import says
 
@@ -173,4 +173,4 @@ def test_plan(capsys):
     with says(GeneformerError, 'None of'): drug_plan(drugs(('x', 'Z', 'inhibitor')), v, say=None)
 
 def test_words_of_actions_are_distinct():
-    assert not set(pathways.actions['inhibit']) & set(pathways.actions['activate'])
+    assert not set(actions['inhibit']) & set(actions['activate'])

@@ -120,6 +120,7 @@ def browser(tmp_path):
     yield driver
     driver.quit()
 
+@pytest.mark.browser
 def test_in_a_browser(hearts, browser, tmp_path):
     "Pick a gene, press the button, read the number; an unknown gene gives its sentence"
     import nbformat

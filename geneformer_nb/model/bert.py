@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
-from ..data.cells import Cells, need_cells, ragged
+from ..data.cells import Cells, as_cells, ragged
 from .checkpoints import no_bars, read_checkpoint
 from ..core import (GeneformerError, VocabularyError, check_folder, digest, pick_device,
                                 pick_dtype, progress)
@@ -308,7 +308,8 @@ def stream(self:Geneformer,
     show:bool=None, # progress bar; None shows it outside of tests
 ): # (numbers of the cells, tokens, offsets, vectors (t, d)), batch by batch, longest cells first
     "Run the encoder without gradients; raises `VocabularyError` for cells of another vocabulary"
-    need_cells(cells).check_vocabulary(self.vocabulary)
+    cells = as_cells(cells, self.vocabulary)
+    cells.check_vocabulary(self.vocabulary)
     dtype = pick_dtype(dtype)
     with torch.inference_mode(), torch.autocast(self.device.type, dtype,
                                                 enabled=dtype != torch.float32):
@@ -320,14 +321,14 @@ def stream(self:Geneformer,
 # %% ../../nbs/07_bert.ipynb #39dccc83
 @patch
 def encode(self:Geneformer,
-    cells:Cells, # tokenized with the model's vocabulary
+    cells, # `Cells` tokenized with the model's vocabulary, or a folder of them
     *,
     layer='second_to_last', # "last", "second_to_last", or the official 0 and -1
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
     **kwargs, # budget, dtype, show as in `stream`
 )->np.ndarray: # (cells, d) float32, in the order of the cells; nan for an empty cell
     "One vector a cell (official `EmbExtractor`, modes cell and cls)"
-    how = self.pooling(pool)
+    how, cells = self.pooling(pool), as_cells(cells, self.vocabulary)
     out = np.full((len(cells), self.config.hidden_size), np.nan, np.float32)
     for rows, _, off, x in self.stream(cells, layer=layer, **kwargs):
         out[rows] = pool_cells(x, off, how, cells.special).float().cpu().numpy()

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['Op', 'Perturbation', 'KO', 'OE', 'Dose', 'drug', 'Each', 'each', 'pairs', 'ActionPlan', 'layer_and_pool',
-           'make_engine', 'Shifts', 'with_obs', 'joined_shifts', 'perturb']
+           'make_engine', 'perturb']
 
 # %% ../../nbs/30_perturb.ipynb #68aac971
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 import numpy as np, pandas as pd
-from ..data.cells import Cells, need_cells
+from ..data.cells import Cells, as_cells, need_cells
 from ..core import GeneformerError, progress, verb
 from ..model.embed import pick_cells
 from .engine import Engine, arrange, fit_budget, packed, singles
 from ..model.bert import Geneformer, Reader
 from ..jobs import check_positive
+from .shifts import Shifts, with_obs
 
 # %% ../../nbs/30_perturb.ipynb #0b999f6d
 class Op(NamedTuple):
@@ -373,36 +374,10 @@ def make_engine(model, cells, states, layer, pool, affected, dtype):
     if states is not None: _check_states(states, encoder.config.hidden_size)
     return Engine(model, cells, pool, layer, states, affected, dtype)
 
-# %% ../../nbs/30_perturb.ipynb #854ca0a8
-class Shifts(pd.DataFrame):
-    "One row a cell and perturbation; `.obs` is the table of the cells that `cell` counts"
-    _metadata = ['obs']
-    @property
-    def _constructor(self): return Shifts
-
-def with_obs(
-    table:pd.DataFrame, # raw table, with the column cell
-    obs:pd.DataFrame, # of the cells that were given, in their order
-)->Shifts: # with the column barcode, and `.obs`
-    "A table of shifts with the table of its cells"
-    names = np.asarray(obs.index).astype(str)[table['cell'].to_numpy()]
-    barcodes = pd.Categorical.from_codes(*pd.factorize(names))
-    out = Shifts(table.drop(columns='barcode', errors='ignore'))
-    out.insert(1, 'barcode', barcodes)
-    out.obs = obs
-    return out
-
-def joined_shifts(
-    tables, # parts of one run
-)->pd.DataFrame:
-    "Tables of several parts of a run as one"
-    out = pd.concat([pd.DataFrame(t) for t in tables if len(t)] or tables[:1], ignore_index=True)
-    return out.astype({k: 'category' for k in ('kind', 'perturbation', 'gene_id')})
-
 # %% ../../nbs/30_perturb.ipynb #29781120
 def perturb(
     model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers are then read too
-    cells:Cells, # tokenized with the model's vocabulary
+    cells, # `Cells` tokenized with the model's vocabulary, or a folder of them
     actions, # `KO(…)`, `OE(…)`, `Dose(…)`, `drug(…)`, their sums, `each(…)`, `pairs(…)`; or a list
     *,
     where:dict=None, # {obs column: value or values} of the cells to perturb; None takes all
@@ -421,6 +396,7 @@ def perturb(
     """Perturb cells and measure where they go (official `InSilicoPerturber`)
 
     Raises `VocabularyError`, `GeneformerError`."""
+    if isinstance(model, Reader): cells = as_cells(cells, model.encoder.vocabulary)
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
     if budget is not None: check_positive(budget=budget)
     plan, parts, effects = ActionPlan([actions], engine.encoder.vocabulary), [], []
@@ -442,3 +418,5 @@ def perturb(
     return (
         (table, plan.gene_table(effects, [len(p['label']) for p in parts])) if affected else table
     )
+
+Reader.perturb = perturb # the same function, as a method

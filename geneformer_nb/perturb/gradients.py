@@ -11,15 +11,8 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from ..data.cells import Cells
 from ..core import GeneformerError, progress
 from ..model.embed import pick_cells
-from geneformer_nb.perturb.actions import (
-    KO,
-    ActionPlan,
-    joined_shifts,
-    make_engine,
-    with_obs,
-    each,
-    perturb,
-)
+from .actions import KO, ActionPlan, make_engine, each, perturb
+from .shifts import joined_shifts, with_obs
 
 # %% ../../nbs/30b_gradients.ipynb #3d2fa4cf
 @contextmanager

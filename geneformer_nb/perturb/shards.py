@@ -15,14 +15,8 @@ from ..core import GeneformerError, StorageError, as_folder, atomic, digest, ver
 from ..model.embed import pick_cells
 from .engine import fit_budget, packed
 from ..model.bert import weights_digest
-from geneformer_nb.perturb.actions import (
-    ActionPlan,
-    Shifts,
-    joined_shifts,
-    make_engine,
-    perturb,
-    with_obs,
-)
+from .actions import ActionPlan, make_engine, perturb
+from .shifts import Shifts, joined_shifts, with_obs
 from ..jobs import run_shards, check_positive
 
 # %% ../../nbs/30c_shards.ipynb #4bd0d768

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['meanings', 'columns', 'sign', 'nearest_genes', 'matched_null', 't_interval', 'matching_properties', 'genes_at_once',
-           'together', 'summarize', 'wide']
+           'summarize', 'wide']
 
 # %% ../../nbs/31_stats.ipynb #b916afdb
 import warnings
@@ -24,7 +24,7 @@ from geneformer_nb.perturb.official import (
     perturbation_codes,
     _states,
 )
-from .actions import joined_shifts
+from .shifts import together
 
 # %% ../../nbs/31_stats.ipynb #6c44d1fc
 def nearest_genes(match, size):
@@ -273,30 +273,7 @@ def _finish(table, symbols, units, donor):
     return out
 
 # %% ../../nbs/31_stats.ipynb #907e61b5
-def together(
-    shifts, # table of shifts, or several of them
-    obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table
-    # carries
-)->tuple: # one table, and the obs of its cells
-    """Tables of shifts as one, with their cells
-
-    Raises `GeneformerError` where one of several carries no cells."""
-    if isinstance(shifts, pd.DataFrame):
-        return shifts, getattr(shifts, 'obs', None) if obs is None else obs
-    tables = list(shifts)
-    if not tables or not all(isinstance(t, pd.DataFrame) for t in tables): raise GeneformerError(
-        "shifts is what gf.tl.perturb or gf.get.shifts returned, or a list of such tables.")
-    if obs is not None: return joined_shifts(tables), obs
-    of = [getattr(t, 'obs', None) for t in tables]
-    if any(o is None for o in of):
-        raise GeneformerError(
-            "One of the tables carries no table of cells: pass obs=…, or read it with "
-            "gf.get.shifts(folder)."
-        )
-    start = np.cumsum([0] + [len(o) for o in of])
-    return joined_shifts([t.assign(cell=t['cell'] + s) for t, s in zip(tables, start)]), pd.concat(
-        of
-    )
+#| export
 
 # %% ../../nbs/31_stats.ipynb #391d852d
 def _one_part(part, shifts, rank, few, min_cells, min_donors, how, moderated, by_donor):

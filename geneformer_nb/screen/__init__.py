@@ -6,4 +6,5 @@ __getattr__, __dir__, __all__ = lazy(__name__, dict(
     diseases='DiseaseScreen disease_screen',
     score='score_targets recovery',
     report='write_report',
-    pathways='enrich gene_sets drug_scores read_drugs'))
+    pathways='enrich gene_sets',
+    drugs='drug_scores read_drugs'))

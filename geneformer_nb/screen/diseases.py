@@ -8,22 +8,26 @@ __all__ = ['hits', 'overlap', 'venn_plot', 'DiseaseScreen', 'disease_screen']
 # %% ../../nbs/35e_diseases.ipynb #eeb27ebf
 import html, re
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 import pandas as pd
 from .. import plots
 from ..core import GeneformerError, atomic, check_folder, verb
 from .question import Settings
-from .report import page, para, picture, table_html, _said
+from .report import page, para, picture, table_html, _action_text
 from .run import screen
 from .score import _sign
 
 # %% ../../nbs/35e_diseases.ipynb #61b846fb
 def _hit_rows(table, alpha, kinds=None):
     "The best hit of each gene and direction (`way`: +1 up, -1 down, 0 mixed), best first"
-    t = table if kinds is None else table[table.kind.astype(str).isin([kinds] if isinstance(kinds, str) else list(kinds))]
+    if isinstance(kinds, str): kinds = [kinds]
+    t = table if kinds is None else table[table.kind.astype(str).isin(list(kinds))]
     t = t[(t.score > 0) & (t.fdr < alpha)]
     t = t.assign(gene_id=t.gene_id.astype(str), way=t.kind.map(_sign).astype(float).fillna(0))
-    return t.sort_values('score', ascending=False, kind='stable').drop_duplicates(['gene_id', 'way'])
+    return t.sort_values('score', ascending=False, kind='stable').drop_duplicates(
+        ['gene_id', 'way']
+    )
 
 def hits(
     table:pd.DataFrame, # of a screen
@@ -38,7 +42,8 @@ def overlap(
     b:pd.DataFrame, # of another
     alpha:float=.05, # false discovery rate
     kinds=None, # as in `hits`
-)->dict: # only_a, both, only_b, expected (in both, by chance), p (that many or more), tested (in both tables), genes (ids of both); all of genes in one direction
+)->dict: # only_a, both, only_b, expected (in both, by chance), p (that many or more), tested (in
+# both tables), genes (ids of both); all of genes in one direction
     "What two screens share; raises `GeneformerError` when they tested no gene in common"
     from scipy.stats import hypergeom
     def keys(t): return list(zip(t.gene_id.astype(str), t.kind.map(_sign).astype(float).fillna(0)))
@@ -46,8 +51,15 @@ def overlap(
     if not tested: raise GeneformerError("The two screens tested no gene in common.")
     x, y = ([k for k in keys(_hit_rows(t, alpha, kinds)) if k in tested] for t in (a, b))
     both = [k for k in x if k in set(y)]
-    return dict(only_a=len(x) - len(both), both=len(both), only_b=len(y) - len(both), expected=len(x)*len(y)/len(tested),
-                p=float(hypergeom.sf(len(both) - 1, len(tested), len(x), len(y))), tested=len(tested), genes=[g for g, _ in both])
+    return dict(
+        only_a=len(x) - len(both),
+        both=len(both),
+        only_b=len(y) - len(both),
+        expected=len(x) * len(y) / len(tested),
+        p=float(hypergeom.sf(len(both) - 1, len(tested), len(x), len(y))),
+        tested=len(tested),
+        genes=[g for g, _ in both],
+    )
 
 # %% ../../nbs/35e_diseases.ipynb #016a283a
 def venn_plot(
@@ -61,9 +73,19 @@ def venn_plot(
     for x, color, name in ((-.5, plots.palette[0], names[0]), (.5, plots.palette[1], names[1])):
         ax.add_patch(Circle((x, 0), 1, color=color, alpha=.35, lw=0))
         ax.text(x*1.9, 1.08, name, ha='center', va='bottom')
-    for x, k in ((-.98, 'only_a'), (0, 'both'), (.98, 'only_b')): ax.text(x, 0, f'{counts[k]:,}', ha='center', va='center', fontsize=14)
-    ax.text(0, -1.12, f"in both by chance: {counts['expected']:.1f} of {counts['tested']:,}", ha='center', va='top', fontsize=9, color='.35')
-    ax.set(xlim=(-2.1, 2.1), ylim=(-1.45, 1.45), aspect='equal'); ax.axis('off')
+    for x, k in ((-.98, 'only_a'), (0, 'both'), (.98, 'only_b')):
+        ax.text(x, 0, f'{counts[k]:,}', ha='center', va='center', fontsize=14)
+    ax.text(
+        0,
+        -1.12,
+        f"in both by chance: {counts['expected']:.1f} of {counts['tested']:,}",
+        ha='center',
+        va='top',
+        fontsize=9,
+        color='.35',
+    )
+    ax.set(xlim=(-2.1, 2.1), ylim=(-1.45, 1.45), aspect='equal')
+    ax.axis('off')
     return ax
 
 # %% ../../nbs/35e_diseases.ipynb #ec43ae88
@@ -71,8 +93,10 @@ def venn_plot(
 class DiseaseScreen:
     "Screens of one cohort into and out of its diseases"
     screens: dict        # {"start → goal": `Result`}
-    shared: pd.DataFrame # one row a pair of screens: hits in one, in both, in the other, and what chance gives
-    genes: pd.DataFrame  # one row a gene and disease that is a hit both ways: taken down it leads into the disease, brought up out of it, or the reverse
+    shared: pd.DataFrame # one row a pair of screens: hits in one, in both, in the other, and what
+    # chance gives
+    genes: pd.DataFrame # one row a gene and disease that is a hit both ways: taken down it leads
+    # into the disease, brought up out of it, or the reverse
     folder: Path         # where everything lies
     def __getitem__(self, name): return self.screens[name]
     def __repr__(self): return f"DiseaseScreen of {len(self.screens)}: {', '.join(self.screens)}"
@@ -81,14 +105,23 @@ class DiseaseScreen:
 def _both_ways(model, treat, of, alpha):
     "Genes that are hits of both questions about a disease, in opposite directions"
     a, b = _hit_rows(model, alpha), _hit_rows(treat, alpha)
-    two = a[a.way != 0].merge(b.assign(way=-b.way), on=['gene_id', 'way'], suffixes=('_into', '_out_of'))
-    def said(side): return [f"{_said(k)}: {s:.3g}" for k, s in zip(two[f'kind_{side}'], two[f'score_{side}'])]
-    two = two.assign(disease=of, symbol=two.symbol_into, into=said('into'), out_of=said('out_of'))
-    return pd.DataFrame(two, columns=['disease', 'gene_id', 'symbol', 'into', 'out_of', 'score_into', 'score_out_of'])
+    two = a[a.way != 0].merge(
+        b.assign(way=-b.way), on=['gene_id', 'way'], suffixes=('_into', '_out_of')
+    )
+    def actions_of(side):
+        rows = zip(two[f'kind_{side}'], two[f'score_{side}'])
+        return [f"{_action_text(k)}: {s:.3g}" for k, s in rows]
+    two = two.assign(disease=of, symbol=two.symbol_into, into=actions_of('into'),
+                     out_of=actions_of('out_of'))
+    return pd.DataFrame(
+        two,
+        columns=['disease', 'gene_id', 'symbol', 'into', 'out_of', 'score_into', 'score_out_of'],
+    )
 
 # %% ../../nbs/35e_diseases.ipynb #89513ed8
 def _slug(text): return re.sub(r'[^\w.]+', '-', text).strip('-')
 
+# %% ../../nbs/35e_diseases.ipynb #0bf14d06
 @verb(also=[screen, Settings])
 def disease_screen(
     adata, # AnnData that `pp.tokenize` has been over
@@ -99,7 +132,8 @@ def disease_screen(
     healthy:str, # the state to lose and to reach
     diseases, # one or more other states
     out, # folder: one folder a screen, the classifiers they share, and index.html
-    modeling=('KO',), # actions on healthy cells, as `directions` of `screen`; () asks nothing of them
+    modeling=('KO',), # actions on healthy cells, as `directions` of `screen`; () asks nothing of
+    # them
     treatment=('KO', 'OE', 'up'), # actions on diseased cells
     alpha:float=.05, # false discovery rate of a hit
     say=print, # function that is told what happens; None is silent
@@ -107,9 +141,11 @@ def disease_screen(
 )->DiseaseScreen: # also written to `out`
     "Both questions about each disease, one after the other; resumable. Raises as `screen`"
     diseases = [diseases] if isinstance(diseases, str) else list(diseases)
-    if not diseases or healthy in diseases: raise GeneformerError(f"diseases names states other than {healthy!r}, one or more.")
-    for name in ('start', 'goal', 'directions', 'shared', 'title'):
-        if name in more: raise GeneformerError(f"{name} is set by disease_screen: use healthy, diseases, modeling and treatment.")
+    if not diseases or healthy in diseases:
+        raise GeneformerError(f"diseases names states other than {healthy!r}, one or more.")
+    if taken := [k for k in ('start', 'goal', 'directions', 'shared', 'title') if k in more]:
+        raise GeneformerError(f"{taken[0]} is set by disease_screen: use healthy, diseases, "
+                              "modeling and treatment.")
     tell, out = say or (lambda *_: None), check_folder(out)
     into = [(healthy, d, modeling) for d in diseases if modeling]
     out_of = [(d, healthy, treatment) for d in diseases if treatment]
@@ -117,43 +153,69 @@ def disease_screen(
     for start, goal, directions in into + out_of:
         name = f'{start} → {goal}'
         tell(name)
-        screens[name] = screen(adata, model, label=label, donor=donor, start=start, goal=goal, directions=directions,
-                               out=out/_slug(f'{start}-to-{goal}'), shared=out/'shared', say=say, **more)
-    result = DiseaseScreen(screens, _shared(screens, healthy, diseases, alpha), _all_both_ways(screens, healthy, diseases, alpha), out)
+        ask = dict(label=label, donor=donor, start=start, goal=goal, directions=directions)
+        places = dict(out=out/_slug(f'{start}-to-{goal}'), shared=out/'shared')
+        screens[name] = screen(adata, model, **ask, **places, say=say, **more)
+    shared = _shared(screens, healthy, diseases, alpha)
+    result = DiseaseScreen(screens, shared, _all_both_ways(screens, healthy, diseases, alpha), out)
     result.shared.to_csv(out/'shared.csv')
     result.genes.to_csv(out/'both_ways.csv', index=False)
     _index(result, alpha)
     tell(f"Wrote index.html to '{out.name}'.")
     return result
 
+# %% ../../nbs/35e_diseases.ipynb #951dafa2
 def _all_both_ways(screens, healthy, diseases, alpha):
     "Genes that are hits both ways, of all diseases that were asked about both ways"
     ways = {d: (screens.get(f'{healthy} → {d}'), screens.get(f'{d} → {healthy}')) for d in diseases}
-    tables = [_both_ways(a.table, b.table, d, alpha) for d, (a, b) in ways.items() if a is not None and b is not None]
+    tables = [
+        _both_ways(a.table, b.table, d, alpha)
+        for d, (a, b) in ways.items()
+        if a is not None and b is not None
+    ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 def _shared(screens, healthy, diseases, alpha):
     "Hits of every two diseases, into them and out of them"
     rows = {}
-    for i, a in enumerate(diseases):
-        for b in diseases[i + 1:]:
-            for x, y in ((f'{healthy} → {a}', f'{healthy} → {b}'), (f'{a} → {healthy}', f'{b} → {healthy}')):
-                if x in screens: rows[f'{x} and {y}'] = overlap(screens[x].table, screens[y].table, alpha) | dict(first=x, second=y)
+    for a, b in combinations(diseases, 2):
+        into = f'{healthy} → {a}', f'{healthy} → {b}'
+        out_of = f'{a} → {healthy}', f'{b} → {healthy}'
+        for x, y in (into, out_of):
+            if x not in screens: continue
+            row = overlap(screens[x].table, screens[y].table, alpha)
+            rows[f'{x} and {y}'] = row | dict(first=x, second=y)
     return pd.DataFrame(rows).T
 
+# %% ../../nbs/35e_diseases.ipynb #3d2eed37
+def _screen_part(name, s, alpha):
+    "Heading and HTML of one screen: a link to its report and its best targets"
+    t = s.table.head(8)
+    show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_action_text).astype(str),
+                         'score': t.score, 'shift': t['shift'], 'FDR': t.fdr, 'flag': t['flag']})
+    link = 'no report'
+    if (s.folder/'report.html').exists():
+        link = f'<a href="{html.escape(s.folder.name)}/report.html">the report</a>'
+    tested = s.table.gene_id.nunique()
+    found = f"{len(hits(s.table, alpha)):,} genes are hits of {tested:,} tested; {link}."
+    return name, para(found, raw=True) + table_html(show.reset_index(drop=True))
+
 def _index(s, alpha):
-    "The page that leads to the reports"
-    parts = [('', para(f"{len(s.screens)} screens of one cohort. A hit has a positive score and a false discovery rate below {alpha:g}."))]
-    for name, one in s.screens.items():
-        t = one.table.head(8)
-        show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_said).astype(str), 'score': t.score, 'shift': t['shift'],
-                             'FDR': t.fdr, 'flag': t['flag']})
-        link = f'<a href="{html.escape(one.folder.name)}/report.html">the report</a>' if (one.folder/'report.html').exists() else 'no report'
-        found = f"{len(hits(one.table, alpha)):,} genes are hits of {one.table.gene_id.nunique():,} tested; {link}."
-        parts.append((name, para(found, raw=True) + table_html(show.reset_index(drop=True))))
+    "Write the page that leads to the reports"
+    head = (f"{len(s.screens)} screens of one cohort. A hit has a positive score and a false "
+            f"discovery rate below {alpha:g}.")
+    parts = [('', para(head)), *(_screen_part(k, x, alpha) for k, x in s.screens.items())]
     for r in s.shared.to_dict('records'):
         two = r['first'], r['second']
-        parts.append((' and '.join(two), picture(venn_plot(r, two), f"Hits of the two in the same direction: {r['both']} in both, {r['expected']:.1f} by chance")))
-    if len(s.genes): parts.append(('Both ways', para("Genes that move healthy cells into the disease, and the opposite of which moves diseased cells out of it.") +
-                                   table_html(s.genes[['disease', 'symbol', 'into', 'out_of']].head(40))))
-    with atomic(s.folder/'index.html') as tmp: tmp.write_text(page('Into the disease and out of it', parts), encoding='utf-8')
+        text = (f"Hits of the two in the same direction: {r['both']} in both, "
+                f"{r['expected']:.1f} by chance")
+        parts.append((' and '.join(two), picture(venn_plot(r, two), text)))
+    if len(s.genes):
+        text = (
+            "These genes move healthy cells into the disease. The opposite action moves diseased "
+            "cells out of it."
+        )
+        table = s.genes[['disease', 'symbol', 'into', 'out_of']].head(40)
+        parts.append(('Both ways', para(text) + table_html(table)))
+    with atomic(s.folder/'index.html') as tmp:
+        tmp.write_text(page('Into the disease and out of it', parts), encoding='utf-8')

@@ -22,8 +22,12 @@ from ..model.embed import state_embeddings
 from ..perturb.gradients import first_order
 from ..perturb.shards import perturb_to
 from ..perturb.stats import summarize
-from .controls import action_of, before_after, best_pairs, over_seeds, pair_effects, permuted_p, stability_of
-from .question import Plan, Question, Settings, cohort_table, limits_of, make_plan
+from .controls import action_of, before_after, best_pairs
+from .controls import over_seeds, pair_effects, permuted_p, stability_of
+
+# %% ../../nbs/35_cardiomyopathy.ipynb #3c0ac482
+from .question import Plan, Question, Settings
+from .question import cohort_table, limits_of, make_plan
 from .report import save_figure, write_report
 from .score import agreement, count_controls, flag_genes, orient, score_targets
 from ..tasks.compare import untrained
@@ -34,8 +38,9 @@ def known_table(
     rankings:dict, # {score: gene ids, best first}
     known:list, # ids of the genes named beforehand
     n_genes:int, # genes that were tested
-)->tuple: # by score: median rank and recall, and what chance gives; and the rank of each gene by each score
-    "How the genes named beforehand rank"
+)->tuple: # by score: median rank and recall, and what chance gives; and the rank of each gene by
+# each score
+    "Ranks of the genes named before the screen"
     rows, by_gene = {}, {}
     for name, order in rankings.items():
         at = {g: i + 1 for i, g in enumerate(dict.fromkeys(order))}
@@ -53,13 +58,16 @@ def _against_baselines(quality):
     own, *rest = quality.items()
     best = max(rest, key=lambda r: r[1]['donor_accuracy'], default=None)
     if best is None or own[1]['donor_accuracy'] > best[1]['donor_accuracy']: return []
-    return [f"The classifier behind this screen ({own[1]['donor_accuracy']:.2f} mean accuracy over held-out donors) does not beat {best[0]} "
-            f"({best[1]['donor_accuracy']:.2f}): it has not read everything in the cells that tells the states apart."]
+    return [
+        f"The classifier behind this screen ({own[1]['donor_accuracy']:.2f} mean accuracy over "
+        f"held-out donors) does not beat {best[0]} "
+        f"({best[1]['donor_accuracy']:.2f}): it misses a part of what distinguishes the states."
+    ]
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #8a5af0a3
 @dataclass
 class Fold:
-    "What one fold gives"
+    "Results of one fold"
     predictions: pd.DataFrame # truth, predicted and donor of every held-out cell
     baselines: dict           # {baseline: predicted class of every held-out cell}
     audit: pd.DataFrame       # cells and donors of each side
@@ -72,14 +80,19 @@ def fold_split(plan, k):
     return np.where(plan.fold == k, 'test', 'train')
 
 def fold_classifier(plan, k):
-    "Classifier of fold number k and its states, from training cells only; read back when it was made before"
+    """Classifier of fold number k and its states, from training cells only; read back when it was
+    made before"""
     q, s, cells, kept = plan.question, plan.settings, plan.cells, plan.shared/f'fold-{k}'
     split = fold_split(plan, k)
     if (kept/'classes.json').exists(): clf = CellClassifier.load(kept, s.device)
     else:
-        clf = finetune(plan.model, cells, q.label, q.donor, split=split, seed=s.seed, **s.finetuning)
+        clf = finetune(
+            plan.model, cells, q.label, q.donor, split=split, seed=s.seed, **s.finetuning
+        )
         clf.save(kept)
-    states = state_embeddings(cells[split == 'train'], clf.encoder, q.label, layer='last', pool=clf.pool, show=False)
+    states = state_embeddings(
+        cells[split == 'train'], clf.encoder, q.label, layer='last', pool=clf.pool, show=False
+    )
     return clf, states
 
 def _stored(file, make):
@@ -95,37 +108,57 @@ def run_fold(
 )->Fold:
     "Predictions, baselines, audit and shifts of the donors that fold number k holds out"
     q, cells, split = plan.question, plan.cells, fold_split(plan, k)
-    audit = audit_split(cells.obs, split, q.donor, q.label).rename(index=lambda side: f'fold {k + 1} {side}')
+    audit = audit_split(cells.obs, split, q.donor, q.label).rename(
+        index=lambda side: f'fold {k + 1} {side}'
+    )
     clf, states = fold_classifier(plan, k)
     held = np.flatnonzero(split == 'test')
     predicted = clf.predict(cells[held])
     truth, donor = (cells.obs[c].astype(str).to_numpy()[held] for c in (q.label, q.donor))
-    table = pd.DataFrame(dict(truth=truth, predicted=predicted['predicted'].to_numpy(), donor=donor), index=predicted.index)
+    table = pd.DataFrame(
+        dict(truth=truth, predicted=predicted['predicted'].to_numpy(), donor=donor),
+        index=predicted.index,
+    )
     plain = cell_baselines(plan.counts, q.label, split, q.donor, fractional=True)[1]
-    out = Fold(table, {n: p['predicted'] for n, p in plain.items()}, audit, held[np.isin(held, plan.screened)])
+    out = Fold(
+        table,
+        {n: p['predicted'] for n, p in plain.items()},
+        audit,
+        held[np.isin(held, plan.screened)],
+    )
     if len(out.rows): _perturb_fold(plan, k, out, clf, states)
     return out
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #267b0b00
 def _perturb_fold(plan, k, out, clf, states):
-    "Put the shifts of the cells of a fold into it"
+    "Perturb the screened cells of a fold and store their shifts in `out`"
     how = dict(states=states, layer='last', pool=clf.pool)
     folder = plan.out/f'fold-{k}'
-    out.shifts = perturb_to(folder/'perturb', clf.encoder, plan.cells, plan.actions, rows=out.rows, **how).assign(fold=k)
+    out.shifts = perturb_to(
+        folder / 'perturb', clf.encoder, plan.cells, plan.actions, rows=out.rows, **how
+    ).assign(fold=k)
     if 'first_order' in plan.settings.controls and 'KO' in plan.settings.directions:
-        fast = _stored(folder/'first_order.parquet', lambda: first_order(clf.encoder, plan.cells[out.rows], **how))
+        fast = _stored(
+            folder / 'first_order.parquet',
+            lambda: first_order(clf.encoder, plan.cells[out.rows], **how),
+        )
         out.fast = fast.assign(cell=out.rows[fast['cell']])
 
 def run_folds(
     plan:Plan, # of the screen
     say=print, # function that is told what happens
 )->list: # of `Fold`
-    "Every fold in turn"
+    "Run every fold, one after the other"
     folds, start = [], time.time()
     for k in range(plan.n_folds):
         f = run_fold(plan, k)
         right = (f.predictions.truth == f.predictions.predicted).mean()
-        say(f"fold {k + 1} of {plan.n_folds}: {len(f.predictions)} held-out cells, accuracy {right:.2f}, "
-            f"{0 if f.shifts is None else len(f.shifts):,} perturbed cells; {in_words(time.time() - start)} so far")
+        say(
+            f"fold {k + 1} of {plan.n_folds}: {len(f.predictions)} held-out cells, accuracy "
+            f"{right:.2f}, "
+            f"{0 if f.shifts is None else len(f.shifts):,} perturbed cells; "
+            f"{in_words(time.time() - start)} so far"
+        )
         folds.append(f)
     return folds
 
@@ -135,13 +168,17 @@ def joined(
 )->pd.DataFrame: # None where no fold has it
     "One table of all folds"
     have = [getattr(f, name) for f in folds if getattr(f, name) is not None]
-    return pd.concat([pd.DataFrame(t) for t in have], ignore_index=name in ('shifts', 'fast')) if have else None
+    return (
+        pd.concat([pd.DataFrame(t) for t in have], ignore_index=name in ('shifts', 'fast'))
+        if have
+        else None
+    )
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #530d61d9
 @dataclass
 class Result:
     "A finished screen"
-    table: pd.DataFrame       # one row an action: the result table and the columns told of below, best first
+    table: pd.DataFrame # one row an action, best first: result table and scores of other methods
     by_donor: pd.DataFrame    # the same for each donor
     shifts: pd.DataFrame      # one row a cell and perturbation
     obs: pd.DataFrame         # of the cells that `shifts["cell"]` counts
@@ -155,7 +192,7 @@ class Result:
     agreement: pd.DataFrame   # how far every other score of an action agrees with the score
     stability: pd.DataFrame   # how far folds, and runs with other seeds, agree
     pairs: pd.DataFrame       # the best actions two by two
-    map: pd.DataFrame         # start and goal cells, and start cells after the best action, as points
+    map: pd.DataFrame # start and goal cells, and start cells after the best action, as points
     question: Question
     settings: Settings
     n_screened: int           # cells that were perturbed
@@ -167,28 +204,54 @@ class Result:
     title: str = 'Target screen'
     folder: Path = None       # where everything lies
 
-    def __repr__(self): return f"Screen {self.question.start} → {self.question.goal}: {len(self.table)} perturbations, " \
-                               f"best {', '.join(self.table.perturbation.astype(str)[:3])}"
-    def _repr_html_(self): return self.table.head(10).to_html(index=False, float_format='{:.4g}'.format)
+    def __repr__(self):
+        return (
+            f"Screen {self.question.start} → {self.question.goal}: {len(self.table)} "
+            "perturbations, "
+            f"best {', '.join(self.table.perturbation.astype(str)[:3])}"
+        )
+    def _repr_html_(self):
+        return self.table.head(10).to_html(index=False, float_format='{:.4g}'.format)
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #52be625d
-score_columns = ['score', 'excess', 'shift', 'away', 'expression', 'coefficient', 'first_order', 'untrained'] # of one action; more is better
+# of one action; more is better
+score_columns = [
+    'score',
+    'excess',
+    'shift',
+    'away',
+    'expression',
+    'coefficient',
+    'first_order',
+    'untrained',
+]
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #caaf072d
 def score(
     plan:Plan, # of the screen
     folds:list, # of `Fold`
 )->tuple: # table of all actions, best first; its rows by donor; the unit of replication
-    "The tidy tables of a screen"
-    q, obs, v, shifts, fast = plan.question, plan.cells.obs, plan.vocabulary, joined(folds, 'shifts'), joined(folds, 'fast')
+    "Score the actions of a screen"
+    q, obs, v, shifts, fast = (
+        plan.question,
+        plan.cells.obs,
+        plan.vocabulary,
+        joined(folds, 'shifts'),
+        joined(folds, 'fast'),
+    )
     fewest = obs.iloc[np.unique(shifts['cell'])][q.donor].astype(str).value_counts().min()
-    how = dict(donor=q.donor, min_cells=int(min(3, fewest)), symbols={g: v.symbol(g) for g in v.genes})
+    how = dict(
+        donor=q.donor, min_cells=int(min(3, fewest)), symbols={g: v.symbol(g) for g in v.genes}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)
         table, by_donor = score_targets(shifts, obs, q.goal, **how)
         away = summarize(shifts, obs, [q.start], **how).set_index('perturbation')['shift']
         if fast is not None:
             quick = summarize(fast, obs, [q.goal], **how).set_index('perturbation')
-            table['first_order'] = table.perturbation.astype(str).map(quick['shift'] - quick.null_shift)
+            table['first_order'] = table.perturbation.astype(str).map(
+                quick['shift'] - quick.null_shift
+            )
     table['away'] = -table.perturbation.astype(str).map(away)
     return table, by_donor, next(iter(table.attrs['unit'].values()))
 
@@ -196,26 +259,35 @@ def score(
 def methods_text(
     plan:Plan, # of the screen
 )->list: # sentences
-    "How it was done, for the report"
+    "Methods of a screen, for the report"
     q, s, cells, model = plan.question, plan.settings, plan.cells, plan.model
     matched = ', '.join(f'{k} {v}' for k, v in plan.record.match.items() if v)
     how = ', '.join(f'{k}={v}' for k, v in s.finetuning.items())
-    return [f"Counts in {plan.record.source} were encoded as ranks ({matched}; vocabulary {model.vocabulary.name!r}, hash {model.vocabulary.hash}, "
-            f"{len(cells):,} cells, median {int(np.median(cells.lengths))} genes).",
-            f"Encoder: {model}; weights {weights_digest(model)}. {plan.origin}",
-            f"For each of {plan.n_folds} folds of {q.unit}s a classifier of {q.label} was fine-tuned on the others ({how}), without any choice "
-            "made on the held-out ones. States are means of training cells at the last layer.",
-            "Score = (shift - null, over its robust spread among actions of its kind) x (1 - p) x consistency over donors x specificity among matched genes.",
-            f"Perturbed: {', '.join(s.directions)} of {s.genes}, at most {s.max_cells} cells a {q.unit}. Shift = cosine to the goal "
-            "state after less before; up and down move a gene half a cell in rank. Null: genes of similar mean rank and detection in the same cells. p: over "
-            f"{q.unit}s where three or more could be screened; FDR by Benjamini and Hochberg within a direction.",
-            f"Seed {s.seed}. " + ', '.join(f'{k} {v}' for k, v in versions().items() if v) + '.']
+    return [
+        f"Counts in {plan.record.source} were encoded as ranks ({matched}; vocabulary "
+        f"{model.vocabulary.name!r}, hash {model.vocabulary.hash}, "
+        f"{len(cells):,} cells, median {int(np.median(cells.lengths))} genes).",
+        f"Encoder: {model}; weights {weights_digest(model)}. {plan.origin}",
+        f"For each of {plan.n_folds} folds of {q.unit}s a classifier of {q.label} was fine-tuned "
+        f"on the others ({how}), without any choice "
+        "made on the held-out ones. States are means of training cells at the last layer.",
+        "Score = (shift - null, over its robust spread among actions of its kind) x (1 - p) x "
+        "consistency over donors x specificity among matched genes.",
+        f"Perturbed: {', '.join(s.directions)} of {s.genes}, at most {s.max_cells} cells a "
+        f"{q.unit}. Shift = cosine to the goal "
+        "state after less before; up and down move a gene half a cell in rank. Null: genes of "
+        "similar mean rank and detection in the same cells. p: over "
+        f"{q.unit}s where three or more could be screened; FDR by Benjamini and Hochberg within a "
+        "direction.",
+        f"Seed {s.seed}. " + ', '.join(f'{k} {v}' for k, v in versions().items() if v) + '.',
+    ]
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #96b870b6
 @verb(also=[Settings])
 def screen(
     adata, # AnnData that `pp.tokenize` has been over
-    model=None, # Geneformer or the name of a checkpoint; None or a Vocabulary pretrains a small model on these very cells, without labels
+    model=None, # Geneformer or the name of a checkpoint; None or a Vocabulary pretrains a small
+    # model on these very cells, without labels
     *,
     label:str, # obs column of states
     donor:str, # obs column of donors, which are never split
@@ -223,14 +295,18 @@ def screen(
     goal:str, # state to reach
     out, # folder for everything: cells, classifiers, shards, targets.csv, report.html
     where:dict=None, # {obs column: value or values}: only these cells
-    groups:dict=None, # {state: values of `label`}: several values become one state, other cells are left out
-    shared=None, # folder of model and classifiers for several questions about one cohort; None keeps them in `out`
+    groups:dict=None, # {state: values of `label`}: several values become one state, other cells are
+    # left out
+    shared=None, # folder of model and classifiers for several questions about one cohort; None
+    # keeps them in `out`
     title:str=None, # heading of the report
     report:bool=True, # write the page of HTML and draw the map; False leaves the tables
     say=print, # function that is told what happens; None is silent
-    **settings, # directions, genes, max_cells, folds, known, controls, pairs, seeds … as in `Settings`
+    **settings, # directions, genes, max_cells, folds, known, controls, pairs, seeds … as in
+    # `Settings`
 )->Result: # also written to `out`
-    "Rank genes by how far perturbing them moves held-out cells from start to goal; resumable. Raises `GeneformerError` and kin"
+    """Rank genes by how far perturbing them moves held-out cells from start to goal. A killed run
+    goes on when called again. Raises `GeneformerError` and its subclasses"""
     say, settings = say or (lambda *_: None), Settings(**settings)
     question = Question(label, donor, str(start), str(goal), where, groups)
     plan = make_plan(adata, model, question, settings, out, shared, say)
@@ -244,7 +320,8 @@ def screen(
 @dataclass
 class Beside:
     "Runs beside a screen"
-    untrained: pd.DataFrame = None # table of the same screen with an encoder that was never pretrained
+    untrained: pd.DataFrame = None # table of the same screen with an encoder that was never
+    # pretrained
     untrained_quality: dict = None # and the scores of its classifiers
     more: list = field(default_factory=list) # tables of runs with other seeds
     p_permuted: pd.Series = None # p of each action against permuted labels
@@ -261,42 +338,71 @@ def run_beside(
     again = replace(s, controls=(), pairs=0, seeds=1, known=())
     if 'untrained' in s.controls:
         say('again: an encoder that was never pretrained')
-        other = make_plan(adata, untrained(plan.model, s.seed), plan.question, again, plan.out/'untrained', say=lambda *_: None)
+        other = make_plan(
+            adata,
+            untrained(plan.model, s.seed),
+            plan.question,
+            again,
+            plan.out / 'untrained',
+            say=lambda *_: None,
+        )
         folds = run_folds(other, lambda *_: None)
         predictions = joined(folds, 'predictions')
         out.untrained = _with_counts(other, score(other, folds)[0])
         out.untrained_quality = scores(predictions.truth, predictions.predicted, predictions.donor)
     for i in range(1, s.seeds):
         say(f'again: seed {s.seed + i}')
-        other = make_plan(adata, model, plan.question, replace(again, seed=s.seed + i), plan.out/f'seed-{s.seed + i}', say=lambda *_: None)
+        other = make_plan(
+            adata,
+            model,
+            plan.question,
+            replace(again, seed=s.seed + i),
+            plan.out / f'seed-{s.seed + i}',
+            say=lambda *_: None,
+        )
         out.more.append(_with_counts(other, score(other, run_folds(other, lambda *_: None))[0]))
     if 'permuted' in s.controls: _permuted(plan, out)
     return out
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #62b195a7
 def _permuted(plan, out):
     "Put p against permuted labels into `out`, or a sentence where there are too few donors"
     q = plan.question
-    try: out.p_permuted = permuted_p(plan.model, plan.cells, plan.actions, plan.out/'permuted', label=q.label, donor=q.donor,
-                                     start=q.start, goal=q.goal, seed=plan.settings.seed)
+    try:
+        out.p_permuted = permuted_p(
+            plan.model,
+            plan.cells,
+            plan.actions,
+            plan.out / 'permuted',
+            label=q.label,
+            donor=q.donor,
+            start=q.start,
+            goal=q.goal,
+            seed=plan.settings.seed,
+        )
     except GeneformerError as e: out.notes.append(f"Labels were not permuted: {e}")
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #e1710832
 def _with_counts(plan, table):
-    "The table with what the counts alone say of each action, and flags"
+    "The table with scores of the counts alone, and flags"
     q, v = plan.question, plan.vocabulary
-    table = orient(table, count_controls(plan.counts, plan.match, v, q.label, q.start, q.goal, q.donor))
+    table = orient(
+        table, count_controls(plan.counts, plan.match, v, q.label, q.start, q.goal, q.donor)
+    )
     flags = flag_genes(table.gene_id, v, plan.flags)
     return table.assign(flag=table.gene_id.astype(str).map(flags))
 
 def with_controls(plan, table, beside):
     "The table with every score of the same actions"
     name, table = table.perturbation.astype(str), _with_counts(plan, table)
-    if beside.untrained is not None: table['untrained'] = name.map(beside.untrained.set_index('perturbation')['score'])
+    if beside.untrained is not None:
+        table['untrained'] = name.map(beside.untrained.set_index('perturbation')['score'])
     if beside.p_permuted is not None: table['p_permuted'] = name.map(beside.p_permuted)
     return table
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #7b3ce62f
 def try_pairs(plan, folds, table, shifts):
-    "The best actions two by two, in the cells and by the classifiers of their folds"
+    "Table of pairs of the best actions, perturbed by the classifier of each fold"
     q, n, got = plan.question, plan.settings.pairs, []
     what = best_pairs(table, n) if n > 1 else []
     if not what: return pd.DataFrame()
@@ -304,20 +410,49 @@ def try_pairs(plan, folds, table, shifts):
     for k, f in enumerate(folds):
         if not len(f.rows): continue
         clf, states = fold_classifier(plan, k)
-        got.append(perturb_to(plan.out/f'fold-{k}'/name, clf.encoder, plan.cells, what, rows=f.rows, states=states, layer='last', pool=clf.pool))
+        got.append(
+            perturb_to(
+                plan.out / f'fold-{k}' / name,
+                clf.encoder,
+                plan.cells,
+                what,
+                rows=f.rows,
+                states=states,
+                layer='last',
+                pool=clf.pool,
+            )
+        )
     got = pd.concat([pd.DataFrame(t) for t in got], ignore_index=True)
-    return pair_effects(got, shifts, plan.cells.obs, q.goal, q.donor) if len(got) else pd.DataFrame()
+    return (
+        pair_effects(got, shifts, plan.cells.obs, q.goal, q.donor) if len(got) else pd.DataFrame()
+    )
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #205709dd
 def draw_map(plan, folds, table, most=150):
-    "Held-out start and goal cells of the first fold that has both, before and after the best action"
+    """Held-out start and goal cells of the first fold that has both, before and after the best
+    action"""
     q, cells, best = plan.question, plan.cells, table.iloc[0]
-    state, rng = cells.obs[q.label].astype(str).to_numpy(), np.random.default_rng(plan.settings.seed)
+    state, rng = (
+        cells.obs[q.label].astype(str).to_numpy(),
+        np.random.default_rng(plan.settings.seed),
+    )
     for k, f in enumerate(folds):
-        two = [np.sort(rng.permutation(np.flatnonzero((plan.fold == k) & (state == s)))[:most]) for s in (q.start, q.goal)]
+        two = [
+            np.sort(rng.permutation(np.flatnonzero((plan.fold == k) & (state == s)))[:most])
+            for s in (q.start, q.goal)
+        ]
         if not len(f.rows) or not len(two[1]): continue
         clf, _ = fold_classifier(plan, k)
-        try: at = before_after(clf.encoder, cells[two[0]], cells[two[1]], action_of(str(best.kind), str(best.gene_id)), (q.start, q.goal),
-                               pool=clf.pool, seed=plan.settings.seed)
+        try:
+            at = before_after(
+                clf.encoder,
+                cells[two[0]],
+                cells[two[1]],
+                action_of(str(best.kind), str(best.gene_id)),
+                (q.start, q.goal),
+                pool=clf.pool,
+                seed=plan.settings.seed,
+            )
         except GeneformerError: continue
         at.attrs['what'] = str(best.perturbation)
         return at
@@ -328,7 +463,10 @@ def rank_known(plan, table):
     "Rankings of genes by every score, and how the genes named beforehand do in each"
     ids = table.gene_id.astype(str)
     have = [c for c in score_columns if c in table and table[c].notna().any()]
-    order = {c: table[c].astype(float).sort_values(ascending=False, kind='stable').dropna().index for c in have}
+    order = {
+        c: table[c].astype(float).sort_values(ascending=False, kind='stable').dropna().index
+        for c in have
+    }
     rankings = {c: list(dict.fromkeys(ids[at])) for c, at in order.items()}
     if not plan.known: return rankings, pd.DataFrame(), pd.DataFrame()
     known, by_gene = known_table(rankings, plan.known, ids.nunique())
@@ -336,18 +474,29 @@ def rank_known(plan, table):
     return rankings, known, by_gene
 
 def classifier_scores(predictions, folds, beside):
-    "Scores of the classifier, of the one never pretrained, and of the baselines, on held-out donors"
-    quality = {'Geneformer, fine-tuned': scores(predictions.truth, predictions.predicted, predictions.donor)}
-    if beside.untrained_quality is not None: quality['the same, never pretrained'] = beside.untrained_quality
+    """Scores of the classifier, of the one never pretrained, and of the baselines, on held-out
+    donors"""
+    quality = {
+        'Geneformer, fine-tuned': scores(
+            predictions.truth, predictions.predicted, predictions.donor
+        )
+    }
+    if beside.untrained_quality is not None:
+        quality['the same, never pretrained'] = beside.untrained_quality
     for name in folds[0].baselines:
-        quality[name] = scores(predictions.truth, pd.concat([f.baselines[name] for f in folds]), predictions.donor)
+        quality[name] = scores(
+            predictions.truth, pd.concat([f.baselines[name] for f in folds]), predictions.donor
+        )
     return quality
 
 def how_stable(plan, shifts, table, more):
     "Agreement of the folds, and of runs with other seeds"
     q, obs = plan.question, plan.cells.obs
     of_folds = [score_targets(t, obs, q.goal, q.donor)[0] for _, t in shifts.groupby('fold')]
-    rows = {f'{plan.n_folds} folds': stability_of(of_folds), f'{len(more) + 1} seeds': stability_of([table, *more])}
+    rows = {
+        f'{plan.n_folds} folds': stability_of(of_folds),
+        f'{len(more) + 1} seeds': stability_of([table, *more]),
+    }
     return pd.DataFrame({k: x for k, x in rows.items() if x}).T
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #e498efee
@@ -367,29 +516,41 @@ def finish(
     if beside.more: table = over_seeds([table, *beside.more])
     quality = classifier_scores(predictions, folds, beside)
     rankings, known, by_gene = rank_known(plan, table)
-    return Result(table=table, by_donor=by_donor, shifts=shifts, obs=obs, quality=pd.DataFrame(quality).T, predictions=predictions,
-        cohort=cohort_table(obs, q), audit=joined(folds, 'audit'), rankings={k: v.symbol(r) for k, r in rankings.items()},
-        known=known, known_by_gene=by_gene, agreement=agreement(table, [c for c in score_columns[1:] if c in table]),
-        stability=stability, pairs=try_pairs(plan, folds, table, shifts), map=draw_map(plan, folds, table) if report else pd.DataFrame(),
-        question=q, settings=plan.settings, n_screened=len(plan.screened), n_donors=plan.n_donors, known_symbols=v.symbol(plan.known),
-        limits=limits_of(obs, q) + _against_baselines(quality) + beside.notes, methods=methods_text(plan), unit=unit, folder=plan.out,
-        title=title or f"Target screen: {q.start} → {q.goal}")
+    agree = agreement(table, [c for c in score_columns[1:] if c in table])
+    tables = dict(table=table, by_donor=by_donor, shifts=shifts, obs=obs, predictions=predictions,
+                  quality=pd.DataFrame(quality).T, cohort=cohort_table(obs, q),
+                  audit=joined(folds, 'audit'), known=known, known_by_gene=by_gene, agreement=agree,
+                  stability=stability, pairs=try_pairs(plan, folds, table, shifts),
+                  map=draw_map(plan, folds, table) if report else pd.DataFrame())
+    limits = limits_of(obs, q) + _against_baselines(quality) + beside.notes
+    return Result(
+        **tables, question=q, settings=plan.settings, n_screened=len(plan.screened),
+        rankings={k: v.symbol(r) for k, r in rankings.items()}, n_donors=plan.n_donors,
+        known_symbols=v.symbol(plan.known), limits=limits, methods=methods_text(plan), unit=unit,
+        folder=plan.out, title=title or f"Target screen: {q.start} → {q.goal}")
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #728fb19d
 def write(
     result:Result, # of a screen
     report:bool=True, # also the page of HTML
     say=print, # function that is told what happens
 ):
-    "Everything that is left in the folder for others to read"
+    "Write the tables, the summary and the report of a screen"
     out, q = result.folder, result.question
     result.table.to_csv(out/'targets.csv', index=False)
     result.table.to_parquet(out/'targets.parquet')
     result.by_donor.to_csv(out/'targets_by_donor.csv', index=False)
     if len(result.pairs): result.pairs.to_csv(out/'pairs.csv', index=False)
-    plan = dict(n_screened=result.n_screened, n_donors=result.n_donors, n_perturbed=len(result.shifts), unit=result.unit)
-    write_json(out/'summary.json', dict(question=asdict(q), settings=asdict(result.settings), plan=plan, quality=result.quality.to_dict(),
-        known=result.known.to_dict(), agreement=result.agreement.to_dict(), stability=result.stability.to_dict(), methods=result.methods))
+    tables = ('quality', 'known', 'agreement', 'stability')
+    write_json(out/'summary.json', dict(
+        question=asdict(q), settings=asdict(result.settings),
+        plan=dict(n_screened=result.n_screened, n_donors=result.n_donors,
+                  n_perturbed=len(result.shifts), unit=result.unit),
+        **{name: getattr(result, name).to_dict() for name in tables}, methods=result.methods))
     if not report: return
-    save_figure(plots.top_targets(result.table, 12, by='score', mark=result.known_symbols), out/'targets.png')
+    save_figure(
+        plots.top_targets(result.table, 12, by='score', mark=result.known_symbols),
+        out / 'targets.png',
+    )
     write_report(result, out/'report.html')
     say(f"Wrote report.html, targets.csv and targets.parquet to '{out.name}'.")
