@@ -127,6 +127,6 @@ def _other_checkpoints(name, folder, place, revision):
     hint = f" Did you mean {close[0]!r}?" if close else ''
     return (
         "give a folder with config.json and model.safetensors, a short name such as 'V2-104M', or "
-        "a hub id such as "
+        "a path on the hub such as "
         f"'{short_names['V2-104M']}'.{hint}"
     )
