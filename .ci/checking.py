@@ -65,6 +65,9 @@ def page_faults(path):
         yield 'the first cell must be a title (# ...) and a description (> ...) only: the site drops the rest'
     if not any('nbdev_export()' in s for s in src[-1:]) and any('default_exp' in s for s in src):
         yield 'the last cell must be: #| hide, import nbdev; nbdev.nbdev_export()'
+    code = [c for c in nb['cells'] if c['cell_type'] == 'code']
+    if code and not any(c['outputs'] for c in code):
+        yield f'no cell stores an output, so its page is bare: python .ci/nb.py save nbs/{path.name}'
     if outputs_kb(nb) > FAIL_KB: yield f'its outputs take {outputs_kb(nb):.0f} kB, more than {FAIL_KB}'
     for i, (c, s) in enumerate(zip(nb['cells'], src)):
         if c['cell_type'] != 'code':

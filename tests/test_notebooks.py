@@ -17,6 +17,14 @@ def test_clean(nb): assert checking.unclean(nb) is None
 @pytest.mark.parametrize('nb', NBS, ids=ids)
 def test_fit_for_the_site(nb): assert list(checking.page_faults(nb)) == []
 
+def test_a_page_without_outputs_is_a_fault(tmp_path):
+    nb = json.loads(NBS[-1].read_text(encoding='utf-8'))
+    for c in nb['cells']:
+        if c['cell_type'] == 'code': c['outputs'] = []
+    bare = tmp_path/NBS[-1].name
+    bare.write_text(json.dumps(nb))
+    assert [f for f in checking.page_faults(bare) if 'its page is bare' in f]
+
 def test_style_of_modules(): assert [*style.import_faults(), *style.module_faults()] == []
 
 @pytest.mark.parametrize('nb', NBS, ids=ids)
