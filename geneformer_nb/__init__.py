@@ -4,10 +4,12 @@ __version__ = "0.0.1"
 from .core import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
-    'tl': 'Geneformer', # tl loads every part, so that a model has all its methods: encode, perturb, finetune
+    # tl loads every part, so that a model has all its methods: encode, perturb, finetune
+    'tl': 'Geneformer',
     'data.vocabulary': 'Vocabulary',
     'data.cells': 'Cells',
     'perturb.actions': 'KO OE Dose drug each pairs',
     'train.pretraining': 'pretrain',
 }, {'toy': 'data.toy', 'datasets': 'data.datasets'} | {part: part for part in (
-    'data', 'evaluate', 'plots', 'model', 'train', 'perturb', 'tasks', 'attention', 'screen', 'pp', 'tl', 'pl', 'get')})
+    'data', 'evaluate', 'plots', 'model', 'train', 'perturb', 'tasks', 'attention', 'screen',
+    'pp', 'tl', 'pl', 'get')})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .data.cells import Cells
-from .core import GeneformerError
+from .core import GeneformerError, check_columns
 from .model.embed import gene_embeddings, pick_cells, state_embeddings
 from .perturb.actions import Dose, KO, OE, ActionPlan
 from .perturb.actions import make_engine, layer_and_pool, perturb
@@ -57,9 +57,7 @@ class Explorer:
         if not measures:
             raise GeneformerError("There is nothing to move towards: pass states={name: vector}, "
                                   "or the obs column of the states.")
-        if donor is not None and donor not in cells.obs:
-            have = ', '.join(map(str, cells.obs.columns))
-            raise GeneformerError(f"obs has no column {donor!r} (it has {have}).")
+        if donor is not None: check_columns(cells.obs, donor)
         self.measures = sorted(measures, key=lambda m: m in begin)
         self.states, self.donor, self.n_nulls, self.n_near = states, donor, nulls, neighbors
         self.cache, self.near, self._ui, self.first = {}, None, None, None

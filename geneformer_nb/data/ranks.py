@@ -11,7 +11,7 @@ import json, warnings
 from dataclasses import asdict, dataclass, field, fields
 import anndata as ad, numpy as np, pandas as pd
 from scipy import sparse
-from ..core import CountsError, GeneformerError, VocabularyError, verb
+from ..core import CountsError, GeneformerError, VocabularyError, check_columns, verb
 from .cells import Cells
 from .counts import Counts, counts_of, gene_names
 from .tokenizer import Sequences
@@ -120,11 +120,7 @@ def need_adata(
             f"adata is an AnnData, not {type(adata).__name__}: read a file first, for instance "
             "with gf.data.read_any."
         )
-    if lost := [c for c in obs if c is not None and c not in adata.obs]:
-        raise GeneformerError(
-            f"obs has no column {lost[0]!r} (it has "
-            f"{', '.join(map(str, adata.obs.columns)) or 'none'})."
-        )
+    check_columns(adata.obs, *[c for c in obs if c is not None])
     return adata
 
 def find_record(

@@ -9,7 +9,7 @@ __all__ = ['tests', 'simulated_run', 'type_one', 'power', 'donors_needed', 'spre
 # %% ../../nbs/31a_trust.ipynb #17855d85
 import warnings
 import numpy as np, pandas as pd
-from ..core import GeneformerError
+from ..core import GeneformerError, check_columns
 from .official import bh, goal_state_shift, perturbation_codes
 from geneformer_nb.perturb.stats import (
     matched_null,
@@ -244,8 +244,7 @@ def permuted_states(
         raise GeneformerError(
             "A fine-tuned model has seen the labels: pass its pretrained encoder."
         )
-    if lacks := [c for c in (label, donor) if c not in cells.obs]:
-        raise GeneformerError(f"obs has no column {lacks[0]!r}.")
+    check_columns(cells.obs, label, donor)
     cells = cells[cells.obs[label].astype(str).isin([start, goal]).to_numpy()]
     labels = _labelings(cells.obs, label, donor, start, goal, n, seed)
     if len(labels) < 20:

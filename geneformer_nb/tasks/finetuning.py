@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from .adapters import add_lora, load_lora, merge_lora, save_lora
 from ..data.cells import Cells, as_cells
-from ..core import GeneformerError, LeakError, MissingDataError, write_json
+from ..core import GeneformerError, LeakError, MissingDataError, check_columns, write_json
 from ..evaluate.splits import audit_split, split_donors
 from ..evaluate.baselines import cell_baselines
 from .heads import AttentionPool, Classes, Head, make_head, number_baselines
@@ -179,9 +179,7 @@ def freeze(
 # %% ../../nbs/11_finetuning.ipynb #6649d4cf
 def _usable(obs, label, task, drop_rare):
     "Cells with a label that is one of the classes asked for and not rare, as a mask"
-    if label not in obs:
-        raise GeneformerError(
-            f"obs has no column {label!r} (it has {', '.join(map(str, obs.columns))}).")
+    check_columns(obs, label)
     ok, names = obs[label].notna().to_numpy().copy(), obs[label].astype(str).to_numpy()
     if not ok.any(): raise GeneformerError(f"obs[{label!r}] is missing for every cell.")
     if not ok.all():

@@ -9,7 +9,7 @@ __all__ = ['MultiTask', 'finetune_tasks']
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from ..data.cells import Cells
-from ..core import GeneformerError, LeakError
+from ..core import GeneformerError, LeakError, check_columns
 from ..evaluate.splits import audit_split, split_donors
 from .finetuning import CellModel, Schedule, _add_columns, _cells_of, _check
 from .finetuning import _class_weights, _learner, _sides
@@ -99,9 +99,7 @@ def _stratum(obs, heads, donor):
 
 def _task_sides(obs, heads, donor, split, seed):
     "Train, test or neither for each cell, for all tasks at once; and the audit of each"
-    if lost := [k for k in heads if k not in obs]:
-        raise GeneformerError(
-            f"obs has no column {lost[0]!r} (it has {', '.join(map(str, obs.columns))}).")
+    check_columns(obs, *heads)
     ok = obs[list(heads)].notna().to_numpy()
     if split is None and donor is not None:
         split, some = np.full(len(obs), '', dtype='<U5'), ok.any(1)
