@@ -95,9 +95,11 @@ def finetune(
     if baselines: recorded_counts(adata, record)
     clf = finetune_cells(model, cells, label, donor, split=split, **how)
     if baselines:
-        clf.scores = pd.concat(
-            [clf.scores, cell_baselines(adata, label, clf.split, donor, **record.how)[0]]
-        )
+        used = clf.split != ''
+        known = adata if used.all() else adata[used]
+        simple, _ = cell_baselines(
+            known, label, clf.split[used], donor, named=clf.classes or (), **record.how)
+        clf.scores = pd.concat([clf.scores, simple])
     adata.obs[key_added] = pd.Categorical(clf.split)
     return clf
 
@@ -119,7 +121,7 @@ def predict(
     clf = classifier if isinstance(classifier, CellClassifier) else CellClassifier.load(classifier)
     p = clf.predict(ranked_cells(adata, clf.encoder.vocabulary, obs=[]))
     out = adata.copy() if copy else adata
-    out.obs[f'{key_added}_pred'] = pd.Categorical(p['predicted'], categories=clf.classes)
+    out.obs[f'{key_added}_pred'] = pd.Categorical(p['predicted'], categories=clf.task.values)
     out.obsm[f'{key_added}_proba'] = p[clf.columns].to_numpy(np.float32)
     out.uns[f'{key_added}_classes'] = np.array(clf.classes, dtype=object)
     return out if copy else None

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Op', 'Perturbation', 'KO', 'OE', 'Dose', 'drug', 'Each', 'each', 'pairs', 'ActionPlan', 'layer_and_pool',
-           'make_engine', 'perturb']
+           'make_engine', 'run_plan', 'tell_left_out', 'perturb']
 
 # %% ../../nbs/30_perturb.ipynb #68aac971
+import warnings
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
@@ -374,6 +375,44 @@ def make_engine(model, cells, states, layer, pool, affected, dtype):
     if states is not None: _check_states(states, encoder.config.hidden_size)
     return Engine(model, cells, pool, layer, states, affected, dtype)
 
+# %% ../../nbs/30_perturb.ipynb #93405a1e
+def run_plan(
+    plan:ActionPlan, # what is done
+    engine:Engine, # reads the cells
+    rows:np.ndarray, # numbers of the cells to perturb
+    budget:int, # tokens of a batch
+    show:bool=False, # progress bar
+)->tuple: # (table of shifts, table of effects on genes or None unless `affected`)
+    "Perturb some cells of an engine; the tables are empty where no cell has the genes"
+    cells, parts, effects = engine.cells, [], []
+    todo = progress(rows, 'perturbing', unit='cells', show=show)
+    for batch in packed((f for c in todo for f in plan.forms(cells, c)), budget):
+        for columns, of_genes in engine.run(batch):
+            parts.append(columns)
+            effects.append(of_genes)
+    table = plan.table(parts, engine.columns)
+    if not engine.affected: return table, None
+    return table, plan.gene_table(effects, [len(p['label']) for p in parts])
+
+def tell_left_out(
+    plan:ActionPlan, # what is done
+    cells:Cells, # all cells
+    rows:np.ndarray, # numbers of the cells to perturb
+):
+    "Warn how many cells lack a gene of a perturbation of several genes"
+    cell, said = np.repeat(np.arange(len(cells)), cells.lengths), []
+    for action, (ops, genes) in zip(plan.actions, plan.parts):
+        if genes is not None or len(ops) < 2: continue
+        needed = [token for act, token, _, drug in ops if act != 'OE' and not drug]
+        lacks = {t: np.setdiff1d(rows, cell[cells.tokens == t]) for t in needed}
+        if out := len(set().union(*lacks.values())):
+            names = ', '.join(f'{plan.vocabulary.unique_name(t)} in {len(c):,}'
+                              for t, c in lacks.items() if len(c))
+            said.append(f"{action} leaves out {out:,} of {len(rows):,} cells, because they lack a "
+                        f"gene ({names}).")
+    if len(said) > 3: said[3:] = [f"So do {len(said) - 3} other perturbations."]
+    if said: warnings.warn(' '.join(said), stacklevel=3)
+
 # %% ../../nbs/30_perturb.ipynb #29781120
 def perturb(
     model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers are then read too
@@ -399,24 +438,14 @@ def perturb(
     if isinstance(model, Reader): cells = as_cells(cells, model.encoder.vocabulary)
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
     if budget is not None: check_positive(budget=budget)
-    plan, parts, effects = ActionPlan([actions], engine.encoder.vocabulary), [], []
-    rows = pick_cells(cells.obs, where)
-    forms = (
-        f
-        for c in progress(rows, 'perturbing', unit='cells', show=show)
-        for f in plan.forms(cells, c)
-    )
-    for batch in packed(forms, budget or fit_budget(model)):
-        for columns, of_genes in engine.run(batch):
-            parts.append(columns)
-            effects.append(of_genes)
-    if not parts:
+    plan, rows = ActionPlan([actions], engine.encoder.vocabulary), pick_cells(cells.obs, where)
+    table, effects = run_plan(plan, engine, rows, budget or fit_budget(model), show)
+    if not len(table):
         raise GeneformerError(
             f"Nothing to perturb: none of the {len(rows)} cells has the genes of {actions}."
         )
-    table = with_obs(plan.table(parts, engine.columns), cells.obs)
-    return (
-        (table, plan.gene_table(effects, [len(p['label']) for p in parts])) if affected else table
-    )
+    tell_left_out(plan, cells, rows)
+    table = with_obs(table, cells.obs)
+    return (table, effects) if affected else table
 
 Reader.perturb = perturb # the same function, as a method

@@ -15,7 +15,7 @@ from ..core import GeneformerError, StorageError, as_folder, atomic, digest, ver
 from ..model.embed import pick_cells
 from .engine import fit_budget, packed
 from ..model.bert import weights_digest
-from .actions import ActionPlan, make_engine, perturb
+from .actions import ActionPlan, make_engine, perturb, run_plan, tell_left_out
 from .shifts import Shifts, joined_shifts, with_obs
 from ..jobs import run_shards, check_positive
 
@@ -108,16 +108,10 @@ class PerturbShard:
 
     def run(self, cells):
         "Tables of shifts and of effects on genes; both are empty where no cell has the genes"
-        try:
-            got = perturb(
-                self.model, cells, self.actions, affected=self.affected, show=False, **self.how
-            )
-        except GeneformerError as e:
-            if 'Nothing to perturb' not in str(e):
-                raise
-            empty = ActionPlan([self.actions], self.model.encoder.vocabulary)
-            return empty.table([], []), empty.gene_table([], [])
-        return got if self.affected else (got, None)
+        how, plan = dict(self.how), ActionPlan([self.actions], self.model.encoder.vocabulary)
+        budget = how.pop('budget')
+        engine = make_engine(self.model, cells, affected=self.affected, **how)
+        return run_plan(plan, engine, np.arange(len(cells)), budget)
 
 def _move(model, device):
     "A model, or a fine-tuned one with all its parts, to a device"
@@ -175,6 +169,7 @@ def perturb_to(
     paths = run_shards(job, -(-len(rows)//shard), out, _facts(job, plan, engine), executor=executor,
                        workers=workers, part=part, desc='perturbing', need=need)
     _write_obs(as_folder(out)/'obs.parquet', cells.obs)
+    tell_left_out(plan, cells, rows)
     tables = [read_shard(p) for p in paths]
     return with_obs(joined_shifts(tables) if tables else plan.table([], []), cells.obs)
 

@@ -10,6 +10,7 @@ __all__ = ['meanings', 'columns', 'sign', 'nearest_genes', 'matched_null', 't_in
 import warnings
 import numpy as np, pandas as pd
 from ..core import GeneformerError, verb
+from ..evaluate.splits import has_value, known_cells
 from geneformer_nb.perturb.official import (
     aggregate_data,
     aggregate_gene_shifts,
@@ -199,7 +200,7 @@ def _over_cells(code, who, x, match, min_cells):
 
 # %% ../../nbs/31_stats.ipynb #9b2f494f
 def _obs_column(raw, obs, name, what):
-    "Values of a column of obs for each row of raw; raises `GeneformerError` when they do not fit"
+    "Values of a column of obs for each row of raw, None where missing; raises `GeneformerError`"
     if name is None: return np.full(len(raw), 'all', object)
     if obs is None or name not in obs:
         raise GeneformerError(f"obs has no column '{name}' for {what}; its columns are: "
@@ -210,13 +211,10 @@ def _obs_column(raw, obs, name, what):
             f"The raw table speaks of cell {cell.max()} but obs has {len(obs)} rows: "
             "pass the obs of the cells that were perturbed."
         )
-    out = obs[name].astype(object).to_numpy()[cell]
-    if pd.isna(out).any():
-        raise GeneformerError(
-            f"{what.capitalize()} '{name}' is missing for {pd.isna(obs[name]).sum()} cells: "
-            "fill it in or leave those cells out."
-        )
-    return out.astype(str)
+    perturbed = obs.iloc[np.unique(cell)]
+    known_cells(perturbed, name, why='they are left out of the table')
+    known = has_value(obs[name])
+    return np.where(known, obs[name].astype(str), None)[cell]
 
 # %% ../../nbs/31_stats.ipynb #4e909c17
 def matching_properties(part, code, table, rank):
@@ -319,9 +317,10 @@ def summarize(
     values = {s: raw[shift_column(raw, s)] if s else 1 - raw[shift_column(raw, None)]
               for s in states}
     work = raw.assign(_donor=_obs_column(raw, obs, donor, 'donor'),
-                      _type=_obs_column(raw, obs, cell_type, 'cell type'))
+                      _type=_obs_column(raw, obs, cell_type, 'cell type'),
+                      _genes=genes_at_once(raw)).dropna(subset=['_donor', '_type'])
     rows, units = [], {}
-    by = work.groupby(['_type', 'kind', genes_at_once(raw)], sort=False, observed=True)
+    by = work.groupby(['_type', 'kind', '_genes'], sort=False, observed=True)
     for (ct, *_), part in by:
         few = donor is None or part['_donor'].nunique() < min_donors
         units[ct] = 'cells' if few else 'donors'

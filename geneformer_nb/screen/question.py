@@ -16,8 +16,9 @@ from ..data.cells import Cells
 from ..data.ranks import Record, find_record, need_adata, own_vocabulary
 from ..data.ranks import plain_counts, ranked_cells, recorded_counts, recorded_match
 from ..data.vocabulary import GeneMatch, Vocabulary
-from ..evaluate.splits import fold_donors
+from ..evaluate.splits import fold_donors, has_value
 from ..model.bert import Geneformer, weights_digest
+from ..model.embed import pick_cells
 from ..perturb.actions import ActionPlan, each
 from ..perturb.shards import estimate
 from ..train.pretraining import MaskedRanks, masked_loss, pretrain
@@ -39,10 +40,14 @@ class Question:
     def __post_init__(self):
         if not isinstance(self.where or {}, dict):
             raise GeneformerError("where is a dict, {obs column: value or values}.")
+        for name in ('start', 'goal'): object.__setattr__(self, name, str(getattr(self, name)))
         if self.start == self.goal:
             raise GeneformerError(
                 f"start and goal are both {self.start!r}: name two different states."
             )
+    @property
+    def named(self)->list: # words that are states because the question names them
+        return [self.start, self.goal, *map(str, self.groups or {})]
     @property
     def unit(self)->str: # what a donor is called in sentences: the name of its column
         return (
@@ -53,26 +58,22 @@ class Question:
 def select(
     adata, # AnnData
     question:Question, # what is asked
+    least:int=2, # donors that another state must have, or its cells are left out
+    say=print, # function that is told which cells are left out
 )->tuple: # AnnData of the cells of the question, and for each cell of `adata` whether `where` took
 # it
     "The cells of a question; raises `GeneformerError` in a sentence for each way it can be wrong"
     q = question
     need_adata(adata, [*(q.where or {}), q.label, q.donor])
-    inside = np.ones(adata.n_obs, bool)
-    for column, values in (q.where or {}).items():
-        values, have = (
-            [values] if isinstance(values, str) else list(values),
-            adata.obs[column].astype(str),
-        )
-        inside &= have.isin(map(str, values)).to_numpy()
-        if not inside.any():
-            raise GeneformerError(
-                f"No cell has {column} in {values}; it holds {', '.join(sorted(set(have))[:8])}."
-            )
+    inside = np.isin(np.arange(adata.n_obs), pick_cells(adata.obs, q.where))
     some = adata[inside].copy()
     if q.groups: some = _merge(some, q.label, q.groups)
+    known = has_value(some.obs[q.label], q.named) & has_value(some.obs[q.donor])
+    if not known.all():
+        say(f"{(~known).sum():,} cells are left out: their {q.label} or {q.donor} is missing.")
+        some = some[known].copy()
     _both_states(some.obs, q)
-    return some, inside
+    return _without_rare(some, q, least, say), inside
 
 # %% ../../nbs/35g_question.ipynb #2c0eba2d
 def _merge(adata, label, groups):
@@ -104,6 +105,17 @@ def _both_states(obs, q):
         if obs.loc[(have == s).to_numpy(), q.donor].nunique() < 2:
             raise GeneformerError(f"State {s!r} has a single {q.donor}: a "
             "classifier cannot be tested on another one, so nothing can be screened honestly.")
+
+# %% ../../nbs/35g_question.ipynb #991c3bea
+def _without_rare(adata, q, least, say):
+    "Without the cells of other states that too few donors have"
+    state = adata.obs[q.label].astype(str)
+    n = adata.obs.groupby(state, observed=True)[q.donor].nunique()
+    rare = [s for s in n.index[n < least] if s not in (q.start, q.goal)]
+    if not rare: return adata
+    say(f"Cells of {', '.join(map(repr, rare))} are left out: fewer than {least} donors have "
+        "them, so no fold could be tested on them.")
+    return adata[~state.isin(rare).to_numpy()].copy()
 
 # %% ../../nbs/35g_question.ipynb #b3d5908c
 def cohort_table(
@@ -298,6 +310,9 @@ class Plan:
     shared: Path         # folder of model and classifiers
 
     @property
+    def states(self)->list: # of all cells, sorted
+        return sorted(set(self.cells.obs[self.question.label].astype(str)))
+    @property
     def n_folds(self): return int(self.fold.max()) + 1
     @property
     def n_donors(self):
@@ -319,7 +334,8 @@ def make_plan(
     """Cells, folds, model and forecast of a screen; raises `GeneformerError`, `VocabularyError`,
     `CountsError`, `StorageError`"""
     if out is None: raise GeneformerError("out names a folder for the results.")
-    some, inside = select(adata, question)
+    least = settings.folds if isinstance(settings.folds, int) else 2
+    some, inside = select(adata, question, max(least, 2), say)
     if isinstance(model, (str, Path)):
         model = Geneformer.from_pretrained(model, device=settings.device)
     vocabulary = vocabulary_for(adata, model)
@@ -330,7 +346,9 @@ def make_plan(
     counts = recorded_counts(some, record)
     match = recorded_match(some, counts, vocabulary, record)
     flags = _ambient(adata, inside, record, match, vocabulary) | (settings.flags or {})
-    fold = fold_donors(cells.obs, question.donor, question.label, settings.folds, settings.seed)
+    fold = fold_donors(
+        cells.obs, question.donor, question.label, settings.folds, settings.seed, question.named
+    )
     screened = draw_cells(cells.obs, question, settings.max_cells, settings.seed)
     what = screen_actions(cells, question, settings, vocabulary)
     ActionPlan(what, vocabulary)

@@ -87,11 +87,13 @@ def fold_classifier(plan, k):
     if (kept/'classes.json').exists(): clf = CellClassifier.load(kept, s.device)
     else:
         clf = finetune(
-            plan.model, cells, q.label, q.donor, split=split, seed=s.seed, **s.finetuning
+            plan.model, cells, q.label, q.donor, split=split, seed=s.seed,
+            classes=plan.states, **s.finetuning
         )
         clf.save(kept)
     states = state_embeddings(
-        cells[split == 'train'], clf.encoder, q.label, layer='last', pool=clf.pool, show=False
+        cells[split == 'train'], clf.encoder, q.label, plan.states, layer='last', pool=clf.pool,
+        show=False
     )
     return clf, states
 
@@ -108,7 +110,7 @@ def run_fold(
 )->Fold:
     "Predictions, baselines, audit and shifts of the donors that fold number k holds out"
     q, cells, split = plan.question, plan.cells, fold_split(plan, k)
-    audit = audit_split(cells.obs, split, q.donor, q.label).rename(
+    audit = audit_split(cells.obs, split, q.donor, q.label, q.named).rename(
         index=lambda side: f'fold {k + 1} {side}'
     )
     clf, states = fold_classifier(plan, k)
@@ -119,7 +121,9 @@ def run_fold(
         dict(truth=truth, predicted=predicted['predicted'].to_numpy(), donor=donor),
         index=predicted.index,
     )
-    plain = cell_baselines(plan.counts, q.label, split, q.donor, fractional=True)[1]
+    plain = cell_baselines(
+        plan.counts, q.label, split, q.donor, named=q.named, fractional=True
+    )[1]
     out = Fold(
         table,
         {n: p['predicted'] for n, p in plain.items()},

@@ -136,7 +136,8 @@ def count_controls(
     `GeneformerError`"""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
-    need_obs(counts.obs, label, donor)
+    need_obs(counts.obs, donor)
+    need_obs(counts.obs, label, named=(start, goal))
     state, X = counts.obs[label].astype(str).to_numpy(), log_cp10k(counts, fractional=True)
     if lost := [s for s in (start, goal) if s not in state]:
         raise GeneformerError(f"No cell has {label} = {lost[0]!r}.")

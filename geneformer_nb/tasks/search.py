@@ -126,8 +126,8 @@ def search_settings(
 def _outer(obs, label, donor, split, task, folds, drop_rare, seed):
     "(outer split, inner fold of each training cell and -1 for others)"
     named = isinstance(task, Classes)
-    ok = _usable(obs, label, task, drop_rare)
-    split, _ = _sides(obs, label, donor, split, named, ok, seed)
+    ok = _usable(obs, label, donor, task, drop_rare)
+    split, _ = _sides(obs, label, donor, split, task, ok, seed)
     train = split == 'train'
     own = obs[train] if named else obs[train].assign(**{label: 'all'})
     fold = np.full(len(obs), -1)
