@@ -150,6 +150,8 @@ def perturb(
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
     affected=False, # True or a number: also the effects on other genes, all or so many that changed
     # most
+    controls:int=0, # so many matched genes are perturbed too for each named gene, and their rows
+    # marked; 12 lets `summarize` test a single gene
     out=None, # folder for shards; the same call goes on from them
     **how, # budget, dtype, show; with `out` also shard, part, executor, workers
 ): # table of shifts: cell (row of adata), barcode, perturbation, cosine, shift_<state> (positive:
@@ -168,7 +170,7 @@ def perturb(
     at = dict(zip(('layer', 'pool'), layer_and_pool(model, layer, pool)))
     chosen = (where or {}) | ({} if start is None else {label: start})
     how |= at | dict(
-        where=chosen or None, affected=affected,
+        where=chosen or None, affected=affected, controls=controls,
         states=_state_vectors(adata, cells, encoder, label, goal, at))
     return (
         perturb_cells(model, cells, actions, **how)

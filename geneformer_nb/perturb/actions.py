@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Op', 'Perturbation', 'KO', 'OE', 'Dose', 'drug', 'Each', 'each', 'pairs', 'ActionPlan', 'layer_and_pool',
-           'make_engine', 'run_plan', 'tell_left_out', 'perturb']
+           'make_engine', 'run_plan', 'tell_left_out', 'matched_controls', 'plan_with_controls', 'perturb']
 
 # %% ../../nbs/30_perturb.ipynb #68aac971
 import warnings
@@ -36,6 +36,7 @@ class Op(NamedTuple):
 class Perturbation:
     "What is done to one cell, all at once; join with `+`"
     ops: tuple # of `Op`, in order
+    control: bool = False # drawn as a matched perturbation, to compare others with
     def __add__(self, other):
         return (
             NotImplemented
@@ -320,6 +321,9 @@ def table(self:ActionPlan,
     label, code = np.unique(join('label', np.int64), return_inverse=True)
     words = np.array([self.words(n) for n in label], dtype=object).reshape(-1, 3)
     out = {'cell': join('cell', np.int64)}
+    control = [getattr(self.actions[n//self.vocabulary.n_tokens], 'control', False) for n in label]
+    if any(getattr(a, 'control', False) for a in self.actions):
+        out['control'] = np.array(control, bool)[code]
     for k, text in zip(('kind', 'perturbation', 'gene_id'), words.T):
         own, cats = pd.factorize(text)
         out[k] = pd.Categorical.from_codes(own[code], cats)
@@ -413,6 +417,74 @@ def tell_left_out(
     if len(said) > 3: said[3:] = [f"So do {len(said) - 3} other perturbations."]
     if said: warnings.warn(' '.join(said), stacklevel=3)
 
+# %% ../../nbs/30_perturb.ipynb #c30d6970
+def matched_controls(
+    plan:ActionPlan, # what is done
+    cells:Cells, # all cells
+    rows:np.ndarray, # numbers of the cells to perturb
+    n:int, # matched genes for each named gene
+)->list: # of perturbations, marked as controls
+    """The same done to the genes nearest in mean rank and detection; raises `GeneformerError`
+
+    `each('detected')` and `each('vocabulary')` need none: they compare their own genes."""
+    near, out = _NearestGenes(cells[rows], plan), []
+    for action in plan.actions:
+        if isinstance(action, Each) and isinstance(action.genes, str): continue
+        named = action.genes if isinstance(action, Each) else ()
+        for form in [_with_gene(action.form, g) for g in named] or [action]:
+            if any(o.drug for o in form.ops): raise GeneformerError(
+                "controls=… are for KO, OE, Dose and their sums: a drug has no matched drug. "
+                "Leave controls out, or name its targets.")
+            drawn = zip(*(near.of(o.gene, n) for o in form.ops))
+            for genes in drawn:
+                ops = tuple(o._replace(gene=g) for o, g in zip(form.ops, genes))
+                out.append(Perturbation(ops, control=True))
+    if not out: raise GeneformerError(
+        "controls=… is for named genes: 'detected' genes are compared with each other already.")
+    return list(dict.fromkeys(out))
+
+def _with_gene(form, gene):
+    "A form of `each` for one gene"
+    return Perturbation(tuple(o._replace(gene=gene) if o.gene == '*' else o for o in form.ops))
+
+# %% ../../nbs/30_perturb.ipynb #da7edc4a
+class _NearestGenes:
+    "Finds genes by mean rank and detection; none that is named or was drawn already"
+    def __init__(self, cells, plan):
+        from scipy.stats import rankdata
+        v, first = plan.vocabulary, len(plan.vocabulary.specials)
+        place = np.arange(len(cells.tokens)) - np.repeat(cells.offsets[:-1], cells.lengths)
+        seen = np.bincount(cells.tokens, minlength=v.n_tokens)
+        mean = np.bincount(cells.tokens, place, v.n_tokens)/np.maximum(seen, 1)
+        self.vocabulary, self.at = v, np.stack([rankdata(mean), rankdata(seen)], 1)/v.n_tokens
+        self.free = (seen > 0) & (np.arange(v.n_tokens) >= first)
+        for ops, genes in plan.parts:
+            self.free[[t for _, t, *_ in ops if t is not None]] = False
+            if genes is not None and not isinstance(genes, str): self.free[genes] = False
+    def of(self, gene, n):
+        "Names of the n genes nearest to a gene"
+        token = int(self.vocabulary.token(gene))
+        far = np.where(self.free, np.square(self.at - self.at[token]).sum(1), np.inf)
+        near = np.argsort(far, kind='stable')[:min(n, int(self.free.sum()))]
+        self.free[near] = False
+        return [self.vocabulary.unique_name(t) for t in near]
+
+# %% ../../nbs/30_perturb.ipynb #acecd4d9
+def plan_with_controls(
+    actions, # as in `perturb`
+    cells:Cells, # all cells
+    vocabulary, # names the genes
+    rows:np.ndarray, # numbers of the cells to perturb
+    controls:int, # as in `perturb`
+)->ActionPlan:
+    "The plan of some actions and of their matched controls; raises `GeneformerError`"
+    plan = ActionPlan([actions], vocabulary)
+    if isinstance(controls, bool) or not isinstance(controls, (int, np.integer)) or controls < 0:
+        raise GeneformerError(f"controls={controls!r}: controls is a whole number, such as 12.")
+    if not controls: return plan
+    drawn = matched_controls(plan, cells, rows, int(controls))
+    return ActionPlan([actions, drawn], vocabulary)
+
 # %% ../../nbs/30_perturb.ipynb #29781120
 def perturb(
     model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers are then read too
@@ -425,6 +497,7 @@ def perturb(
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
     affected=False, # True also returns the cosine of every remaining gene;
     # a number returns those of so many genes that changed most
+    controls:int=0, # matched genes that are perturbed too, for each named gene
     budget:int=None, # tokens of a batch; None as `fit_budget` says
     dtype=None, # "bfloat16" computes in half precision: see below before using it
     show:bool=None, # progress bar; None shows it outside of tests
@@ -438,7 +511,8 @@ def perturb(
     if isinstance(model, Reader): cells = as_cells(cells, model.encoder.vocabulary)
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
     if budget is not None: check_positive(budget=budget)
-    plan, rows = ActionPlan([actions], engine.encoder.vocabulary), pick_cells(cells.obs, where)
+    rows = pick_cells(cells.obs, where)
+    plan = plan_with_controls(actions, cells, engine.encoder.vocabulary, rows, controls)
     table, effects = run_plan(plan, engine, rows, budget or fit_budget(model), show)
     if not len(table):
         raise GeneformerError(

@@ -15,7 +15,7 @@ from ..core import GeneformerError, StorageError, as_folder, atomic, digest, ver
 from ..model.embed import pick_cells
 from .engine import fit_budget, packed
 from ..model.bert import weights_digest
-from .actions import ActionPlan, make_engine, perturb, run_plan, tell_left_out
+from .actions import ActionPlan, make_engine, perturb, plan_with_controls, run_plan, tell_left_out
 from .shifts import Shifts, joined_shifts, with_obs
 from ..jobs import run_shards, check_positive
 
@@ -152,6 +152,7 @@ def perturb_to(
     executor:str='serial', # "serial", "processes" or "dask"
     workers:int=None, # processes; None takes one a core
     where:dict=None, states:dict=None, layer=None, pool:str=None, affected=False, # as in `perturb`
+    controls:int=0, # as in `perturb`
     budget:int=None, dtype=None, # as in `perturb`
 )->Shifts: # the table of `perturb` over the cells whose shards are there;
     # `cell` counts all cells given; gene effects are read with `gene_effects`
@@ -160,11 +161,11 @@ def perturb_to(
     Raises `StorageError` for the folder of another run."""
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
     rows = pick_cells(cells.obs, where) if rows is None else np.asarray(rows)
-    plan = ActionPlan([actions], engine.encoder.vocabulary)
+    plan = plan_with_controls(actions, cells, engine.encoder.vocabulary, rows, controls)
     check_positive(shard=shard, workers=workers, **({} if budget is None else dict(budget=budget)))
     budget = budget or _kept_budget(out) or fit_budget(model)
     how = dict(states=states, layer=layer, pool=pool, budget=budget, dtype=dtype)
-    job = PerturbShard(model, cells, rows, actions, shard, affected, how)
+    job = PerturbShard(model, cells, rows, plan.actions, shard, affected, how)
     need = _variants(plan, cells, rows)*(24 + 8*len(engine.columns))
     paths = run_shards(job, -(-len(rows)//shard), out, _facts(job, plan, engine), executor=executor,
                        workers=workers, part=part, desc='perturbing', need=need)
