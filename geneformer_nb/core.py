@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GeneformerError', 'CountsError', 'GeneMatchError', 'VocabularyError', 'LeakError', 'MissingDataError', 'StorageError',
            'later', 'lazy', 'comments_beside', 'described', 'verb', 'pick_device', 'pick_dtype', 'seed_everything',
-           'progress', 'in_words', 'digest', 'versions', 'atomic', 'write_json', 'check_columns', 'as_folder',
-           'check_folder', 'Manifest']
+           'progress', 'in_words', 'digest', 'versions', 'atomic', 'write_json', 'check_columns', 'as_list', 'silent',
+           'need_package', 'as_folder', 'check_folder', 'Manifest']
 
 # %% ../nbs/00_core.ipynb #391ee1cb
-import ast, difflib, hashlib, inspect, io, json, os, re, shutil, tempfile, textwrap, time, tokenize
+import ast, difflib, hashlib, inspect, io, json, logging, os, re, shutil, tempfile, textwrap, time
+import tokenize, warnings
 from contextlib import contextmanager
 from functools import partial, wraps
 from importlib import import_module
@@ -301,6 +302,37 @@ def check_columns(
         if c not in table:
             raise GeneformerError(f"obs has no column {c!r} (it has "
                                   f"{', '.join(map(str, table.columns)) or 'none'}).")
+
+# %% ../nbs/00_core.ipynb #bf7e63de
+def as_list(
+    x, # one name, several in a list, tuple, array or Index, or None
+)->list: # empty for None
+    "One name or several, as a list"
+    if x is None: return []
+    return [x] if isinstance(x, str) else list(x)
+
+# %% ../nbs/00_core.ipynb #ae4dcf84
+@contextmanager
+def silent():
+    "Within the block, log lines and warnings are dropped"
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally: logging.disable(before)
+
+def need_package(
+    name:str, # as imported
+    extra:str, # the extra of this library that brings it
+): # the module
+    "Import a package that not everybody has; raises `MissingDataError`, saying how to get it"
+    try:
+        with silent(): return import_module(name)
+    except ImportError as e:
+        raise MissingDataError(f"This needs the package {name}, which is not installed here: "
+                               f"pip install 'geneformer_nb[{extra}]'.") from e
 
 # %% ../nbs/00_core.ipynb #305c1680
 def as_folder(

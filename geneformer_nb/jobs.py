@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 import numpy as np
 from .core import (GeneformerError, Manifest, as_folder, atomic, check_folder,
-                                in_words, progress)
+                                in_words, need_package, progress)
 
 # %% ../nbs/00a_jobs.ipynb #79f8527a
 def _serial(fn, items, workers):
@@ -49,17 +49,14 @@ def _processes(fn, items, workers):
 
 # %% ../nbs/00a_jobs.ipynb #8400898a
 def _dask(fn, items, workers):
-    try: from distributed import Client, as_completed, get_client
-    except ImportError as e:
-        raise GeneformerError("executor='dask' needs dask and distributed: pip install "
-                              "'geneformer_nb[scale]'.") from e
-    try: client, own = get_client(), False
+    dask = need_package('distributed', 'scale')
+    try: client, own = dask.get_client(), False
     except ValueError:
-        client, own = Client(n_workers=workers or cores(), threads_per_worker=1,
-                             dashboard_address=None), True
+        client, own = dask.Client(n_workers=workers or cores(), threads_per_worker=1,
+                                  dashboard_address=None), True
     try:
         held = client.scatter(fn, broadcast=True, hash=False)
-        for f in as_completed([client.submit(_call, held, i, pure=False) for i in items]):
+        for f in dask.as_completed([client.submit(_call, held, i, pure=False) for i in items]):
             yield f.result()
     finally:
         if own: client.close()

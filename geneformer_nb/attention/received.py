@@ -9,7 +9,7 @@ __all__ = ['watch', 'received', 'plant_head', 'rank_habits', 'attention_by_rank'
 import copy
 import numpy as np, pandas as pd, torch
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, pick_dtype, progress
+from ..core import GeneformerError, as_list, pick_dtype, progress
 from ..model.embed import group_codes
 from ..model.bert import Geneformer
 from ..plots.style import axes_of, need_columns, styled, palette
@@ -166,7 +166,7 @@ def plant_head(
         for table in (word, rank, kind): table[:, axis] = 0
         if genes is None: rank[:, axis] = torch.linspace(mark, -mark, len(rank))
         else:
-            names = [genes] if isinstance(genes, str) else list(genes)
+            names = as_list(genes)
             word[torch.as_tensor(model.vocabulary.token(names)).long(), axis] = mark
         att = out.hf.base_model.encoder.layer[0].attention.self
         tokens = word[len(model.vocabulary.specials):][:, None] + rank[:1] + kind[:1]

@@ -8,7 +8,7 @@ __all__ = ['need_obs', 'donor_labels', 'split_donors', 'fold_donors', 'split_bal
 # %% ../../nbs/10_splits.ipynb #e6fe74e6
 import warnings
 import numpy as np, pandas as pd
-from ..core import check_columns, GeneformerError, LeakError
+from ..core import GeneformerError, LeakError, as_list, check_columns
 
 # %% ../../nbs/10_splits.ipynb #021af008
 def need_obs(obs, *columns):
@@ -103,7 +103,7 @@ def split_balanced(
     seed:int=0, # of the first split
 )->tuple: # ("train" or "test" for each cell, table: column, p, train and test side)
     "Hold out balanced donors (`attr_to_balance`); raises `LeakError`, `GeneformerError`"
-    balance = [balance] if isinstance(balance, str) else list(balance)
+    balance = as_list(balance)
     if not balance or trials < 1:
         raise GeneformerError("Name the columns to balance, and draw one split or more.")
     need_obs(obs, donor, *balance, *([label] if label else []))

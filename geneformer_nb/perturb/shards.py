@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data.cells import Cells
-from ..core import GeneformerError, StorageError, as_folder, atomic, digest, verb
+from ..core import (
+    GeneformerError, StorageError, as_folder, as_list, atomic, digest, verb)
 from ..model.embed import pick_cells
 from .engine import fit_budget, packed
 from ..model.bert import weights_digest
@@ -238,7 +239,7 @@ def gene_effects(
         )
     def named(x):
         if x is None: return None
-        return v.token([x] if isinstance(x, str) else list(x))
+        return v.token(as_list(x))
     ids = None if perturbed is None else set(v.gene(named(perturbed)))
     answered = named(affected)
     for p in paths:

@@ -7,7 +7,7 @@ __all__ = ['roc', 'calibration_plot', 'prediction_map', 'score_plot']
 
 # %% ../../nbs/12a_score_plots.ipynb #0a82b3f9
 import numpy as np, pandas as pd
-from ..core import GeneformerError
+from ..core import GeneformerError, as_list
 from .style import axes_of, gray, need_columns, styled, palette
 
 # %% ../../nbs/12a_score_plots.ipynb #9da5c257
@@ -146,7 +146,7 @@ def score_plot(
         raise GeneformerError(f"The intervals of this table are those of {own!r} and not of "
                               f"{value!r}: draw that, or drop the column {own!r} if the intervals "
                               "are yours.")
-    mark = [mark] if isinstance(mark, str) else list(mark)
+    mark = as_list(mark)
     ax = axes_of(ax, (5.6, .8 + .3 * len(t)))
     for i, (name, r) in enumerate(t.iterrows()):
         color = palette[mark.index(name) % len(palette)] if name in mark else gray

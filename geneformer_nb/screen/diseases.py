@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 import pandas as pd
 from .. import plots
-from ..core import GeneformerError, atomic, check_folder, verb
+from ..core import GeneformerError, as_list, atomic, check_folder, verb
 from .question import Settings
 from .report import page, para, picture, table_html, _action_text
 from .run import screen
@@ -140,7 +140,7 @@ def disease_screen(
     **more, # anything else `screen` takes: where, folds, controls, pairs, seeds, flags …
 )->DiseaseScreen: # also written to `out`
     "Both questions about each disease, one after the other; resumable. Raises as `screen`"
-    diseases = [diseases] if isinstance(diseases, str) else list(diseases)
+    diseases = as_list(diseases)
     if not diseases or healthy in diseases:
         raise GeneformerError(f"diseases names states other than {healthy!r}, one or more.")
     if taken := [k for k in ('start', 'goal', 'directions', 'shared', 'title') if k in more]:

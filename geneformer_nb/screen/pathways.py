@@ -9,7 +9,7 @@ __all__ = ['named', 'read_gmt', 'gene_sets', 'by_sign', 'running_sum', 'enrich',
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data import datasets
-from ..core import GeneformerError, MissingDataError
+from ..core import GeneformerError, MissingDataError, need_package
 from ..perturb.official import bh
 from ..plots.style import axes_of, gray, need_columns, styled, palette
 from ..jobs import check_positive
@@ -168,13 +168,6 @@ def _ranking(table, by, state, cell_type):
     return out.groupby(['direction', 'gene'], as_index=False).score.mean()
 
 # %% ../../nbs/35b_pathways.ipynb #f5421c22
-def _decoupler():
-    try: import decoupler
-    except ImportError as e:
-        raise GeneformerError("Enrichment goes through decoupler, which is not installed: "
-                                                   "pip install 'geneformer_nb[bio]'.") from e
-    return decoupler
-
 def _ora(scores, net, top, **_):
     "Odds ratio and p of each set among the `top` highest; scores by gene are of one direction"
     best = scores[scores > 0].sort_values(ascending=False, kind='stable').index[:top]
@@ -188,7 +181,8 @@ def _ora(scores, net, top, **_):
     out['p'] = 1. # of a set with nothing on top, by the one-sided test
     if out.n_top.any():
         some = net[net.source.isin(hits.source)]
-        got = _decoupler().mt.query_set(features=list(best), net=some, n_bg=len(scores), tmin=0)
+        decoupler = need_package('decoupler', 'bio')
+        got = decoupler.mt.query_set(features=list(best), net=some, n_bg=len(scores), tmin=0)
         out['p'] = out.source.map(got.set_index('source').pval).fillna(1.)
     a, b, c = out.n_top + .5, out['size'] - out.n_top + .5, len(best) - out.n_top + .5
     return out.assign(odds_ratio=a*(len(scores) + 2 - a - b - c)/(b*c)).drop(columns='size')
@@ -206,7 +200,8 @@ def running_sum(
 # %% ../../nbs/35b_pathways.ipynb #a2f54ace
 def _gsea(scores, net, times, seed, **_):
     "ES, NES, p and leading edge of each set; scores by gene are of one direction"
-    mt, pp = _decoupler().mt, _decoupler().pp
+    decoupler = need_package('decoupler', 'bio')
+    mt, pp = decoupler.mt, decoupler.pp
     if scores.nunique() < 2:
         raise GeneformerError("All scores are equal: there is no ranking.")
     # equal scores stand in a random order, not in that of the alphabet

@@ -11,7 +11,7 @@ import re, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd
-from ..core import GeneformerError, Manifest, check_folder, digest, in_words
+from ..core import GeneformerError, Manifest, as_list, check_folder, digest, in_words
 from ..data.cells import Cells
 from ..data.ranks import Record, find_record, need_adata, own_vocabulary
 from ..data.ranks import plain_counts, ranked_cells, recorded_counts, recorded_match
@@ -60,10 +60,7 @@ def select(
     need_adata(adata, [*(q.where or {}), q.label, q.donor])
     inside = np.ones(adata.n_obs, bool)
     for column, values in (q.where or {}).items():
-        values, have = (
-            [values] if isinstance(values, str) else list(values),
-            adata.obs[column].astype(str),
-        )
+        values, have = as_list(values), adata.obs[column].astype(str)
         inside &= have.isin(map(str, values)).to_numpy()
         if not inside.any():
             raise GeneformerError(
@@ -77,11 +74,7 @@ def select(
 # %% ../../nbs/35g_question.ipynb #2c0eba2d
 def _merge(adata, label, groups):
     "Only the cells of the grouped values, under the names of their groups"
-    name = {
-        str(v): g
-        for g, values in groups.items()
-        for v in ([values] if isinstance(values, str) else values)
-    }
+    name = {str(v): g for g, values in groups.items() for v in as_list(values)}
     have = adata.obs[label].astype(str)
     if lost := [v for v in name if v not in set(have)]:
         raise GeneformerError(
@@ -185,8 +178,9 @@ class Settings:
 
     def __post_init__(self):
         def put(name, value): object.__setattr__(self, name, value)
-        for name in ('directions', 'controls', 'known'): put(name, _words(getattr(self, name)))
-        if self.genes != 'detected': put('genes', _words(self.genes))
+        for name in ('directions', 'controls', 'known'):
+            put(name, tuple(as_list(getattr(self, name))))
+        if self.genes != 'detected': put('genes', tuple(as_list(self.genes)))
         put('pretraining', small_pretraining | (self.pretraining or {}))
         epochs = {} if 'steps' in (self.finetuning or {}) else small_finetuning
         put('finetuning', epochs | (self.finetuning or {}))
@@ -204,10 +198,7 @@ class Settings:
         if not self.directions:
             raise GeneformerError("directions is empty: name an action, such as 'KO'.")
 
-def _words(x):
-    "One name or several as a tuple; None as an empty one"
-    if x is None: return ()
-    return (x,) if isinstance(x, str) else tuple(x)
+
 
 # %% ../../nbs/35g_question.ipynb #53ad2e08
 def draw_cells(
