@@ -9,7 +9,7 @@ __all__ = ['named', 'read_gmt', 'gene_sets', 'by_sign', 'running_sum', 'enrich',
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data import datasets
-from ..core import GeneformerError, MissingDataError, need_package
+from ..core import GeneformerError, need_package
 from ..perturb.official import bh
 from ..plots.style import axes_of, gray, need_columns, styled, palette
 from ..jobs import check_positive
@@ -42,18 +42,6 @@ def read_gmt(
     return pd.DataFrame(rows, columns=['source', 'target', 'weight'])
 
 # %% ../../nbs/35b_pathways.ipynb #89dda0e1
-_c6 = 'c6.all.v6.1.symbols.gmt'
-
-def _find_c6():
-    for _, folder in datasets._folders():
-        if (folder/'gmt_c6'/_c6).is_file(): return folder/'gmt_c6'/_c6
-    raise MissingDataError(
-        f"'c6' (MSigDB oncogenic signatures, CC BY 4.0) is not on this machine: get {_c6} from "
-        "aertslab/pySCENIC@06bafba41279:src/resources/tests/ and put it into gmt_c6 beside the "
-        "other "
-        "data sets, or pass a .gmt file of yours."
-    )
-
 def _signs(t):
     "One row an edge: +1, -1, or 0 where the sign is unknown or contested"
     t = t.assign(weight=t['sign'].map({'Activation': 1., 'Repression': -1.}).fillna(0))
@@ -64,7 +52,7 @@ def _set(name, genes): return pd.DataFrame(dict(source=name, target=genes))
 named = dict(
     collectri=lambda: datasets.load('regulon_collectri'),
     trrust=lambda: _signs(datasets.load('regulon_trrust')),
-    c6=lambda: read_gmt(_find_c6()),
+    c6=lambda: read_gmt(datasets.load('gmt_c6')),
     cardiomyopathy=lambda: datasets.load('gene_lists_cardiomyopathy').set_axis(
         ['target', 'source'], axis=1
     ),
