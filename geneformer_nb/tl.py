@@ -8,7 +8,7 @@ __all__ = ['embed', 'finetune', 'predict', 'perturb', 'summarize', 'screen']
 # %% ../nbs/51_tl.ipynb #4aa22ffe
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import GeneformerError, verb
+from .core import GeneformerError, as_list, verb
 from .data.ranks import find_record, need_adata, ranked_cells, recorded_counts
 from .evaluate.baselines import cell_baselines
 from .model.bert import Geneformer, Reader
@@ -131,7 +131,7 @@ def _state_vectors(adata, cells, model, label, goal, how):
     """{state: vector} of the goal: vectors as they are, names by the mean of their cells; None
     without a goal"""
     if goal is None or isinstance(goal, dict): return goal
-    names = [goal] if isinstance(goal, str) else list(goal)
+    names = as_list(goal)
     return state_embeddings(cells, model, label, names, **how)
 
 @verb(also=[perturb_cells, perturb_to])

@@ -8,7 +8,7 @@ __all__ = ['dummy', 'ensemble', 'linear_model', 'svm', 'log_cp10k', 'learners', 
 
 # %% ../../nbs/10a_baselines.ipynb #b9baf87f
 import numpy as np, pandas as pd
-from ..core import GeneformerError, later
+from ..core import GeneformerError, as_list, later
 from ..data.cells import Cells, need_cells
 from ..data.counts import counts_of
 from .splits import audit_split, need_obs
@@ -197,7 +197,7 @@ def gene_baselines(
     known, v = gene_learners(seed), _vocabulary_of(cells)
     if which is None:
         which = [k for k, (sees, _) in known.items() if sees != 'counts' or 'counts' in cells.lists]
-    which = [which] if isinstance(which, str) else which
+    which = as_list(which)
     if odd := [w for w in which if w not in known]:
         raise GeneformerError(f"{odd[0]!r} is no baseline of genes: choose from "
                               f"{', '.join(known)}.")

@@ -8,7 +8,7 @@ __all__ = ['scores', 'calibration', 'gene_auc', 'auc_draws', 'rank_area', 'vecto
 
 # %% ../../nbs/10b_metrics.ipynb #8b0b7fbb
 import numpy as np, pandas as pd
-from ..core import GeneformerError
+from ..core import GeneformerError, as_list
 from .splits import has_value
 from ..data.counts import counts_of
 
@@ -202,7 +202,7 @@ def batch_check(
     **counts, # counts_layer, logged as in `counts_of`
 )->pd.DataFrame: # a row a representation: the four measures, cells, batches, labels
     "Measures of cell types and batches for each representation; raises `GeneformerError`"
-    keys = [keys] if isinstance(keys, str) else list(keys)
+    keys = as_list(keys)
     X, rng = {key: vectors_of(adata, key) for key in keys}, np.random.default_rng(seed)
     b, y = (text_column(adata, batch, 'batches'), text_column(adata, label, 'labels') if label
             else np.full(adata.n_obs, ''))
@@ -230,7 +230,7 @@ def scib(
     **kwargs, # further options of `scib_metrics.benchmark.Benchmarker`
 )->pd.DataFrame: # its table, metrics not rescaled
     "The scIB metrics by scib-metrics; raises `GeneformerError` where it is not installed"
-    keys = [keys] if isinstance(keys, str) else list(keys)
+    keys = as_list(keys)
     whole = np.logical_and.reduce([vectors_of(adata, key)[1] for key in keys])
     for c in (batch, label): text_column(adata, c, 'scIB')
     try: from scib_metrics.benchmark import Benchmarker

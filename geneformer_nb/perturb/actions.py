@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from ..data.cells import Cells, as_cells, need_cells
-from ..core import GeneformerError, progress, verb
+from ..core import GeneformerError, as_list, progress, verb
 from ..model.embed import pick_cells
 from .engine import Engine, arrange, fit_budget, packed, singles
 from ..model.bert import Geneformer, Reader
@@ -131,7 +131,7 @@ def drug(
     """A drug as the set of its targets; those that a cell lacks are left out
 
     Raises `GeneformerError`."""
-    inhibits, activates = ([x] if isinstance(x, str) else list(x) for x in (inhibits, activates))
+    inhibits, activates = (as_list(x) for x in (inhibits, activates))
     if not isinstance(name, str) or not name:
         raise GeneformerError(f"A drug has a name, not {name!r}.")
     if not inhibits and not activates:

@@ -171,8 +171,7 @@ def freeze(
     if not isinstance(layers, (int, np.integer)) or not 0 <= layers <= len(bert.encoder.layer):
         raise GeneformerError(
             f"Cannot freeze {layers} layers: the encoder has {len(bert.encoder.layer)}.")
-    for n, p in encoder.hf.named_parameters():
-        p.requires_grad_(not lora or 'lora_' in n)  # of adapters only themselves
+    if not lora: encoder.hf.requires_grad_(True)  # beside adapters everything is frozen
     for part in ([bert.embeddings] if layers else []) + list(bert.encoder.layer[:layers]):
         for p in part.parameters(): p.requires_grad_(False)
 
@@ -429,15 +428,8 @@ def merge(self:FineTuned)->FineTuned: # a copy without adapters
 # %% ../../nbs/11_finetuning.ipynb #0a0739f8
 def _saved_encoder(folder, device, encoder):
     "The encoder of a saved model, with its adapters where it has some"
-    if not (folder/'adapter.json').exists():
-        return Geneformer.from_pretrained(folder, device=device)
-    if encoder is None:
-        about = json.loads((folder/'adapter.json').read_text())
-        raise MissingDataError(
-            f"'{folder.name}' holds adapters only: pass the encoder they were trained on "
-            "(encoder=…, "
-                               f"weights {about['base']}, vocabulary {about['vocabulary']!r}).")
-    return load_lora(folder, encoder).to(device)
+    if (folder/'encoder.json').exists(): return load_lora(folder, encoder).to(device)
+    return Geneformer.from_pretrained(folder, device=device)
 
 def _load_parts(model, folder):
     "Put saved weights into every part of a model"
