@@ -16,16 +16,16 @@ from .model.embed import state_embeddings, store_embedding
 from .perturb.actions import ActionPlan, layer_and_pool, perturb as perturb_cells
 from .perturb.shards import perturb_to
 from .perturb.stats import summarize
-from .tasks.finetuning import CellClassifier, CellModel, finetune as finetune_cells
+from .tasks.finetuning import CellClassifier, finetune as finetune_cells
+from .tasks.heads import Classes
+from .tasks.multitask import load_model
 from .screen.run import screen
 
 # %% ../nbs/51_tl.ipynb #66a77e67
 def _model(model, device=None):
     "A model or classifier, from itself or from the name of a checkpoint"
     if isinstance(model, Reader): return model
-    if isinstance(model, (str, Path)):
-        tuned = (Path(model).expanduser()/'classes.json').exists()
-        return (CellModel.load if tuned else Geneformer.from_pretrained)(model, device=device)
+    if isinstance(model, (str, Path)): return load_model(model, device)
     raise GeneformerError(
         "model is a Geneformer, a classifier or the name of a checkpoint, not "
         f"{type(model).__name__}."
@@ -104,26 +104,37 @@ def finetune(
     return clf
 
 # %% ../nbs/51_tl.ipynb #ed01a0e1
+def _put_answers(adata, key, task, table):
+    "Add the answers of one head: a class with its probabilities, or a number"
+    if not isinstance(task, Classes):
+        adata.obs[f'{key}_pred'] = table['predicted'].to_numpy()
+        return
+    adata.obs[f'{key}_pred'] = pd.Categorical(table['predicted'], categories=task.values)
+    adata.obsm[f'{key}_proba'] = table[task.columns].to_numpy(np.float32)
+    adata.uns[f'{key}_classes'] = np.array(task.classes, dtype=object)
+
 @verb
 def predict(
     adata, # AnnData that `pp.tokenize` has been over
-    classifier, # what `finetune` returned, or the folder of a saved one
+    classifier, # what `finetune` returned, the folder of a saved one, or an official classifier
     *,
     key_added:str='geneformer', # beginning of the names of what is added
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
 ): # None, or the copy. Adds obs[key + "_pred"], obsm[key + "_proba"] (cells × classes) and uns[key
-# + "_classes"]
-    """Class and probabilities of every cell, missing for a cell without known genes; raises
-    `GeneformerError`, `VocabularyError`"""
-    if not isinstance(classifier, (CellClassifier, str, Path)):
-        raise GeneformerError("classifier is what finetune returned or the folder of a saved one, "
-                              f"not {type(classifier).__name__}.")
-    clf = classifier if isinstance(classifier, CellClassifier) else CellClassifier.load(classifier)
-    p = clf.predict(ranked_cells(adata, clf.encoder.vocabulary, obs=[]))
-    out = adata.copy() if copy else adata
-    out.obs[f'{key_added}_pred'] = pd.Categorical(p['predicted'], categories=clf.task.values)
-    out.obsm[f'{key_added}_proba'] = p[clf.columns].to_numpy(np.float32)
-    out.uns[f'{key_added}_classes'] = np.array(clf.classes, dtype=object)
+# + "_classes"]; for several tasks with the name of each task after the key
+    """Class and probabilities of every cell, or a number, missing for a cell without known genes
+
+    Raises `GeneformerError`, `VocabularyError`."""
+    clf = _model(classifier) if isinstance(classifier, (str, Path)) else classifier
+    if not isinstance(clf, Reader) or not hasattr(clf, 'tasks'):
+        raise GeneformerError(
+            "classifier is what finetune returned or the folder of a classifier of cells, not "
+            f"{type(clf).__name__}.")
+    got = clf.predict(ranked_cells(adata, clf.encoder.vocabulary, obs=[]))
+    out, several = adata.copy() if copy else adata, len(clf.tasks) > 1
+    for label, task in clf.tasks.items():
+        key = f'{key_added}_{label}' if several else key_added
+        _put_answers(out, key, task, got[label] if isinstance(got, dict) else got)
     return out if copy else None
 
 # %% ../nbs/51_tl.ipynb #a8ae8a4c
@@ -171,7 +182,7 @@ def perturb(
     chosen = (where or {}) | ({} if start is None else {label: start})
     how |= at | dict(
         where=chosen or None, affected=affected, controls=controls,
-        states=_state_vectors(adata, cells, encoder, label, goal, at))
+        states=_state_vectors(adata, cells, model, label, goal, at))
     return (
         perturb_cells(model, cells, actions, **how)
         if out is None

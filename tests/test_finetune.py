@@ -1,5 +1,6 @@
 "Fine-tuning: what the official classifiers got wrong, and what a page has no room for"
 import copy, sys, warnings
+import geneformer_nb as gf
 import numpy as np, pandas as pd, pytest, torch
 from geneformer_nb.tasks import finetuning as module
 from geneformer_nb.tasks.adapters import add_lora, load_lora, merge_lora, quantize, save_lora, weight_bytes
@@ -241,17 +242,16 @@ def test_an_empty_cell_gets_no_prediction(model, cells, vocab):
     p = tune(model, cells).predict(some)
     assert p.iloc[1].isna().all() and p.iloc[[0, 2]].notna().all(axis=None)
 
-def test_predict_adata_writes_by_barcode(model, cells, cohort):
-    clf = tune(model, cells)
-    new = cohort[::-1].copy()
+def test_predict_writes_classes_and_numbers(model, cells, cohort):
+    clf, new = tune(model, cells), cohort[::-1].copy()
     new.obs['filter_pass'] = 0  # these cells shall not be dropped silently
-    table = clf.predict_adata(new)
+    gf.pp.tokenize(new, clf)
+    gf.tl.predict(new, clf)
     want = clf.predict(cells).loc[new.obs_names]
-    assert list(table.index) == list(new.obs_names) and (new.obs['geneformer_disease'].astype(str) == want['predicted']).all()
-    np.testing.assert_allclose(new.obs['geneformer_disease_probability'], want[clf.classes].max(axis=1), atol=1e-5)
-    far = tune(model, cells, 'n_counts', head='regression')
-    far.predict_adata(new, 'depth')
-    assert new.obs['depth'].dtype.kind == 'f' and 'depth_probability' not in new.obs
+    assert (new.obs['geneformer_pred'].astype(str) == want['predicted']).all()
+    np.testing.assert_allclose(new.obsm['geneformer_proba'], want[clf.classes], atol=1e-5)
+    gf.tl.predict(new, tune(model, cells, 'n_counts', head='regression'), key_added='depth')
+    assert new.obs['depth_pred'].dtype.kind == 'f' and 'depth_proba' not in new.obsm
 
 # --- genes
 
@@ -334,8 +334,9 @@ def test_a_cell_counts_for_the_tasks_it_has(model, cells):
 def test_several_tasks_say_which_cells_get_no_answer(model, cells, cohort):
     m = finetune_tasks(model, cells, ['cell_type', 'disease'], 'donor', steps=1)
     new = cohort[:10].copy(); new.X = new.X.toarray(); new.X[3] = 0
-    with pytest.warns(UserWarning, match='1 of 10 cells'): m.predict_adata(new)
-    assert new.obs['geneformer_disease'].isna().sum() == 1
+    with pytest.warns(UserWarning, match='1 of 10 cells'): gf.pp.tokenize(new, m)
+    gf.tl.predict(new, m)
+    assert new.obs['geneformer_disease_pred'].isna().sum() == 1
 
 def test_scores_of_tasks_count_known_cells(model, cells):
     cells.obs['disease'] = cells.obs['disease'].astype(object).where(np.arange(120) % 2 == 0)
@@ -348,8 +349,8 @@ def test_tasks_saved_and_loaded(model, cells, cohort, tmp_path):
     m = finetune_tasks(model, cells, {'cell_type': 'classes', 'n_counts': 'regression'}, 'donor', steps=2)
     again = MultiTask.load(m.save(tmp_path/'m'), 'cpu')
     for k, t in m.predict(cells).items(): pd.testing.assert_frame_equal(again.predict(cells)[k], t, check_exact=True)
-    new = cohort.copy(); again.predict_adata(new)
-    assert {'geneformer_cell_type', 'geneformer_cell_type_probability', 'geneformer_n_counts'} <= set(new.obs)
+    new = cohort.copy(); gf.pp.tokenize(new, again); gf.tl.predict(new, tmp_path/'m')
+    assert {'geneformer_cell_type_pred', 'geneformer_n_counts_pred'} <= set(new.obs) and 'geneformer_cell_type_proba' in new.obsm
 
 def test_one_split_for_all_tasks(model, cells):
     split = np.where(np.arange(120) < 60, 'train', 'test')

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core import GeneformerError, VocabularyError, later
+from ..core import as_folder, GeneformerError, VocabularyError, later
 from .vocabulary import GeneMatch, Vocabulary
 pd = later('pandas')
 
@@ -199,10 +199,12 @@ def save(self:Cells,
 @patch(cls_method=True)
 def load(cls:Cells,
     folder, # an Arrow folder, ours or the official code's
-    vocabulary:Vocabulary=None, # the one it was tokenized with; None: the folder names its hash
+    vocabulary:Vocabulary=None, # what it was tokenized with; None: that of the folder, if any
 )->Cells: # mapped from disk if the folder is one piece, else copied into memory
     "Read cells; raises `StorageError` for a bad folder, `VocabularyError` for a wrong vocabulary"
     from geneformer_nb.data.arrow import load_cells
+    if vocabulary is None and (as_folder(folder)/'vocabulary.json').exists():
+        vocabulary = Vocabulary.load(folder)
     return load_cells(folder, vocabulary)
 
 @patch(cls_method=True)
@@ -213,3 +215,13 @@ def parts(cls:Cells,
     "Read a folder piece by piece, mapped and not copied; raises as `load` does"
     from geneformer_nb.data.arrow import cell_parts
     return cell_parts(folder, vocabulary)
+
+@patch
+def to_adata(self:Cells,
+    vectors=None, # (cells, d) array, such as `model.encode` gives
+    key_added:str='X_geneformer', # name of the vectors in obsm
+    vocabulary:Vocabulary=None, # what the cells were tokenized with; None: the one they carry
+): # AnnData with obs of the cells, obsm["X_ranks"], its record, and the vectors; no counts
+    "Tokenized cells as an AnnData; raises `VocabularyError` without a vocabulary"
+    from geneformer_nb.data.ranks import adata_of
+    return adata_of(self, vectors, key_added, vocabulary)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['to_ranks', 'from_ranks', 'Record', 'records', 'need_adata', 'find_record', 'own_vocabulary', 'ranked_cells',
-           'recorded_counts', 'plain_counts', 'recorded_match', 'symbol_column', 'variable_genes', 'vocabulary_of']
+           'recorded_counts', 'plain_counts', 'recorded_match', 'symbol_column', 'variable_genes', 'vocabulary_of',
+           'adata_of']
 
 # %% ../../nbs/03b_ranks.ipynb #76501926
 import json, warnings
@@ -309,3 +310,21 @@ def vocabulary_of(
     best = variable_genes(c, match_genes(var['_id'].to_numpy(), v).index, top_genes)
     kept = np.union1d(best, v.token(list(keep)) - len(v.specials) if len(keep) else []).astype(int)
     return v.subset(kept, f'{len(kept)} genes of these cells')
+
+# %% ../../nbs/03b_ranks.ipynb #20488c97
+def adata_of(
+    cells:Cells, # tokenized cells
+    vectors=None, # (cells, d) array, such as `model.encode` gives
+    key_added:str='X_geneformer', # name of the vectors in obsm
+    vocabulary:Vocabulary=None, # what the cells were tokenized with; None: the one they carry
+)->ad.AnnData: # obs of the cells, obsm["X_ranks"], its record, and the vectors; no counts
+    "Tokenized cells as an AnnData; raises `VocabularyError` without a vocabulary"
+    vocabulary = vocabulary or cells.vocabulary
+    if vocabulary is None: raise VocabularyError(
+        "These cells do not carry their vocabulary: pass vocabulary=model.vocabulary.")
+    out = ad.AnnData(obs=cells.obs.copy())
+    out.obsm['X_ranks'] = to_ranks(cells, vocabulary)
+    if vectors is not None: out.obsm[key_added] = np.asarray(vectors)
+    Record('X_ranks', 'X', 'X', False, False, 'index', vocabulary.name, vocabulary.hash,
+           vocabulary.max_len, {}).write(out)
+    return out

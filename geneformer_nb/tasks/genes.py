@@ -92,6 +92,7 @@ def audit_genes(
 class GeneClassifier(FineTuned):
     "An encoder with a linear head over the vector of each gene"
     file, kind = 'gene_classes.json', 'classifier of genes'
+    official = 'BertForTokenClassification'
     # by held-out gene: mean probability a class, label, n_cells
     tested: pd.DataFrame = None
     labels: pd.Series = None # class by gene id
@@ -292,6 +293,13 @@ def record(self:GeneClassifier):
     def plain(s): return None if s is None else s.to_dict()
     return dict(classes=self.classes, split=plain(self.split),
         labels=plain(self.labels))
+
+@patch(cls_method=True)
+def from_official(cls:GeneClassifier, encoder, classes):
+    "A classifier of genes of the official code, whose head reads the last layer too"
+    out = cls(encoder, classes)
+    out.head.load_state_dict(encoder.hf.classifier.state_dict())
+    return out
 
 @patch(cls_method=True)
 def from_record(cls:GeneClassifier, record, encoder):
