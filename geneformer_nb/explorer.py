@@ -76,9 +76,11 @@ class Explorer:
 
 # %% ../nbs/54_explorer.ipynb #6b19212a
 def explore(
-    model, # `Geneformer`, or what `finetune` returned, whose probabilities are then shown too
+    model, # `Geneformer`, or what `finetune` returned, whose
+    # probabilities are then shown too
     cells:Cells, # tokenized with the model's vocabulary
-    states=None, # {state: vector} to move towards, or the obs column of states; None: only a fine-
+    states:str|list|dict=None, # {state: vector} to move towards, or the obs column of
+    # states; None: only a fine-
     # tuned model's classes
     *,
     donor:str=None, # obs column of donors: points are grouped, and the mean is over donors
@@ -88,7 +90,7 @@ def explore(
     nulls:int=10, # matched genes to compare with
     neighbors:int=6, # nearest genes to list
     seed:int=0, # which cells
-    layer=None, pool:str=None, # as in `perturb`
+    layer:str|int=None, pool:str=None, # as in `perturb`
     budget:int=None, # tokens of a batch, as in `perturb`
 )->Explorer: # with `.look`, `.figure`, `.ui`; shows itself in a notebook
     "Look at one gene at a time; raises `GeneformerError`, `VocabularyError`"
@@ -127,7 +129,7 @@ def _asked(self:Explorer, genes, action, share):
 # %% ../nbs/54_explorer.ipynb #f2660e52
 @patch
 def matched(self:Explorer,
-    tokens, # of the genes of the question
+    tokens:np.ndarray, # of the genes of the question
     present:bool, # must some cell have all of them? then only such are taken
 )->list: # of arrays of tokens
     """Genes near in rank and detection; for several genes the nearest of each together, then the
@@ -236,7 +238,7 @@ def _answer(self:Explorer, words, names, state, shifts, others, near, has):
 # %% ../nbs/54_explorer.ipynb #2363951c
 @patch
 def neighbors(self:Explorer,
-    tokens, # of genes
+    tokens:np.ndarray, # of genes
 )->pd.DataFrame: # gene, neighbor, cosine; nothing for genes these cells do not have
     "Nearest genes by their mean vectors in these cells, less the mean over genes"
     v = self.encoder.vocabulary
@@ -255,7 +257,7 @@ def neighbors(self:Explorer,
 # %% ../nbs/54_explorer.ipynb #dd4ce972
 @patch
 def look(self:Explorer,
-    genes, # symbols or ids: one, several joined by +, or a list
+    genes:str|list, # symbols or ids: one, several joined by +, or a list
     action:str='inhibit', # "inhibit", "activate", "up" or "down"
     *,
     share:float=.25, # for "up" and "down": share of the cell's genes to pass

@@ -7,6 +7,7 @@ __all__ = ['embedding', 'match', 'targets', 'cells', 'shifts']
 
 # %% ../nbs/53_get.ipynb #79e6ef4c
 import numpy as np, pandas as pd
+from anndata import AnnData
 from .core import GeneformerError, verb
 from .data.ranks import find_record, need_adata, ranked_cells as cells
 from .perturb.shards import read_shifts as shifts
@@ -17,7 +18,7 @@ _all_ = ['cells', 'shifts']
 # %% ../nbs/53_get.ipynb #4e98308b
 @verb
 def embedding(
-    adata, # AnnData that `tl.embed` has been over
+    adata:AnnData, # AnnData that `tl.embed` has been over
     key:str='X_geneformer', # name in obsm
 )->pd.DataFrame: # cells × dimensions, by barcode
     "The embedding of each cell; raises `GeneformerError` for a key that is not there"
@@ -34,8 +35,9 @@ def embedding(
 # %% ../nbs/53_get.ipynb #49f640eb
 @verb
 def match(
-    adata, # AnnData that `pp.tokenize` has been over
-    vocabulary=None, # of the ranks meant; None takes the only ones there are
+    adata:AnnData, # AnnData that `pp.tokenize` has been over
+    vocabulary=None, # of the ranks meant; None takes the only ones there
+    # are
 )->pd.DataFrame: # one row a line of the report, one column `value`
     "The report of the gene match; raises `VocabularyError` when there is none"
     record = find_record(adata, vocabulary)

@@ -8,6 +8,7 @@ __all__ = ['volcano', 'targets', 'shifts', 'recall', 'embedding', 'ranks', 'conf
 # %% ../nbs/52_pl.ipynb #47677cee
 from functools import wraps
 import numpy as np, pandas as pd
+from anndata import AnnData
 from . import plots
 from .core import GeneformerError, as_list, described, verb
 from .data.ranks import find_record, need_adata, recorded_counts, recorded_match
@@ -26,7 +27,7 @@ def _two(X):
 
 @verb
 def embedding(
-    adata, # AnnData
+    adata:AnnData, # AnnData
     *,
     basis:str='X_geneformer', # key of obsm; with more than two columns its first two principal
     # components are drawn
@@ -56,11 +57,11 @@ def embedding(
 # %% ../nbs/52_pl.ipynb #3377c25c
 @verb
 def ranks(
-    adata, # AnnData that `pp.tokenize` has been over
+    adata:AnnData, # AnnData that `pp.tokenize` has been over
     vocabulary, # that of the model: medians and symbols
     *,
-    cell, # barcode, or a list of them
-    mark=(), # genes to point out in the last of them: ids or symbols
+    cell:str|list, # barcode, or a list of them
+    mark:tuple=(), # genes to point out in the last of them: ids or symbols
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     """Counts per 10,000 over the gene's median, by rank; raises `GeneformerError` for a cell that
@@ -83,7 +84,7 @@ def ranks(
 # %% ../nbs/52_pl.ipynb #57cfd1ca
 @verb
 def confusion(
-    adata, # AnnData with labels and predictions in obs
+    adata:AnnData, # AnnData with labels and predictions in obs
     *,
     label:str, # obs column of true classes
     pred:str='geneformer_pred', # obs column of predictions
@@ -109,7 +110,8 @@ def confusion(
 
 @verb
 def loss(
-    trained, # what `pretrain` or `tl.finetune` returned, or its table of losses
+    trained:object, # what `pretrain` or `tl.finetune` returned, or its
+    # table of losses
     *,
     ax=None, # Axes to draw into; None makes a figure
     **kwargs, # chance as in `plots.loss_curve`

@@ -9,6 +9,7 @@ __all__ = ['tokenize']
 import warnings
 from pathlib import Path
 import numpy as np
+from anndata import AnnData
 from .core import GeneformerError, StorageError, VocabularyError, verb, versions
 from .data.counts import counts_of, gene_names
 from .data.ranks import Record, need_adata, records, to_ranks, vocabulary_of
@@ -62,8 +63,9 @@ def _fits(adata, vocabulary, max_gb):
 # %% ../nbs/50_pp.ipynb #a5334848
 @verb
 def tokenize(
-    adata, # AnnData with raw counts
-    model=None, # Geneformer, classifier, name of a checkpoint, or a Vocabulary; None makes a
+    adata:AnnData, # AnnData with raw counts
+    model:Reader|Vocabulary|str=None, # Geneformer, classifier, name of a checkpoint, or a
+    # Vocabulary; None makes a
     # vocabulary of these genes
     *,
     counts_layer:str=None, # layer with the counts, "X" or "raw.X"; None: layers["counts"], X or
@@ -73,12 +75,13 @@ def tokenize(
     # numbers
     gene_ids:str=None, # column of var that names the genes, or "index"; None tries ensembl_id,
     # gene_ids, the index
-    orthologs=None, # for another species: table of its genes and the human ones, as in
+    orthologs=None, # for another species: table of its genes and
+    # the human ones, as in
     # `match_genes`
     min_match:float=.2, # smallest share of counts on known genes; below it is an error
     top_genes:int=None, # without a model: only so many genes, the most variable ones; None takes
     # all
-    keep=(), # without a model: genes that stay whatever their variance
+    keep:tuple=(), # without a model: genes that stay whatever their variance
     where:dict=None, # without a model: {obs column: values} of the cells whose genes are counted;
     # None takes all
     min_cells:int=3, # without a model: a gene seen in fewer cells is left out

@@ -8,6 +8,7 @@ __all__ = ['embed', 'finetune', 'predict', 'perturb', 'summarize', 'screen']
 # %% ../nbs/51_tl.ipynb #4aa22ffe
 from pathlib import Path
 import numpy as np, pandas as pd
+from anndata import AnnData
 from .core import GeneformerError, as_list, verb
 from .data.ranks import find_record, need_adata, ranked_cells, recorded_counts
 from .evaluate.baselines import cell_baselines
@@ -46,17 +47,20 @@ def _values(adata, label, names):
 # %% ../nbs/51_tl.ipynb #085be6ea
 @verb
 def embed(
-    adata, # AnnData that `pp.tokenize` has been over
-    model, # Geneformer, a classifier (its encoder is used), or the name of a checkpoint
+    adata:AnnData, # AnnData that `pp.tokenize` has been over
+    model:Reader|str|Path, # Geneformer, a classifier (its encoder is used), or the
+    # name of a checkpoint
     *,
-    layer='second_to_last', # layer of the model: "last", "second_to_last", or the official 0 and
+    layer:str|int='second_to_last', # layer of the model: "last", "second_to_last", or
+    # the official 0 and
     # -1; a list of these
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
     key_added:str='X_geneformer', # name in obsm and uns; for a list of layers followed by each of
     # them
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
     budget:int=16_384, # tokens of a batch
-    dtype=None, # "bfloat16" or "float16" compute in half precision; None is float32
+    dtype:str=None, # "bfloat16" or "float16" compute in half precision; None is
+    # float32
     show:bool=None, # progress bar; None shows it outside of tests
 ): # None, or the copy. Adds obsm[key_added] (cells × d, float32; nan for a cell without known
 # genes) and uns[key_added]
@@ -74,12 +78,14 @@ def embed(
 # %% ../nbs/51_tl.ipynb #3af87694
 @verb(also=[finetune_cells])
 def finetune(
-    adata, # AnnData with labels, that `pp.tokenize` has been over
-    model, # Geneformer (a copy is trained), or the name of a checkpoint
+    adata:AnnData, # AnnData with labels, that `pp.tokenize` has been over
+    model:Reader|str|Path, # Geneformer (a copy is trained), or the name of a
+    # checkpoint
     *,
     label:str, # obs column of classes
     donor:str=None, # obs column of donors, which are never split; None needs a `split`
-    split=None, # "train", "test" or "" for each cell, or an obs column of those; None holds out a
+    split:np.ndarray|dict=None, # "train", "test" or "" for each cell, or an obs column of
+    # those; None holds out a
     # third of the donors of each class
     key_added:str='geneformer_split', # obs column for the split
     baselines:bool=True, # majority class and logistic regression on the counts beside the score
@@ -115,8 +121,9 @@ def _put_answers(adata, key, task, table):
 
 @verb
 def predict(
-    adata, # AnnData that `pp.tokenize` has been over
-    classifier, # what `finetune` returned, the folder of a saved one, or an official classifier
+    adata:AnnData, # AnnData that `pp.tokenize` has been over
+    classifier, # what `finetune` returned, the folder of a saved
+    # one, or an official classifier
     *,
     key_added:str='geneformer', # beginning of the names of what is added
     copy:bool=False, # True returns a changed copy and leaves `adata` as it was
@@ -147,23 +154,28 @@ def _state_vectors(adata, cells, model, label, goal, how):
 
 @verb(also=[perturb_cells, perturb_to])
 def perturb(
-    adata, # AnnData that `pp.tokenize` has been over
-    model, # Geneformer, a fine-tuned classifier (its answers are read too), or the name of a
+    adata:AnnData, # AnnData that `pp.tokenize` has been over
+    model:Reader|str|Path, # Geneformer, a fine-tuned classifier (its answers are read
+    # too), or the name of a
     # checkpoint
-    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, sums of them, `each(…)`, `pairs(…)`, `drug(…)`, or a
+    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, sums of them,
+    # `each(…)`, `pairs(…)`, `drug(…)`, or a
     # list of those
     *,
     label:str=None, # obs column of states; needed for names in `goal` and `start`
-    goal=None, # state to measure shifts towards, or several, or {state: vector}; None measures none
+    goal:str|list|dict=None, # state to measure shifts towards, or several, or {state:
+    # vector}; None measures none
     start:str=None, # only cells of this state of `label` are perturbed; None takes all
     where:dict=None, # {obs column: value or values}: only these cells
-    layer=None, # layer of the model; None: "second_to_last", and "last" for a classifier
+    layer:str|int=None, # layer of the model; None: "second_to_last", and "last" for a
+    # classifier
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
-    affected=False, # True or a number: also the effects on other genes, all or so many that changed
+    affected:bool|int=False, # True or a number: also the effects on other genes, all
+    # or so many that changed
     # most
     controls:int=0, # so many matched genes are perturbed too for each named gene, and their rows
     # marked; 12 lets `summarize` test a single gene
-    out=None, # folder for shards; the same call goes on from them
+    out:str|Path=None, # folder for shards; the same call goes on from them
     **how, # budget, dtype, show; with `out` also shard, part, executor, workers
 ): # table of shifts: cell (row of adata), barcode, perturbation, cosine, shift_<state> (positive:
 # towards it); `.obs` is the table

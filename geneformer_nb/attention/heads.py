@@ -98,13 +98,14 @@ def _sides(g, genes, against, keep, least, vocabulary):
 # %% ../../nbs/40a_attention_heads.ipynb #0e5ec09f
 def head_tests(
     table:pd.DataFrame, # first table of `received`, of one group of cells
-    genes, # ids or symbols of the set
-    against=None, # ids or symbols to compare with; None: all other genes
+    genes:str|list, # ids or symbols of the set
+    against:list=None, # ids or symbols to compare with; None: all other genes
     *,
     matched:bool=True, # also within strata of mean rank and detection, on attention over expected
     least:int=5, # genes in fewer cells are left out
     alpha:float=.05, # a head favors the set below this false discovery rate over the heads
-    vocabulary=None, # of the model, to refuse unknown names; None lists them in .attrs["lost"]
+    vocabulary=None, # of the model, to refuse unknown names; None lists
+    # them in .attrs["lost"]
 )->pd.DataFrame: # a row a head: n, n_rest, auc, ratio, p, fdr, favors; and the same, matched
     "Does each head look more at a set? Raises `GeneformerError`, `VocabularyError`"
     out, g, x, expected = _by_head(table)
@@ -172,7 +173,7 @@ def _heads(model, heads):
 @contextmanager
 def ablate(
     model:Geneformer, # any, with any head
-    heads, # pairs (layer, head) counted from 0, or a table with these columns
+    heads:list, # pairs (layer, head) counted from 0, or a table with these columns
 ):
     "Within the block the output of these heads is 0; raises `GeneformerError`"
     e, off, hooks = model.config.hidden_size // model.config.num_attention_heads, {}, []
@@ -190,7 +191,7 @@ def ablate(
 # %% ../../nbs/40a_attention_heads.ipynb #750ec47b
 def ablation(
     model:Geneformer, # any, with any head
-    heads, # as in `ablate`
+    heads:list, # as in `ablate`
     measures:dict, # {name: function of the model that gives a number}
     *,
     draws:int=5, # how many sets of as many other heads, or all there are where these are fewer

@@ -44,10 +44,10 @@ class _Pairs:
 def gene_network(
     model:Geneformer, # any, with any head
     cells:Cells, # tokenized with the model's vocabulary
-    sources, # ids or symbols, such as regulators
-    targets, # ids or symbols
+    sources:list, # ids or symbols, such as regulators
+    targets:str|list, # ids or symbols
     *,
-    heads=None, # pairs (layer, head), or a table with these columns; None: all
+    heads:list=None, # pairs (layer, head), or a table with these columns; None: all
     looks:str='target', # who looks: "target" at its source, "source" at its targets, "both": mean
     least:int=5, # pairs that share fewer cells are nan
     **kwargs, # pairs, budget, dtype, show as in `watch`
@@ -154,8 +154,8 @@ def _unit(x):
 # %% ../../nbs/40b_attention_network.ipynb #e93c19e9
 def edge_baselines(
     cells:Cells, # with their vocabulary; with counts=True also correlation and mean expression
-    sources, # ids or symbols
-    targets, # ids or symbols
+    sources:list, # ids or symbols
+    targets:str|list, # ids or symbols
     model:Geneformer=None, # adds the cosine of its input embeddings
 )->dict: # {name: frame of sources × targets}
     "Scores of pairs without attention; raises `GeneformerError`, `VocabularyError`"

@@ -46,7 +46,8 @@ def watch(
     *,
     pairs:int=2**20, # most weights of a head at a time, as of four cells of 512 tokens
     budget:int=16_384, # most tokens in a batch
-    dtype=None, # "bfloat16" or "float16" compute in half precision; None is float32
+    dtype:str=None, # "bfloat16" or "float16" compute in half precision; None is
+    # float32
     show:bool=None, # progress bar; None shows it outside of tests
 ):
     "Show the attention of all cells to a function; raises `GeneformerError`, `VocabularyError`"
@@ -148,7 +149,7 @@ def _tidy(attention, names, **columns):
 def plant_head(
     model:Geneformer, # a copy is changed, this one stays as it is
     head:int=0, # which head of the first layer
-    genes=None, # ids or symbols it shall look at; None: at top ranks
+    genes:str|list=None, # ids or symbols it shall look at; None: at top ranks
     strength:float=1., # 0: uniform; 1: chosen genes get about e times the attention of others
 )->Geneformer: # a copy
     "A model with one known head; raises `GeneformerError`, `VocabularyError`"
@@ -239,7 +240,7 @@ def head_map(
     value:str='auc', # that column
     *,
     center:float=.5, # number that says nothing, white: .5 of an area, 1 of attention
-    mark=None, # boolean column: ring these heads, such as significant ones
+    mark:str=None, # boolean column: ring these heads, such as significant ones
     label:str=None, # of the colors; None is the name of the column
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes

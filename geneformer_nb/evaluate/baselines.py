@@ -73,13 +73,14 @@ def _features(counts, train, n_genes):
 def cell_baselines(
     adata, # AnnData with counts
     label:str, # column of classes
-    split, # "train" or "test" for each cell
+    split:np.ndarray|dict, # "train" or "test" for each cell
     donor:str=None, # column of donors, for the scores
     n_genes:int=2000, # most variable genes of the training cells
     C:float=.01, # inverse strength of the penalty
-    which=('majority class', 'logistic regression, log CP10k'), # names of `learners`, or "all"
+    which:str|list=('majority class', 'logistic regression, log CP10k'), # names of
+    # `learners`, or "all"
     seed:int=0, # as in `learners`
-    named=(), # as in `has_value`
+    named:tuple=(), # as in `has_value`
     **kwargs, # counts_layer, logged as in `counts_of`
 )->tuple: # (scores, {baseline: `predicted` and class probabilities, by barcode of test cells})
     "Scores of simple models on the same split; raises `LeakError`, `GeneformerError`"
@@ -190,7 +191,8 @@ def gene_baselines(
     cells:Cells, # the cells that describe the genes
     labels:pd.Series, # class by gene id, as from `gene_labels.gene_labels`
     split:pd.Series, # "train" or "test" by gene id
-    which=None, # names of `gene_learners`; None: all, those on counts where the cells have them
+    which:str|list=None, # names of `gene_learners`; None: all, those on counts where
+    # the cells have them
     seed:int=0, # as in `gene_learners`
 )->dict: # {baseline: class probabilities by gene id of the test genes}
     "Predictions of simple models for held-out genes; raises `GeneformerError`"

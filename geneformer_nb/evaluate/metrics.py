@@ -14,9 +14,9 @@ from ..data.counts import counts_of
 
 # %% ../../nbs/10b_metrics.ipynb #05f431ed
 def scores(
-    truth, # class of each cell
-    predicted, # predicted class of each cell
-    donors=None, # donor of each cell
+    truth:np.ndarray, # class of each cell
+    predicted:np.ndarray, # predicted class of each cell
+    donors:np.ndarray=None, # donor of each cell
     seed:int=0, # of the bootstrap
 )->dict: # accuracy, macro_f1, donor_accuracy with its 95 % interval, n_cells, n_donors
     "Accuracy and macro F1, with interval and sample size; raises `GeneformerError`"
@@ -37,9 +37,9 @@ def scores(
 
 # %% ../../nbs/10b_metrics.ipynb #5207b70e
 def calibration(
-    truth, # class of each cell
-    predicted, # predicted class of each cell
-    confidence, # its probability, 0 to 1
+    truth:np.ndarray, # class of each cell
+    predicted:np.ndarray, # predicted class of each cell
+    confidence:np.ndarray, # its probability, 0 to 1
     bins:int=10, # equal parts of the range of confidence
 )->pd.DataFrame: # by bin: mean confidence, accuracy, n; `.attrs['error']`: their mean distance
     "Accuracy by confidence; raises `GeneformerError` for values that are no probabilities"
@@ -79,9 +79,10 @@ def _check_predictions(truth, p):
     return truth, p
 
 def gene_auc(
-    truth, # number of the class of each row
-    p, # (rows, classes) probabilities
-    weights=None, # how often each row counts, such as the number of cells a gene is in; None: once
+    truth:np.ndarray, # number of the class of each row
+    p:np.ndarray, # (rows, classes) probabilities
+    weights:np.ndarray=None, # how often each row counts, such as the number of cells a
+    # gene is in; None: once
 )->float: # area under the ROC curve; over several classes the mean of one against the rest
     "Chance that a gene of a class ranks above one of another class; ties count half"
     (truth, p), out = _check_predictions(truth, p), []
@@ -95,11 +96,11 @@ def gene_auc(
 
 # %% ../../nbs/10b_metrics.ipynb #4882c30a
 def auc_draws(
-    truth, # number of the class of each gene
-    p, # (genes, classes) probabilities
+    truth:np.ndarray, # number of the class of each gene
+    p:np.ndarray, # (genes, classes) probabilities
     n:int=2000, # how often the genes are drawn again
     seed:int=0, # of the draws, which depend on `truth` and `fold` only: the same for every model
-    fold=None, # of each gene; None: one
+    fold:np.ndarray=None, # of each gene; None: one
 )->np.ndarray: # (n,) areas, each the mean over the folds
     "Bootstrap of the area: genes are drawn with replacement within class and fold"
     (truth, p), rng = _check_predictions(truth, p), np.random.default_rng(seed)
@@ -194,7 +195,7 @@ def batch_check(
     batch:str, # obs column of batches: platform, donor, section
     label:str=None, # obs column of cell types; None takes all cells as of one type
     *,
-    keys='X_geneformer', # key of obsm, or a list of them
+    keys:str|list='X_geneformer', # key of obsm, or a list of them
     baseline:bool=True, # principal components of log counts beside them
     k:int=15, # neighbors looked at
     max_cells:int=3000, # more are drawn from at random, since every pair is compared
@@ -226,7 +227,7 @@ def scib(
     batch:str, # obs column of batches
     label:str, # obs column of cell types
     *,
-    keys='X_geneformer', # key of obsm, or a list of them
+    keys:str|list='X_geneformer', # key of obsm, or a list of them
     **kwargs, # further options of `scib_metrics.benchmark.Benchmarker`
 )->pd.DataFrame: # its table, metrics not rescaled
     "The scIB metrics by scib-metrics; raises `GeneformerError` where it is not installed"

@@ -15,7 +15,8 @@ blank_words = frozenset(['', 'nan', 'nat', 'none', 'na', 'n/a', '<na>', 'unknown
 
 def has_value(
     column:pd.Series, # of obs, of any type
-    named=(), # words that are meant as a state, though they are in `blank_words`
+    named:tuple=(), # words that are meant as a state, though they are in
+    # `blank_words`
 )->np.ndarray: # (cells,) bool
     "False where a value is missing: None, NaN, or a blank word in upper or lower case"
     code, words = pd.factorize(column)
@@ -26,7 +27,7 @@ def has_value(
 def need_obs(
     obs:pd.DataFrame, # one row a cell
     *columns:str, # that it must have
-    named=(), # as in `has_value`
+    named:tuple=(), # as in `has_value`
 ):
     "Raise `GeneformerError` unless obs has these columns and no value of them is missing"
     check_columns(obs, *columns)
@@ -40,7 +41,7 @@ def need_obs(
 def known_cells(
     obs:pd.DataFrame, # one row a cell
     *columns:str, # that it must have
-    named=(), # as in `has_value`
+    named:tuple=(), # as in `has_value`
     why:str='they are neither learned from nor tested on', # what becomes of the others
     way:str='named=[…]', # the argument that names a blank word as a state
 )->np.ndarray: # (cells,) bool: the cells that have a value in each of the columns
@@ -90,7 +91,7 @@ def split_donors(
     label:str, # column of classes
     test:float=.33, # share of each class's donors that are held out; at least one
     seed:int=0, # which donors
-    named=(), # as in `has_value`
+    named:tuple=(), # as in `has_value`
 )->np.ndarray: # "train" or "test" for each cell, "" where donor or class is missing
     "Hold out donors, some of every class; raises `LeakError` where a class cannot be on both sides"
     ok, out = known_cells(obs, donor, label, named=named), np.full(len(obs), '', '<U5')
@@ -117,7 +118,7 @@ def fold_donors(
     label:str, # column of classes
     folds:int=3, # number of folds; 0 or "loo" leaves out one donor at a time
     seed:int=0, # which donors go together
-    named=(), # as in `has_value`
+    named:tuple=(), # as in `has_value`
 )->np.ndarray: # fold in which each cell is held out, -1 where donor or class is missing
     """Hold out every donor once, classes spread over folds (StratifiedGroupKFold of scikit-learn)
 
@@ -193,10 +194,10 @@ def split_balanced(
 # %% ../../nbs/10_splits.ipynb #262fad47
 def audit_split(
     obs:pd.DataFrame, # one row a cell
-    split, # "train", "test" or "" (unused) for each cell
+    split:np.ndarray|dict, # "train", "test" or "" (unused) for each cell
     donor:str=None, # column of donors; None can only count cells, and says so
     label:str=None, # column of classes
-    named=(), # as in `has_value`
+    named:tuple=(), # as in `has_value`
 )->pd.DataFrame: # one row a side: cells, donors, classes
     """Raise `LeakError` if a donor or cell is on both sides, or a test class is not in train
 

@@ -171,7 +171,7 @@ def batch(self:_Shard,
 class Embedded:
     "A finished folder of embeddings: Parquet shards in cell order, and their manifest"
     def __init__(self,
-        folder, # what `embed_to` wrote
+        folder:str|Path, # what `embed_to` wrote
     ):
         self.folder = as_folder(folder)
         try: self.facts = json.loads((self.folder/'manifest.json').read_text())['facts']
@@ -197,7 +197,7 @@ class Embedded:
 # %% ../../nbs/09b_atlas.ipynb #00ea28b1
 @patch
 def batches(self:Embedded,
-    columns=None, # which; None takes all
+    columns:list=None, # which; None takes all
     size:int=4096, # most rows in a batch
 ): # pyarrow.RecordBatch, one after the other, in order
     "Iterate over the rows in constant memory; raises `StorageError`"
@@ -232,7 +232,7 @@ def matrix(self:Embedded,
 # %% ../../nbs/09b_atlas.ipynb #7f742aa2
 @patch
 def to_parquet(self:Embedded,
-    path, # file to write; an older one is replaced
+    path:str|Path, # file to write; an older one is replaced
     name:str=None, # as in `matrix`
 )->Path: # the file
     "One file, one column a dimension (\"0\", \"1\" …) behind the labels, as the official csv"
@@ -268,7 +268,8 @@ def _record(e, name):
 # %% ../../nbs/09b_atlas.ipynb #b1eaf160
 @patch
 def to_zarr(self:Embedded,
-    path, # folder to write, opened by `ad.read_zarr`; an older one is replaced
+    path:str|Path, # folder to write, opened by `ad.read_zarr`; an older one is
+    # replaced
     key_added:str='X_geneformer', # name in obsm and uns
     name:str=None, # as in `matrix`
     chunk:int=4096, # cells in a chunk
@@ -297,7 +298,7 @@ def to_zarr(self:Embedded,
 # %% ../../nbs/09b_atlas.ipynb #e430fc4a
 @patch
 def to_h5ad(self:Embedded,
-    path, # file to write; an older one is replaced
+    path:str|Path, # file to write; an older one is replaced
     counts=None, # the .h5ad that was embedded, copied with its vectors; None: no counts
     key_added:str='X_geneformer', # name in obsm and uns
     name:str=None, # as in `matrix`
@@ -359,13 +360,16 @@ def _as_slice(rows):
 
 # %% ../../nbs/09b_atlas.ipynb #afcf2c0b
 def embed_to(
-    data, # counts as `tokenize_to` takes them, or `Cells`, a `Corpus` or its folder
+    data, # counts as `tokenize_to` takes them, or `Cells`, a
+    # `Corpus` or its folder
     model, # `Geneformer`, or a checkpoint folder
-    folder, # for the shards; the same call again goes on where it stopped
+    folder:str|Path, # for the shards; the same call again goes on where it stopped
     *,
-    layer='second_to_last', # of the model; a list makes a column of vectors for each
+    layer:str|int|list='second_to_last', # of the model; a list makes a column of vectors
+    # for each
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
-    occurrences=None, # gene ids or symbols: a row for each cell and gene; None: a row a cell
+    occurrences:list=None, # gene ids or symbols: a row for each cell and gene; None:
+    # a row a cell
     obs=None, # list of obs columns to carry; None: all that every input has
     where:dict=None, # {column: value or values} a cell must have; others get no row
     rows:int=16_384, block:int=2048, # cells in a shard, and in memory at a time

@@ -51,7 +51,7 @@ def bert_config(
 
 # %% ../../nbs/07_bert.ipynb #19012947
 def length_groups(
-    offsets, # where each cell begins, one more than cells
+    offsets:np.ndarray, # where each cell begins, one more than cells
 )->list: # (first token, number of cells, tokens in each), one entry a group
     "Groups of consecutive cells of equal length"
     n = np.diff(np.asarray(offsets))
@@ -140,9 +140,9 @@ class Reader:
         return [] # names of what the head says of a cell; none for a `Geneformer`
 
     def read(self,
-        x, # (t, d) vectors of the tokens of several cells, at `read_layer`
-        offsets, # where each cell begins: (b+1,)
-        pool=None, # "mean" or "cls"; None: `read_pool`
+        x:np.ndarray, # (t, d) vectors of the tokens of several cells, at `read_layer`
+        offsets:np.ndarray, # where each cell begins: (b+1,)
+        pool:str=None, # "mean" or "cls"; None: `read_pool`
     )->tuple: # (cell vectors (b, d), answers (b, answers) in double precision on the
     # processor, or None)
         "Vectors of cells, and what the head says of them"
@@ -153,7 +153,8 @@ class Reader:
 class Geneformer(Reader):
     "A stock transformers BERT (`.hf`) and its vocabulary (`.vocabulary`)"
     def __init__(self,
-        hf, # a transformers Bert model: `BertForMaskedLM`, `BertForSequenceClassification` …
+        hf, # a transformers Bert model: `BertForMaskedLM`,
+        # `BertForSequenceClassification` …
         vocabulary:Vocabulary, # the genes of its tokens; raises `VocabularyError` for another size
     ):
         c = hf.config
@@ -205,7 +206,8 @@ def new(cls:Geneformer,
 # %% ../../nbs/07_bert.ipynb #cdcf31c4
 @patch
 def n_run(self:Geneformer,
-    layer, # "last", "second_to_last", or the official 0 (last) and -1 (second to last)
+    layer:str|int, # "last", "second_to_last", or the official 0 (last) and -1 (second
+    # to last)
 )->int: # how many layers to run
     "Number of encoder layers below a layer's output; raises `GeneformerError`"
     n = self.config.num_hidden_layers
@@ -235,14 +237,16 @@ def _check_flat(tokens, offsets, positions, gate, longest):
 # %% ../../nbs/07_bert.ipynb #d4bff09e
 @patch
 def hidden(self:Geneformer,
-    tokens, # token ids of all cells back to back: int array or tensor (t,)
-    offsets, # where each cell begins: (b+1,)
+    tokens:np.ndarray, # token ids of all cells back to back: int array or tensor (t,)
+    offsets:np.ndarray, # where each cell begins: (b+1,)
     *,
-    positions=None, # rank of each token (t,); None counts from 0 in each cell
-    gate=None, # presence of each token, 0 to 1 (t,); None means all present
-    layer='second_to_last', # as in `n_run`
-    below=None, # (layers done, their output (t, d)) to go on from; None begins with the embeddings
-    observe=None, # function (layer, first token, attention weights b h n n), called in turn
+    positions:np.ndarray=None, # rank of each token (t,); None counts from 0 in each cell
+    gate:np.ndarray=None, # presence of each token, 0 to 1 (t,); None means all present
+    layer:str|int='second_to_last', # as in `n_run`
+    below:tuple=None, # (layers done, their output (t, d)) to go on from; None begins
+    # with the embeddings
+    observe:callable=None, # function (layer, first token, attention weights b h n n),
+    # called in turn
 )->torch.Tensor: # (t, d) on the model's device, differentiable
     "Contextual embedding of every token, each cell by itself; raises `GeneformerError`"
     dev, offsets, depth = self.device, np.asarray(offsets), self.n_run(layer)
@@ -266,7 +270,7 @@ def hidden(self:Geneformer,
 # %% ../../nbs/07_bert.ipynb #6b65dc1c
 def pool_cells(
     x:torch.Tensor, # (t, d), every token of several cells
-    offsets, # where each cell begins: (b+1,)
+    offsets:np.ndarray, # where each cell begins: (b+1,)
     how:str, # "mean" over genes, or "cls", the first token
     special:bool=False, # do cells begin with <cls> and end with <eos>?
 )->torch.Tensor: # (b, d); a cell without genes gives nan
@@ -302,9 +306,10 @@ def pooling(self:Geneformer, how=None):
 def stream(self:Geneformer,
     cells:Cells, # tokenized with the model's vocabulary
     *,
-    layer='second_to_last', # as in `n_run`
+    layer:str|int='second_to_last', # as in `n_run`
     budget:int=16_384, # most tokens in a batch
-    dtype=None, # "bfloat16" or "float16" compute in half precision; None is float32
+    dtype:str=None, # "bfloat16" or "float16" compute in half precision; None is
+    # float32
     show:bool=None, # progress bar; None shows it outside of tests
 ): # (numbers of the cells, tokens, offsets, vectors (t, d)), batch by batch, longest cells first
     "Run the encoder without gradients; raises `VocabularyError` for cells of another vocabulary"
@@ -321,9 +326,11 @@ def stream(self:Geneformer,
 # %% ../../nbs/07_bert.ipynb #39dccc83
 @patch
 def encode(self:Geneformer,
-    cells, # `Cells` tokenized with the model's vocabulary, or a folder of them
+    cells:Cells|str|Path, # `Cells` tokenized with the model's vocabulary, or a folder
+    # of them
     *,
-    layer='second_to_last', # "last", "second_to_last", or the official 0 and -1
+    layer:str|int='second_to_last', # "last", "second_to_last", or the official 0 and
+    # -1
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
     **kwargs, # budget, dtype, show as in `stream`
 )->np.ndarray: # (cells, d) float32, in the order of the cells; nan for an empty cell
@@ -337,7 +344,8 @@ def encode(self:Geneformer,
 # %% ../../nbs/07_bert.ipynb #81eac935
 @patch
 def save_pretrained(self:Geneformer,
-    folder, # where `config.json`, `model.safetensors` and `vocabulary.json` go
+    folder:str|Path, # where `config.json`, `model.safetensors` and `vocabulary.json`
+    # go
 )->Path: # the folder
     "Write weights and vocabulary; raises `StorageError`"
     folder = check_folder(folder, need=4 * self.n_parameters)
@@ -347,11 +355,12 @@ def save_pretrained(self:Geneformer,
 
 @patch(cls_method=True)
 def from_pretrained(cls:Geneformer,
-    name, # a folder, a path on the hub such as "ctheodoris/Geneformer/Geneformer-V2-104M", or a
+    name:str|Path, # a folder, a path on the hub such as
+    # "ctheodoris/Geneformer/Geneformer-V2-104M", or a
     # short name: "V2-104M"
     vocabulary:Vocabulary=None, # None: `vocabulary.json` beside the weights, or the official one of
     # that size
-    device=None, # as in `pick_device`
+    device:str=None, # as in `pick_device`
     revision:str=None, # of the hub: branch, tag or commit; None is the newest
 )->Geneformer:
     "Load a checkpoint, ours or official, with any head; raises the errors of `read_checkpoint`"

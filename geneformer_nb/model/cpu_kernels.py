@@ -78,7 +78,7 @@ class _Products(TorchFunctionMode):
                 and w.is_contiguous() and not torch.is_autocast_enabled('cpu'))
 
 def fast_matmul(
-    device, # torch.device of the model
+    device:torch.device, # torch.device of the model
 ): # context manager
     "Inside the block, linear layers use the fastest kernel of this processor; on CPU only"
     return _Products() if device.type == 'cpu' and onednn() else nullcontext()

@@ -93,7 +93,8 @@ def store_embedding(
     adata, # AnnData of the cells
     cells:Cells, # its cells, in its order
     model:Geneformer, # the encoder
-    layer, # layer of the model as `Geneformer.n_run` takes it, or a list of them
+    layer:str|int, # layer of the model as `Geneformer.n_run` takes it, or a list of
+    # them
     pool:str, # "mean" over genes or "cls"; None follows the checkpoint
     key_added:str, # name in obsm and uns; for a list of layers, a prefix
     more:dict, # further entries of the description in uns
@@ -117,7 +118,8 @@ def cell_embeddings(
     cells:Cells, # tokenized cells
     model:Geneformer, # the encoder
     *,
-    layer='second_to_last', # of the model, as in `Geneformer.n_run`; or a list
+    layer:str|int='second_to_last', # of the model, as in `Geneformer.n_run`; or a
+    # list
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
     labels=(), # obs columns to carry: a name or a list (official `emb_label`)
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`
@@ -178,8 +180,8 @@ def gene_embeddings(
     cells:Cells, # tokenized cells
     model:Geneformer, # the encoder
     *,
-    layer='second_to_last', # of the model, as in `Geneformer.n_run`
-    genes=None, # ids or symbols; None takes every gene seen
+    layer:str|int='second_to_last', # of the model, as in `Geneformer.n_run`
+    genes:str|list=None, # ids or symbols; None takes every gene seen
     by:str=None, # obs column: one vector a gene and value; None: one a gene
     stats:bool=False, # True returns (table, table of n and spread)
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`
@@ -224,9 +226,9 @@ def _occurrences(cells, model, tokens, layer, **kwargs):
 def gene_occurrences(
     cells:Cells, # tokenized cells
     model:Geneformer, # the encoder
-    genes, # id or symbol, or a list of them
+    genes:str|list, # id or symbol, or a list of them
     *,
-    layer='second_to_last', # of the model, as in `Geneformer.n_run`
+    layer:str|int='second_to_last', # of the model, as in `Geneformer.n_run`
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
 )->pd.DataFrame: # by cell (barcode), gene (id) and rank (0 is the top); columns 0 … d-1, float32
@@ -250,9 +252,9 @@ def state_embeddings(
     cells:Cells, # tokenized cells
     model:Geneformer, # the encoder
     label:str, # obs column of states
-    states=None, # states to embed; None takes all of the label, sorted
+    states:str|list|dict=None, # states to embed; None takes all of the label, sorted
     *,
-    layer='second_to_last', # of the model, as in `Geneformer.n_run`
+    layer:str|int='second_to_last', # of the model, as in `Geneformer.n_run`
     pool:str=None, # "mean" over genes or "cls"; None follows the checkpoint
     how:str='mean', # "mean" or "median", by dimension
     where:dict=None, max_cells:int=None, seed:int=0, # as in `pick_cells`, for each state

@@ -130,10 +130,10 @@ def _gene_row(u, state, rank, unit, min_cells):
 def context(
     cells:Cells, # tokenized cells
     model:Geneformer, # the encoder
-    genes, # id or symbol, or a list of them
+    genes:str|list, # id or symbol, or a list of them
     column:str, # obs column of states, such as cell types
     *,
-    layer='second_to_last', # of the model, as in `Geneformer.n_run`
+    layer:str|int='second_to_last', # of the model, as in `Geneformer.n_run`
     min_cells:int=5, # a state with fewer cells that hold the gene is left out for it; 2 at least
     unit:str=None, # obs column of the unit of replication, such as donor; None: the cell
     where:dict=None, max_cells:int=None, seed:int=0, # which cells, as in `pick_cells`

@@ -123,10 +123,11 @@ def Dose(
 @verb
 def drug(
     name:str, # how it stands in tables
-    inhibits=(), # genes it takes down
-    activates=(), # genes it brings up
-    inhibit=KO, # what inhibition does: `KO`, or a function such as partial(Dose, down=.5)
-    activate=OE, # what activation does
+    inhibits:str|list=(), # genes it takes down
+    activates:str|list=(), # genes it brings up
+    inhibit:callable=KO, # what inhibition does: `KO`, or a function such as
+    # partial(Dose, down=.5)
+    activate:callable=OE, # what activation does
 )->Perturbation:
     """A drug as the set of its targets; those that a cell lacks are left out
 
@@ -158,9 +159,10 @@ class Each:
 
 @verb
 def each(
-    genes='detected', # names; "detected": the genes of each cell;
+    genes:str|list='detected', # names; "detected": the genes of each cell;
     # "vocabulary": every gene, which `OE` also inserts where it is not detected
-    op=KO, # `KO`, `OE`, `Dose`, or a function of a gene that returns a perturbation
+    op:callable=KO, # `KO`, `OE`, `Dose`, or a function of a gene that returns a
+    # perturbation
     **how, # for `op`: ranks="hold", down=.5 …
 )->Each:
     """Perturb genes one at a time; a deletion or a dose concerns the cells that have the gene
@@ -188,9 +190,9 @@ def each(
 # %% ../../nbs/30_perturb.ipynb #f5a06618
 @verb
 def pairs(
-    genes='detected', # names; with `with_` also "detected" or "vocabulary"
-    with_=None, # one gene to pair every other with; None takes all pairs
-    op=KO, # as in `each`
+    genes:str|list='detected', # names; with `with_` also "detected" or "vocabulary"
+    with_:str=None, # one gene to pair every other with; None takes all pairs
+    op:callable=KO, # as in `each`
     **how, # for `op`
 )->list: # of perturbations: each gene alone, then the pairs
     "Perturbations of pairs of genes, and of each gene alone; raises `GeneformerError`"
@@ -219,7 +221,7 @@ def _flat(actions):
 class ActionPlan:
     "Actions in tokens; raises `GeneformerError`, `VocabularyError`"
     def __init__(self,
-        actions, # perturbations, or lists of them
+        actions:Perturbation|Each|list, # perturbations, or lists of them
         vocabulary, # names the genes
     ):
         self.actions, self.vocabulary = _flat(actions), vocabulary
@@ -313,7 +315,7 @@ def forms(self:ActionPlan,
 @patch
 def table(self:ActionPlan,
     parts, # {column: values} of each batch
-    columns, # names of the columns that were read
+    columns:list, # names of the columns that were read
 )->pd.DataFrame:
     "One row a cell and perturbation"
     def join(k, kind=float):
@@ -332,7 +334,7 @@ def table(self:ActionPlan,
 @patch
 def gene_table(self:ActionPlan,
     parts, # (cosine, form, token) of each batch
-    rows, # number of forms of each batch
+    rows:np.ndarray, # number of forms of each batch
 )->pd.DataFrame: # row, affected (token), cosine
     "One row for each remaining gene of each perturbed cell"
     names = ['row', 'affected', 'cosine']
@@ -471,7 +473,7 @@ class _NearestGenes:
 
 # %% ../../nbs/30_perturb.ipynb #acecd4d9
 def plan_with_controls(
-    actions, # as in `perturb`
+    actions:Perturbation|Each|list, # as in `perturb`
     cells:Cells, # all cells
     vocabulary, # names the genes
     rows:np.ndarray, # numbers of the cells to perturb
@@ -487,19 +489,23 @@ def plan_with_controls(
 
 # %% ../../nbs/30_perturb.ipynb #29781120
 def perturb(
-    model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers are then read too
-    cells, # `Cells` tokenized with the model's vocabulary, or a folder of them
-    actions, # `KO(…)`, `OE(…)`, `Dose(…)`, `drug(…)`, their sums, `each(…)`, `pairs(…)`; or a list
+    model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers
+    # are then read too
+    cells, # `Cells` tokenized with the model's vocabulary, or a folder
+    # of them
+    actions:Perturbation|Each|list, # `KO(…)`, `OE(…)`, `Dose(…)`, `drug(…)`, their
+    # sums, `each(…)`, `pairs(…)`; or a list
     *,
     where:dict=None, # {obs column: value or values} of the cells to perturb; None takes all
     states:dict=None, # {state: vector (d,)} to measure shifts towards
-    layer=None, # of the model; None: "second_to_last", and "last" for a fine-tuned model
+    layer:str|int=None, # of the model; None: "second_to_last", and "last" for a
+    # fine-tuned model
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
-    affected=False, # True also returns the cosine of every remaining gene;
+    affected:bool|int=False, # True also returns the cosine of every remaining gene;
     # a number returns those of so many genes that changed most
     controls:int=0, # matched genes that are perturbed too, for each named gene
     budget:int=None, # tokens of a batch; None as `fit_budget` says
-    dtype=None, # "bfloat16" computes in half precision: see below before using it
+    dtype:str=None, # "bfloat16" computes in half precision: see below before using it
     show:bool=None, # progress bar; None shows it outside of tests
 )->Shifts: # cell, barcode, kind, perturbation, gene_id, rank (of its first gene; -1: not there),
 # cosine,

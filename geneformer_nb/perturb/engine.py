@@ -43,7 +43,7 @@ class Variants:
 
 # %% ../../nbs/30a_engine.ipynb #d7b79ac7
 def singles(
-    tokens, # of one cell
+    tokens:np.ndarray, # of one cell
     act:str, # "KO", "KO hold" or "OE"
     at, # places to perturb, ascending (v,)
     label, # number of each perturbation (v,)
@@ -108,7 +108,7 @@ def _order(ops, genes):
 
 # %% ../../nbs/30a_engine.ipynb #5ccb9be4
 def arrange(
-    tokens, # of one cell
+    tokens:np.ndarray, # of one cell
     ops, # (act, token, how) of each gene, as in `Op`
     special:bool=False, # does the cell begin with <cls> and end with <eos>?
     max_len:int=None, # longest cell; None sets no limit
@@ -189,7 +189,7 @@ def _shared(q, k, v, lo, hi, n, at):
 # %% ../../nbs/30a_engine.ipynb #11281a53
 def first_layer(
     model:Geneformer, # the encoder
-    tokens, # of the unperturbed cell (n,)
+    tokens:np.ndarray, # of the unperturbed cell (n,)
     act:str, # "KO" or "KO hold"
     at, # deleted places, ascending
 ): # (t, d) every token of every form after the first layer; None where nothing is shared
@@ -215,8 +215,8 @@ def first_layer(
 # %% ../../nbs/30a_engine.ipynb #93b50c65
 def first_tokens(
     block, # the last layer to run
-    x, # tokens of several cells before it (t, d)
-    offsets, # where each cell begins
+    x:np.ndarray, # tokens of several cells before it (t, d)
+    offsets:np.ndarray, # where each cell begins
 ): # (cells, d)
     "The first token of each cell after a layer"
     first = x[torch.as_tensor(np.asarray(offsets)[:-1], device=x.device)]
@@ -258,10 +258,11 @@ class Engine:
         model, # `Geneformer`, or a fine-tuned `CellModel`
         cells:Cells, # the unperturbed cells
         pool:str=None, # as in `Geneformer.pooling`
-        layer='second_to_last', # as in `Geneformer.n_run`
+        layer:str|int='second_to_last', # as in `Geneformer.n_run`
         states:dict=None, # {state: vector (d,)}
-        affected=False, # True: also the cosine of each remaining gene; a number: of so many
-        dtype=None, # "bfloat16" computes in half precision
+        affected:bool|int=False, # True: also the cosine of each remaining gene; a
+        # number: of so many
+        dtype:str=None, # "bfloat16" computes in half precision
     ):
         self.model, self.encoder = model, model.encoder
         self.pool = model.read_pool if model is not self.encoder else self.encoder.pooling(pool)
@@ -294,7 +295,7 @@ from fastcore.basics import patch
 
 @patch
 def before(self:Engine,
-    keys, # (number, tokens cut from the end) of each unperturbed cell
+    keys:list, # (number, tokens cut from the end) of each unperturbed cell
 )->list: # of `Before`
     "The unperturbed cells that a batch is compared with"
     special, new = self.cells.special, [k for k in keys if k not in self.seen]
@@ -350,7 +351,7 @@ class GeneCosines:
 @patch
 def gene_cosines(self:Engine,
     batch, # `Variants`
-    x, # (t, d) vectors of their tokens
+    x:np.ndarray, # (t, d) vectors of their tokens
     before, # `Before` of each unperturbed cell
     own, # number of the unperturbed cell of each form
 )->GeneCosines:

@@ -39,9 +39,10 @@ def _states(raw): return [c.removeprefix('shift_') for c in raw if c.startswith(
 
 # %% ../../nbs/31b_official.ipynb #853926fb
 def rank_sums(
-    values, # (n,) numbers
+    values:np.ndarray, # (n,) numbers
     group, # (n,) the group of each
-    pool=None, # numbers to compare each group with; None: the values of all other groups
+    pool:np.ndarray=None, # numbers to compare each group with; None: the values of all other
+    # groups
 )->pd.DataFrame: # by group: n, auc (share of pairs in which the group is larger), p (two-sided)
     """Wilcoxon rank-sum test of each group
 
@@ -61,7 +62,7 @@ def rank_sums(
 
 # %% ../../nbs/31b_official.ipynb #ac27cc08
 def bh(
-    p, # p-values; NaN where nothing was tested
+    p:np.ndarray, # p-values; NaN where nothing was tested
 )->np.ndarray: # false discovery rates, NaN where p is NaN
     "False discovery rates of Benjamini and Hochberg, over the tests that were made"
     from scipy.stats import false_discovery_control
@@ -258,7 +259,8 @@ def _groups(genes):
 
 def aggregate_data(
     raw:pd.DataFrame, # raw table of a perturbation run
-    genes, # an id, a list of ids that were perturbed together, or a list of such lists
+    genes:str|list, # an id, a list of ids that were perturbed together, or a list of
+    # such lists
     state:str=None, # a state, or None for the cosine
 )->pd.DataFrame: # perturbation, gene_id, cell, value: one row a cell
     "The values behind a mean; raises `GeneformerError` for a group that was not perturbed"
@@ -302,7 +304,8 @@ def official_goal_shift(
     goal:str, # goal state
     *,
     alt=(), # alternative states, with columns of their own: a name or a list
-    genes='all', # "all", an id, or ids that were perturbed together; a list of lists for several
+    genes:str|list='all', # "all", an id, or ids that were perturbed together; a list
+    # of lists for several
     vocabulary=None, # names tokens and symbols; None repeats the id
     official:bool=True, # False computes the same columns with the tests of this library
 )->pd.DataFrame: # the columns of the official csv, in its order; only means for named `genes`
@@ -436,7 +439,8 @@ def official_gene_shifts(
 # %% ../../nbs/31b_official.ipynb #51cb2933
 def official_data(
     raw:pd.DataFrame, # raw table of a run with one kind of perturbation
-    genes, # an id, or ids that were perturbed together; a list of lists for several groups
+    genes:str|list, # an id, or ids that were perturbed together; a list of lists for
+    # several groups
     *,
     goal:str=None, # goal state; None takes the cosine
     vocabulary=None, # names the symbols; None repeats the id
@@ -458,7 +462,7 @@ def official_form(
     *,
     goal:str=None, # goal state; None takes the cosine where the mode allows
     alt=(), # as in `official_goal_shift`
-    genes='all', # as in `official_goal_shift` and `official_data`
+    genes:str|list='all', # as in `official_goal_shift` and `official_data`
     null:pd.DataFrame=None, # as in `official_vs_null`
     effects:pd.DataFrame=None, # as in `official_gene_shifts`
     anchor:str=None, # as in `official_pairs`, which "mixture_model" then means

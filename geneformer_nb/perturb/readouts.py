@@ -15,11 +15,13 @@ from .actions import KO, each, perturb
 # %% ../../nbs/34_known_knockouts.ipynb #9740a86b
 def knockout_scores(
     model, # `Geneformer`
-    cells, # `Cells` without a knock-out, tokenized with the model's vocabulary
-    genes=None, # ids of genes to delete; None deletes every gene of every cell
+    cells, # `Cells` without a knock-out, tokenized with the model's
+    # vocabulary
+    genes:str|list=None, # ids of genes to delete; None deletes every gene of every
+    # cell
     *,
     ranks:str='shift', # "shift": later genes move up, as officially; "hold": they keep their ranks
-    layer='second_to_last', # as in `perturb`
+    layer:str|int='second_to_last', # as in `perturb`
     least:int=5, # fewer cells that hold both genes give nan
     budget:int=16_384, # tokens of a batch
 )->pd.DataFrame: # deleted gene × gene: 1 - cosine, over its mean for that deletion and cell
@@ -64,7 +66,7 @@ def _guesses(model, shown, truth, hid, at, ranks):
 def guess_scores(
     model, # `Geneformer` with its masked-gene head
     cells, # as in `knockout_scores`
-    genes=None, # as in `knockout_scores`
+    genes:str|list=None, # as in `knockout_scores`
     *,
     ranks:str='hold', # as in `knockout_scores`
     share:float=.15, # of a cell's genes hidden at once; each gene is hidden once
@@ -139,7 +141,7 @@ def score_table(
 # %% ../../nbs/34_known_knockouts.ipynb #6bed33dc
 def knockout_baselines(
     counts, # cells × genes, without a knock-out; array or sparse
-    genes, # their ids
+    genes:str|list, # their ids
     axes:int=20, # principal components of the linear model
 )->dict: # {name: knocked gene × gene}; "linear on PCA" is signed, log units
     """Predictions of knock-outs without a network

@@ -142,12 +142,12 @@ def _facts(job, plan, engine):
 
 # %% ../../nbs/30c_shards.ipynb #36a0d8c9
 def perturb_to(
-    out, # folder for Parquet shards, `obs.parquet` and a manifest
+    out:str|Path, # folder for Parquet shards, `obs.parquet` and a manifest
     model, # as in `perturb`
     cells:Cells, # as in `perturb`
     actions, # as in `perturb`
     *,
-    rows=None, # numbers of the cells to perturb; None: those of `where`
+    rows:np.ndarray=None, # numbers of the cells to perturb; None: those of `where`
     shard:int=16, # cells in a shard
     part:tuple=None, # (i, n): every n-th shard from i on, for task i of a job array of n
     executor:str='serial', # "serial", "processes" or "dask"
@@ -208,7 +208,7 @@ def _kept_budget(folder):
         return None  # none, or one that `Manifest` will complain about
 
 def _read_shard(
-    path, # a Parquet file of a screen
+    path:str|Path, # a Parquet file of a screen
 )->pd.DataFrame:
     "One shard; raises `StorageError` for a damaged file"
     try: return pd.read_parquet(path)
@@ -219,10 +219,10 @@ def _read_shard(
 
 # %% ../../nbs/30c_shards.ipynb #33f76814
 def gene_effects(
-    folder, # of a finished `perturb_to(…, affected=…)`
+    folder:str|Path, # of a finished `perturb_to(…, affected=…)`
     model, # its model, for the names
     perturbed=None, # gene ids or symbols that were perturbed; None takes all
-    affected=None, # gene ids or symbols that answered; None takes all
+    affected:str|list=None, # gene ids or symbols that answered; None takes all
 ): # tables, a shard at a time: cell, perturbation, gene_id, affected (id), cosine
     """Effects of perturbations on other genes, as `aggregate_gene_shifts` takes them
 
@@ -251,7 +251,7 @@ def gene_effects(
 # %% ../../nbs/30c_shards.ipynb #00508fbd
 @verb
 def read_shifts(
-    folder, # what `perturb_to` or `gf.tl.perturb(…, out=…)` wrote
+    folder:str|Path, # what `perturb_to` or `gf.tl.perturb(…, out=…)` wrote
 )->Shifts: # the table, with `.obs`
     "The shifts of a folder of shards, with the table of its cells; raises `StorageError`"
     folder = as_folder(folder)

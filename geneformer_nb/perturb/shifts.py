@@ -38,7 +38,7 @@ def joined_shifts(
 
 # %% ../../nbs/30d_shifts.ipynb #ee1b2eee
 def together(
-    shifts, # table of shifts, or several of them
+    shifts:pd.DataFrame|list, # table of shifts, or several of them
     obs:pd.DataFrame=None, # of the cells that `cell` counts; None takes the one that the table
     # carries
 )->tuple: # one table, and the obs of its cells

@@ -102,7 +102,7 @@ def type_one(
 
 # %% ../../nbs/31a_trust.ipynb #53d77b1c
 def power(
-    donors=(3, 4, 6, 8, 12), # numbers of donors to try
+    donors:tuple=(3, 4, 6, 8, 12), # numbers of donors to try
     effects=(.01, .02, .03), # shifts to find, above those of matched genes
     runs:int=6, # simulated runs of each
     alpha:float=.05, # false discovery rate
@@ -231,7 +231,8 @@ def _labelings(obs, label, donor, start, goal, n, seed):
 
 # %% ../../nbs/31a_trust.ipynb #d4136ec5
 def permuted_states(
-    model, # `Geneformer`, not fine-tuned: fine-tuning has seen the labels
+    model, # `Geneformer`, not fine-tuned: fine-tuning has seen the
+    # labels
     cells, # `Cells`; those of other states are left out
     *,
     label:str, donor:str, start:str, goal:str, # obs columns of state and donor; two of the states

@@ -101,7 +101,7 @@ def prediction_map(
     table:pd.DataFrame, # truth, and a probability a class "p(…)"
     model:str=None, # which; needed when the table has several
     *,
-    classes=None, # order; None: that of the columns
+    classes:list=None, # order; None: that of the columns
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Probabilities of all rows (official `plot_predictions`)"
@@ -135,7 +135,7 @@ def score_plot(
     *,
     paper:float=None, # the paper's figure, drawn as a line
     chance:float=None, # what guessing gives
-    mark=('pretrained', 'not pretrained'), # rows in color; the others are gray
+    mark:tuple=('pretrained', 'not pretrained'), # rows in color; the others are gray
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Scores with their intervals, best first"

@@ -51,7 +51,7 @@ def volcano(
     *,
     n:int=8, # how many to name: the significant ones that go furthest, else the furthest
     alpha:float=.05, # false discovery rate below which a point is colored
-    mark=(), # symbols or perturbations to ring, such as known drivers
+    mark:tuple=(), # symbols or perturbations to ring, such as known drivers
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Shift of each perturbation against its p-value; raises `GeneformerError`"
@@ -91,7 +91,7 @@ def top_targets(
     state:str=None, # state to show; needed when the table has several
     *,
     by:str='shift', # column to rank by, largest first
-    mark=(), # symbols to set in bold, such as known drivers
+    mark:tuple=(), # symbols to set in bold, such as known drivers
     alpha:float=.05, # false discovery rate below which a bar is dark
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
@@ -123,7 +123,8 @@ def top_targets(
 @styled
 def shift_plot(
     table:pd.DataFrame, # the result table with rows by donor (`summarize(..., by_donor=True)`)
-    genes=None, # symbols or perturbations to show; None takes the `n` that shift furthest
+    genes:str|list=None, # symbols or perturbations to show; None takes the `n` that
+    # shift furthest
     state:str=None, # state to show; needed when the table has several
     *,
     n:int=10, # how many when `genes` is None
@@ -161,7 +162,7 @@ def shift_plot(
 @styled
 def recall_curve(
     rankings:dict, # {method: genes, best first; a gene named twice counts where it comes first}
-    truth, # the genes that should come first
+    truth:np.ndarray, # the genes that should come first
     *,
     n_genes:int=None, # length of the whole list; None takes the longest ranking
     top:int=None, # how far to look; None shows all

@@ -50,9 +50,10 @@ def need_columns(table, names, what):
 # %% ../../nbs/12_plots.ipynb #e83ff30b
 @styled
 def embedding(
-    adata, # AnnData, or coordinates (n, 2 or more) of which the first two columns are drawn
+    adata, # AnnData, or coordinates (n, 2 or more) of which the first two
+    # columns are drawn
     basis:str='X_pca', # key of obsm, when an AnnData is given
-    color=None, # a column of obs, or one value a cell: names or numbers
+    color:str|np.ndarray=None, # a column of obs, or one value a cell: names or numbers
     *,
     size:float=None, # of a dot, as in scanpy; None fits it to the number of cells
     ax=None, # Axes to draw into; None makes a figure

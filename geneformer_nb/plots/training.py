@@ -13,7 +13,8 @@ from .style import axes_of, gray, need_columns, styled
 # %% ../../nbs/12b_training_plots.ipynb #9565b7a6
 @styled
 def loss_curve(
-    history, # table or list of dicts of `step`, `loss`, `eval_loss`, as `trainer.state.log_history`
+    history:pd.DataFrame|list, # table or list of dicts of `step`, `loss`, `eval_loss`,
+    # as `trainer.state.log_history`
     *,
     chance:float=None, # a loss to beat, drawn as a line: log of the vocabulary's size for guessing
     ax=None, # Axes to draw into; None makes a figure
@@ -35,7 +36,8 @@ def loss_curve(
 # %% ../../nbs/12b_training_plots.ipynb #bf9f9bc9
 @styled
 def rank_curve(
-    values, # {name: values of a cell's genes} or one array; sorted here, zeros left out
+    values:np.ndarray, # {name: values of a cell's genes} or one array; sorted here, zeros
+    # left out
     *,
     mark:dict=None, # {gene name: value} to point out
     ylabel:str='count / total × 10,000 / median', # unit of the values
@@ -58,8 +60,8 @@ def rank_curve(
 # %% ../../nbs/12b_training_plots.ipynb #0c8a6632
 @styled
 def confusion(
-    y, # true labels, or a square table of counts (rows true, columns predicted)
-    yhat=None, # predicted labels, when `y` holds labels
+    y:np.ndarray, # true labels, or a square table of counts (rows true, columns predicted)
+    yhat:np.ndarray=None, # predicted labels, when `y` holds labels
     *,
     labels=None, # order of the classes; None takes that of the table, or sorts
     ax=None, # Axes to draw into; None makes a figure

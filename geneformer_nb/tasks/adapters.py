@@ -35,7 +35,8 @@ def add_lora(
     model:Geneformer, # stays as it is
     r:int=8, # rank of the correction
     alpha:float=16, # its weight is alpha / r
-    targets=('query', 'value'), # names of linear maps in each layer: query, key, value, dense
+    targets:str|list=('query', 'value'), # names of linear maps in each layer: query,
+    # key, value, dense
     dropout:float=0., # on what goes into the adapters
     seed:int=0, # of their random half
 )->Geneformer: # a copy with adapters, `.lora` fingerprints the weights below; the rest is frozen
@@ -58,7 +59,7 @@ def add_lora(
 # %% ../../nbs/11d_adapters.ipynb #4b85f81d
 def save_lora(
     model:Geneformer, # with adapters
-    folder, # gets the two files of peft, and encoder.json
+    folder:str|Path, # gets the two files of peft, and encoder.json
 )->Path: # the folder
     "Write adapters and the fingerprint of their encoder; raises `GeneformerError`, `StorageError`"
     if not getattr(model, 'lora', None):
@@ -69,7 +70,8 @@ def save_lora(
     return folder
 
 def load_lora(
-    folder, # as written by `save_lora`, or by `save` of a classifier with adapters
+    folder:str|Path, # as written by `save_lora`, or by `save` of a classifier with
+    # adapters
     model:Geneformer, # the encoder they were trained on; None raises the error that names it
 )->Geneformer: # a copy with the adapters
     "Read adapters into their encoder; raises `MissingDataError`, `GeneformerError`"

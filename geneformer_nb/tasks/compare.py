@@ -193,7 +193,7 @@ def cross_validate_genes(
     folds:int=5, # of genes (paper: 5)
     cells_by:str=None, # None: the same cells on both sides; "cells"; or donor column
     blank:bool=True, # also train the same shape from random weights
-    baselines=None, # names of `gene_learners`; None: all; () none
+    baselines:str|list=None, # names of `gene_learners`; None: all; () none
     overlap:str='error', # as in `gene_labels`
     seed:int=0, # folds, training, baselines
     show:bool=None, # progress bar
@@ -264,11 +264,13 @@ def cross_validate_cells(
     label:str, # obs column of classes
     donor:str=None, # obs column of donors, held out whole; None needs `folds` by cell
     *,
-    folds=3, # how many; "loo": one donor at a time; or the fold of each cell
+    folds:int|str|np.ndarray=3, # how many; "loo": one donor at a time; or the fold of
+    # each
+    # cell
     adata=None, # the same cells as AnnData with counts: the baselines
     counts:dict=None, # how `adata` holds them: layer, logged as in `counts_of`
     drop_rare:float=0., # classes below this share of the cells are left out
-    baselines='all', # names of `evaluate.learners`, or "all"
+    baselines:str|list='all', # names of `evaluate.learners`, or "all"
     blank:bool=True, # also train the same shape from random weights
     seed:int=0, # folds, training, baselines
     show:bool=None, # progress bar
@@ -367,7 +369,7 @@ def by_donor(self:Comparison,
 # %% ../../nbs/11f_compare.ipynb #d6dfc699
 @patch
 def save(self:Comparison,
-    folder, # gets predictions.parquet, folds.parquet, comparison.json
+    folder:str|Path, # gets predictions.parquet, folds.parquet, comparison.json
 )->Path: # the folder
     "Write every answer"
     with atomic(Path(folder)) as tmp:
@@ -379,7 +381,7 @@ def save(self:Comparison,
 
 @patch(cls_method=True)
 def load(cls:Comparison,
-    folder, # as written by `save`
+    folder:str|Path, # as written by `save`
 )->Comparison:
     "Read what `save` wrote; raises `MissingDataError`"
     folder = Path(folder)

@@ -85,8 +85,8 @@ class CellModel(FineTuned):
 # %% ../../nbs/11_finetuning.ipynb #00561dbd
 @patch
 def cell_vectors(self:CellModel,
-    x, # (t, d) vectors of the tokens of several cells
-    offsets, # where each cell begins: (b+1,)
+    x:np.ndarray, # (t, d) vectors of the tokens of several cells
+    offsets:np.ndarray, # where each cell begins: (b+1,)
 )->torch.Tensor: # (b, d)
     "One vector a cell"
     off = np.asarray(offsets.cpu() if torch.is_tensor(offsets) else offsets)
@@ -101,8 +101,8 @@ def outputs(self:CellModel, x, offsets): # as in `cell_vectors`
 
 @patch
 def logits(self:CellModel,
-    tokens, # tokens of several cells, back to back
-    offsets, # where each cell begins
+    tokens:np.ndarray, # tokens of several cells, back to back
+    offsets:np.ndarray, # where each cell begins
 ): # (b, outputs)
     "Outputs of the head for each cell, differentiable"
     return self.outputs(self.encoder.hidden(tokens, offsets, layer='last'), offsets)[0]
@@ -128,7 +128,7 @@ class CellClassifier(CellModel):
     "An encoder with a linear head over the cell vector, for classes"
     def __init__(self,
         encoder:Geneformer, # pretrained; it is trained in place
-        classes, # names of the classes in order, or a head that has them
+        classes:list, # names of the classes in order, or a head that has them
         pool:str=None, # "mean", "cls" or "attention"; None follows the checkpoint
         seed:int=0, # of the head's random weights
     ):
@@ -168,9 +168,10 @@ def predict(self:CellModel,
 
 @patch
 def encode(self:CellModel,
-    cells, # `Cells` tokenized with the encoder's vocabulary, or a folder of them
+    cells:Cells|str|Path, # `Cells` tokenized with the encoder's vocabulary, or a
+    # folder of them
     *,
-    layer='last', # a fine-tuned model is read at its last layer
+    layer:str|int='last', # a fine-tuned model is read at its last layer
     pool:str=None, # its own pooling, or None
     **kwargs, # budget, dtype, show as in `Geneformer.stream`
 )->np.ndarray: # (cells, d) float32, in the order of the cells; nan for an empty cell
@@ -338,12 +339,17 @@ def finetune(
     label:str, # obs column of classes, numbers or steps
     donor:str=None, # obs column of donors; None splits by cell only if `split` is given
     *,
-    head='classes', # "classes", "regression", "ordinal", or a `Head` of your own
-    classes=None, # classes or steps to tell apart, in this order; None: all, sorted
-    split=None, # "train", "test" or "" for each cell; None: holds out donors
-    adata=None, # the same cells as AnnData with counts: puts baselines beside the score
+    head:str|Head='classes', # "classes", "regression", "ordinal", or a `Head` of your
+    # own
+    classes:list=None, # classes or steps to tell apart, in this order; None: all,
+    # sorted
+    split:np.ndarray|dict=None, # "train", "test" or "" for each cell; None: holds out
+    # donors
+    adata=None, # the same cells as AnnData with counts: puts baselines beside
+    # the score
     freeze_layers:int=0, # lowest layers left as they are
-    lora=None, # dict(r=8, alpha=16) trains adapters only, see `add_lora`; or True
+    lora:bool|dict=None, # dict(r=8, alpha=16) trains adapters only, see `add_lora`;
+    # or True
     epochs:float=2, # passes over the training cells (paper: about one)
     steps:int=None, # optimizer steps, instead of epochs
     batch:int=16, # cells a step (paper: 12)
@@ -409,7 +415,8 @@ def _score(clf, cells):
 # %% ../../nbs/11_finetuning.ipynb #9bb238a0
 @patch
 def save(self:FineTuned,
-    folder, # gets the encoder (or only its adapters), head.safetensors and a JSON file
+    folder:str|Path, # gets the encoder (or only its adapters), head.safetensors and a
+    # JSON file
 )->Path: # the folder
     "Write encoder, parts and record; raises `GeneformerError`, `StorageError`"
     lora = getattr(self.encoder, 'lora', None)
@@ -425,10 +432,11 @@ def save(self:FineTuned,
 
 @patch(cls_method=True)
 def load(cls:FineTuned,
-    folder, # written by `save`, or an official classifier; a path on the hub too
-    device=None, # as in `pick_device`
+    folder:str|Path, # written by `save`, or an official classifier; a path on the hub
+    # too
+    device:str=None, # as in `pick_device`
     encoder:Geneformer=None, # only for adapters: the encoder they were trained on
-    classes=None, # names for the classes of an official one, in their order
+    classes:list=None, # names for the classes of an official one, in their order
 )->FineTuned:
     """Read what `save` or the official code wrote
 
@@ -455,7 +463,7 @@ def merge(self:FineTuned)->FineTuned: # a copy without adapters
 
 # %% ../../nbs/11_finetuning.ipynb #7f6cf977
 def official_classes(
-    folder, # of an official classifier
+    folder:str|Path, # of an official classifier
     config, # of the model
     given=None, # names in the order of the numbers, or {number or LABEL_number: name}
 )->list: # names, in the order of the numbers
@@ -483,7 +491,7 @@ class OfficialClassifier(CellClassifier):
     Without <cls>, in V1, the first token is the gene of the highest rank."""
     def __init__(self,
         encoder:Geneformer, # with a `BertForSequenceClassification`
-        classes, # names, or a head that has them
+        classes:list, # names, or a head that has them
     ):
         task = classes if isinstance(classes, Head) else Classes(classes)
         self.encoder, self.task, self.pool, self.attend = encoder, task, 'first', None

@@ -67,7 +67,9 @@ def split_by_gene(
 
 def audit_genes(
     labels:pd.Series, # from `gene_labels`
-    split, # "train" or "test" by gene: dict or Series, under any name of the gene
+    split:np.ndarray|dict, # "train" or "test" by gene: dict or Series, under any name
+    # of
+    # the gene
     vocabulary, # of the model
 )->tuple: # (split by gene id, table: genes of each class on each side)
     "Check a split of genes; raises `LeakError`"
@@ -100,7 +102,7 @@ class GeneClassifier(FineTuned):
     dropped: int = None # training cells that hold no training gene
     def __init__(self,
         encoder:Geneformer, # pretrained; it is trained in place
-        classes, # names of the classes, in order
+        classes:list, # names of the classes, in order
         seed:int=0, # of the head's random weights
     ):
         self.encoder, self.classes = encoder, list(map(str, classes))
@@ -137,7 +139,8 @@ class GeneClassifier(FineTuned):
 @patch
 def predict_tokens(self:GeneClassifier,
     cells:Cells, # tokenized with the encoder's vocabulary
-    genes=None, # ids or symbols; None: every gene of every cell, which is many rows
+    genes:str|list=None, # ids or symbols; None: every gene of every cell, which is
+    # many rows
     budget:int=16_384, # tokens of a batch
 )->pd.DataFrame: # a row a gene and cell: cell, gene_id, rank, a probability a class
     "Probabilities of each gene in each cell"
@@ -153,7 +156,7 @@ def predict_tokens(self:GeneClassifier,
 @patch
 def predict_genes(self:GeneClassifier,
     cells:Cells, # tokenized with the encoder's vocabulary
-    genes=None, # ids or symbols; None: every gene that occurs
+    genes:str|list=None, # ids or symbols; None: every gene that occurs
     budget:int=16_384, # tokens of a batch
 )->pd.DataFrame: # by gene id: symbol, predicted, n_cells, mean probabilities
     "Probabilities of each gene, averaged over the cells that hold it"
@@ -195,12 +198,15 @@ def finetune_genes(
     cells:Cells, # the cells in which genes are read
     classes:dict, # {class: gene ids or symbols}, as from `datasets.gene_class`
     *,
-    split=None, # "train" or "test" by gene; None: a third of each class is test
+    split:np.ndarray|dict=None, # "train" or "test" by gene; None: a third of each class
+    # is
+    # test
     overlap:str='error', # as in `gene_labels`
     donor:str=None, # obs column: hold out donors too, to read test genes in
-    cell_split=None, # "train" or "test" for each cell, instead of `donor`
+    cell_split:np.ndarray|dict=None, # "train" or "test" for each cell, instead of
+    # `donor`
     freeze_layers:int=0, # lowest layers left as they are (paper, dosage: 4 of 6)
-    lora=None, # as in `finetune`
+    lora:bool|dict=None, # as in `finetune`
     epochs:float=1, # passes over the training cells (paper: 1)
     steps:int=None, # optimizer steps, instead of epochs
     batch:int=12, # cells a step (paper: 12)

@@ -23,8 +23,8 @@ class AttentionPool(torch.nn.Module):
         torch.nn.init.zeros_(self.score.weight)
 
     def weights(self,
-        x, # (t, d) vectors of the tokens of several cells
-        offsets, # where each cell begins: (b+1,)
+        x:np.ndarray, # (t, d) vectors of the tokens of several cells
+        offsets:np.ndarray, # where each cell begins: (b+1,)
     ): # (weights (t,) with sum 1 in each cell, number of the cell of each token)
         "Softmax of the scores over the tokens of each cell"
         n = torch.as_tensor(np.diff(np.asarray(offsets)), device=x.device)
@@ -67,7 +67,8 @@ class Classes(Head):
     "Which of several? A probability a class (cross-entropy)"
     kind = 'classes'
     def __init__(self,
-        classes=None, # in the order to keep; None: those of the training cells, sorted
+        classes:list=None, # in the order to keep; None: those of the training cells,
+        # sorted
     ):
         self.values = None if classes is None else self._checked(classes)
     def _checked(self, classes):
@@ -174,7 +175,7 @@ def score(self:Regression, truth, table, donors=None): # labels, a `table`, a do
 def number_baselines(
     adata, # AnnData with counts
     label:str, # obs column of numbers
-    split, # "train" or "test" for each cell
+    split:np.ndarray|dict, # "train" or "test" for each cell
     donor:str=None, # obs column of donors, for the scores
 )->dict: # {baseline: scores}
     "The training mean, and ridge regression on the log counts of the 2,000 most variable genes"
@@ -242,8 +243,8 @@ class Ordinal(Classes):
 
 # %% ../../nbs/11a_heads.ipynb #e3967600
 def make_head(
-    head, # "classes", "regression", "ordinal", or a `Head` of your own
-    classes=None, # names in order, for the first and the last
+    head:str|Head, # "classes", "regression", "ordinal", or a `Head` of your own
+    classes:list=None, # names in order, for the first and the last
 )->Head: # a new one
     "A head by its name; raises `GeneformerError`"
     kinds = dict(classes=Classes, regression=Regression, ordinal=Ordinal)

@@ -115,14 +115,16 @@ def _task_sides(obs, heads, donor, split, seed):
 def finetune_tasks(
     model:Geneformer, # pretrained encoder; a copy is trained, this one stays as it is
     cells:Cells, # labeled cells; a label may be missing
-    tasks, # obs columns, or {column: "classes", "regression", "ordinal" or a `Head`}
+    tasks:str|list|dict, # obs columns, or {column: "classes", "regression", "ordinal"
+    # or a `Head`}
     donor:str=None, # obs column of donors; None splits by cell only if `split` is given
     *,
     weights:dict=None, # {column: weight of the task}; 1 where none is given
-    split=None, # "train", "test" or "" for each cell; None: holds out donors
+    split:np.ndarray|dict=None, # "train", "test" or "" for each cell; None: holds out
+    # donors
     pool:str='attention', # "attention", "mean" or "cls"
     freeze_layers:int=0, # lowest layers left as they are
-    lora=None, # as in `finetune`
+    lora:bool|dict=None, # as in `finetune`
     epochs:float=2, # passes over the training cells
     steps:int=None, # optimizer steps, instead of epochs
     batch:int=16, # cells a step (official: 4)
@@ -165,8 +167,8 @@ def _task_scores(m, cells):
 
 # %% ../../nbs/11c_multitask.ipynb #0f3e1a6b
 def load_model(
-    name, # folder, path on the hub, or a short name
-    device=None, # as in `pick_device`
+    name:str|Path, # folder, path on the hub, or a short name
+    device:str=None, # as in `pick_device`
 )->Reader: # a `Geneformer`, or what was fine-tuned
     "A checkpoint or a fine-tuned model by its name; raises `MissingDataError`, `VocabularyError`"
     here = Path(name).expanduser()

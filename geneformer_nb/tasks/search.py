@@ -81,14 +81,18 @@ def search_settings(
     label:str, # obs column
     donor:str, # obs column of donors
     *,
-    space=small_space, # {argument of `finetune`: values or range}, or function(trial) → dict
+    space:object=small_space, # {argument of `finetune`: values or range}, or
+    # function(trial) → dict
     trials:int=20, # how many in all; those already in `out` count
     folds:int=3, # inner folds over the training donors; 0 leaves out one donor at a time
     head='classes', # as in `finetune`
-    classes=None, # as in `finetune`
-    split=None, # outer "train", "test" or "" for each cell; None: a third of the donors is test
-    adata=None, # the same cells as AnnData with counts: adds baselines to the scores
-    out=None, # folder of the study (study.db); the same call goes on. None keeps nothing
+    classes:list=None, # as in `finetune`
+    split:np.ndarray|dict=None, # outer "train", "test" or "" for each cell; None: a third
+    # of the donors is test
+    adata=None, # the same cells as AnnData with counts: adds baselines to the
+    # scores
+    out=None, # folder of the study (study.db); the same call goes on. None
+    # keeps nothing
     seed:int=0, # splits, folds, trials, training
     show:bool=None, # progress bar
     **fixed, # further arguments of `finetune`, the same in every trial

@@ -21,7 +21,8 @@ from ..model.bert import Geneformer
 class Rows:
     "Cells by number, in memory or mapped from a folder"
     def __init__(self,
-        cells, # `Cells`, a `Corpus`, or a folder, from which no token is copied
+        cells:Cells|str|Path, # `Cells`, a `Corpus`, or a folder, from which no token
+        # is copied
         vocabulary:Vocabulary=None, # that of the cells; None: the one they carry
     ):
         f = getattr(cells, 'folder', None)
@@ -91,7 +92,7 @@ def by_tokens(
 
 # %% ../../nbs/08a_batching.ipynb #d90c283e
 def share_out(
-    rows, # cell numbers of a batch
+    rows:np.ndarray, # cell numbers of a batch
     lengths, # tokens of every cell
     n:int, # number of shares
 )->list: # n lists of cell numbers; an empty list becomes [~i]: cell i, nothing hidden
@@ -109,7 +110,7 @@ class Batches:
     "Batch sampler: the batches of an epoch, and of each batch the share of this process"
     def __init__(self,
         lengths, # tokens of every cell
-        rows, # numbers of the cells to go through
+        rows:np.ndarray, # numbers of the cells to go through
         batch:int=32, # cells a step
         budget:int=None, # tokens a step, instead of `batch`
         seed:int=0, # of the order

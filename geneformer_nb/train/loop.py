@@ -35,7 +35,7 @@ def training_fields()->list: # of names
 
 # %% ../../nbs/08c_loop.ipynb #b89caa99
 def trainer_args(
-    folder, # for checkpoints
+    folder:str|Path, # for checkpoints
     seed:int, # of the order of the cells, and of dropout
     **given, # fields of `TrainingArguments`
 ): # TrainingArguments; raises `GeneformerError`
@@ -177,9 +177,12 @@ def _last_checkpoint(args):
 # %% ../../nbs/08c_loop.ipynb #6b721e92
 def train_loop(
     model:Geneformer, # trained in place
-    loss, # function(tokens, offsets, labels) → mean loss; see above for `Batches`
-    rows, # `Batches`; or cell numbers, which the Trainer shuffles and cuts into batches
-    collate, # function(cell numbers) → dict(tokens, offsets, labels)
+    loss:callable, # function(tokens, offsets, labels) → mean loss; see above for
+    # `Batches`
+    rows:np.ndarray, # `Batches`; or cell numbers, which the Trainer shuffles and cuts
+    # into
+    # batches
+    collate:callable, # function(cell numbers) → dict(tokens, offsets, labels)
     args, # of `trainer_args`
     *,
     parts:dict=None, # {name: module} to train together with the encoder, such as a head

@@ -20,7 +20,7 @@ from ..model.cpu_kernels import fast_matmul
 
 # %% ../../nbs/08_pretraining.ipynb #739ba50b
 def mask_cell(
-    tokens, # tokens of one cell
+    tokens:np.ndarray, # tokens of one cell
     vocabulary:Vocabulary, # says which tokens are special, and which can stand in
     rng, # numpy generator
     share:float=.15, # of the genes to hide; at least one gene is hidden
@@ -47,8 +47,8 @@ def _hidden_scores(model, tokens, offsets, labels):
 
 def masked_loss(
     model:Geneformer, # a model with a masked-gene head
-    tokens, # tokens as shown, all cells back to back
-    offsets, # where each cell begins
+    tokens:np.ndarray, # tokens as shown, all cells back to back
+    offsets:np.ndarray, # where each cell begins
     labels, # hidden genes, -100 elsewhere
 )->tuple: # (mean cross-entropy, share guessed right), tensors
     "Loss of a batch, computed at the hidden places only"
@@ -58,7 +58,7 @@ def masked_loss(
 class MaskedRanks:
     "Collator: takes cell numbers, or pairs (epoch, number); gives a masked batch without padding"
     def __init__(self,
-        cells, # `Cells` or `Rows`
+        cells:Cells|str|Path, # `Cells` or `Rows`
         vocabulary:Vocabulary, # that of the cells
         seed:int=0, # of the masks
         share:float=.15, # of genes hidden
@@ -162,14 +162,17 @@ def _start(model, recipe, rows, seed, config, device):
 
 # %% ../../nbs/08_pretraining.ipynb #e38c6cd2
 def pretrain(
-    cells, # `Cells` to learn from, a `Corpus`, or the folder of either
-    model=None, # preset, or a `Geneformer` to train in place; None: that of the recipe
-    out=None, # folder of checkpoints and the finished model; None keeps nothing
+    cells:Cells|str|Path, # `Cells` to learn from, a `Corpus`, or the folder of either
+    model:Geneformer|str=None, # preset, or a `Geneformer` to train in place; None:
+    # that of the recipe
+    out:str|Path=None, # folder of checkpoints and the finished model; None keeps
+    # nothing
     *,
-    recipe='small', # a name in `recipes`, or a `Recipe` of your own
+    recipe:str|Recipe='small', # a name in `recipes`, or a `Recipe` of your own
     vocabulary:Vocabulary=None, # that of the cells, where they do not carry it
     seed:int=0, # of weights, order, masks and dropout
-    device=None, # as in `pick_device`; None under torchrun: the GPU of the process
+    device:str=None, # as in `pick_device`; None under torchrun: the GPU of the
+    # process
     **changes, # fields of `Recipe`; of `BertConfig` for a preset; args={field: value}
 )->Geneformer: # trained; `.history` is a table of steps, losses and accuracy
     "Masked pretraining; raises `GeneformerError`, `VocabularyError`, `StorageError`"
@@ -272,7 +275,8 @@ def _finished(out, device):
 def evaluate_masked(
     model:Geneformer, # with a masked-gene head
     cells:Cells, # held-out cells
-    baseline=None, # `RankFrequency`: adds its two losses, frequency and in_view
+    baseline:object=None, # `RankFrequency`: adds its two losses, frequency and
+    # in_view
     *,
     mask:float=.15, # share of genes hidden
     seed:int=0, # of the masks

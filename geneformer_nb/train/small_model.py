@@ -244,13 +244,14 @@ def _cells(cells, seed):
 
 # %% ../../nbs/08b_small_model.ipynb #79067b5b
 def load_small_model(
-    folder=None, # of the model; None: in the user's cache, see `small_model_folder`
+    folder:str|Path=None, # of the model; None: in the user's cache, see
+    # `small_model_folder`
     *,
     cells:Cells=None, # with obs column split; None: `small_model_cells`
     recipe:SmallRecipe=SmallRecipe(), # shape and stages
     seed:int=0, # of split, weights, order and masks
     save_every:int=250, # steps between checkpoints
-    device=None, # as in `pick_device`
+    device:str=None, # as in `pick_device`
 )->Geneformer: # `.history` has steps and training loss of its stages
     "The cached model, or train it now; raises `MissingDataError`, `StorageError`"
     if folder is None and cells is not None:
@@ -288,12 +289,12 @@ def _train_small(train, recipe, folder, seed, save_every, device):
 
 # %% ../../nbs/08b_small_model.ipynb #59a074f8
 def small_model_scores(
-    folder=None, # as in `load_small_model`
+    folder:str|Path=None, # as in `load_small_model`
     *,
     cells:Cells=None, # as in `load_small_model`
     recipe:SmallRecipe=SmallRecipe(), # as in `load_small_model`
     seed:int=0, # as in `load_small_model`
-    device=None, # as in `pick_device`
+    device:str=None, # as in `pick_device`
 )->pd.DataFrame: # what `evaluate_masked` returns, for all held-out cells
     "Losses of the small model and of counting, gene by gene; raises as `load_small_model`"
     at = Path(folder).expanduser() if folder else small_model_folder(recipe, seed)
