@@ -204,3 +204,15 @@ def test_pairs_count_the_cells_that_lack_a_gene(adata, model):
     with pytest.warns(UserWarning, match=r'leaves out \d+ of 120 cells, because they lack a gene \(TF01 in'):
         shifts = gf.tl.perturb(adata, model, gf.KO('TF01') + gf.KO('TF02'), show=False)
     assert 0 < len(shifts) < 120
+
+# --- donors by name
+
+def test_donors_of_each_side_by_name(adata, model):
+    names = list(dict.fromkeys(adata.obs.donor))
+    sides = dict(train=names[:8], test=names[8:11])
+    clf = tune(adata, model, 'disease', split=sides)
+    for side, some in sides.items(): assert set(adata.obs.donor[clf.split == side]) == set(some)
+    assert (clf.split[(adata.obs.donor == names[11]).to_numpy()] == '').all()
+    with says(LeakError, names[0], 'train and in test'): tune(adata, model, 'disease', split=dict(train=names[:2], test=names[:1]))
+    with says(GeneformerError, 'nobody'): tune(adata, model, 'disease', split=dict(train=['nobody'], test=names[:1]))
+    with says(GeneformerError, "'eval'"): tune(adata, model, 'disease', split=dict(train=names[:2], eval=names[2:3]))

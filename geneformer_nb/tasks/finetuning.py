@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from .adapters import add_lora, load_lora, merge_lora, save_lora
 from ..data.cells import Cells, as_cells
 from ..core import GeneformerError, LeakError, MissingDataError, check_columns, write_json
-from ..evaluate.splits import audit_split, known_cells, split_donors
+from ..evaluate.splits import audit_split, known_cells, named_donors, split_donors
 from ..evaluate.baselines import cell_baselines
 from .heads import AttentionPool, Classes, Head, make_head, number_baselines
 from ..model.bert import Geneformer, Reader, pool_cells
@@ -227,6 +227,7 @@ def _sides(obs, label, donor, split, task, ok, seed):
         part, split = obs[ok], np.full(len(obs), '', dtype='<U5')
         if not classes: part = part.assign(_all='all')
         split[ok] = split_donors(part, donor, classes or '_all', seed=seed, named=named)
+    if isinstance(split, dict): split = named_donors(obs, donor, split)
     split = np.asarray(split)
     if len(split) != len(obs) or not ok.any(): audit_split(obs, split)
     split = np.where(ok, split, '')
@@ -343,8 +344,8 @@ def finetune(
     # own
     classes:list=None, # classes or steps to tell apart, in this order; None: all,
     # sorted
-    split:np.ndarray|dict=None, # "train", "test" or "" for each cell; None: holds out
-    # donors
+    split:np.ndarray|dict=None, # "train", "test" or "" for each cell, or
+    # {"train": donors, "test": donors}; None: holds out donors
     adata=None, # the same cells as AnnData with counts: puts baselines beside
     # the score
     freeze_layers:int=0, # lowest layers left as they are
