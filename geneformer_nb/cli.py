@@ -319,7 +319,8 @@ def pretrain(
         vocabulary=_read_vocabulary(vocabulary) if vocabulary else None, seed=seed, device=device,
         **changes, **shape, **(dict(args=args) if args else {}))
     if int(os.environ.get('RANK', 0)) == 0:
-        print(done, done.history.dropna(subset='loss').tail(1).to_string(index=False), sep='\n')
+        last = done.history.dropna(subset='loss').tail(1).dropna(axis=1)
+        print(done, last.to_string(index=False), sep='\n')
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -6,7 +6,7 @@
 __all__ = ['GeneformerError', 'CountsError', 'GeneMatchError', 'VocabularyError', 'LeakError', 'MissingDataError', 'StorageError',
            'later', 'lazy', 'comments_beside', 'described', 'verb', 'pick_device', 'pick_dtype', 'progress', 'in_words',
            'digest', 'versions', 'atomic', 'write_json', 'check_columns', 'as_list', 'silent', 'need_package',
-           'as_folder', 'check_folder', 'Manifest']
+           'as_folder', 'check_folder', 'Manifest', 'only_run']
 
 # %% ../nbs/00_core.ipynb #391ee1cb
 import ast, difflib, hashlib, inspect, io, json, logging, os, re, shutil, tempfile, textwrap, time
@@ -301,6 +301,9 @@ def as_list(
     return [x] if isinstance(x, str) else list(x)
 
 # %% ../nbs/00_core.ipynb #ae4dcf84
+# transformers imports bitsandbytes, which warns of kernels for 4 bits that nobody asked for
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+
 @contextmanager
 def silent():
     "Within the block, log lines and warnings are dropped"
@@ -377,3 +380,23 @@ class Manifest:
                                f"({'; '.join(diff)}): choose another folder, or delete this one to "
                                "start again.")
         return True
+
+# %% ../nbs/00_core.ipynb #7a9256bc
+@contextmanager
+def only_run(
+    folder, # of results, which is there
+    part:tuple=None, # (i, n) of a task of a job array; other parts may run beside it
+):
+    "Within the block no other run of this part writes into the folder; raises `StorageError`"
+    from filelock import FileLock, Timeout
+    name = '.lock' if part is None else f'.lock-{part[0]}-of-{part[1]}'
+    path = Path(folder)/name
+    lock = FileLock(path)
+    try: lock.acquire(timeout=0)
+    except Timeout as e:
+        raise StorageError(f"Another run is writing into '{Path(folder).name}': wait until it "
+                           "ends, or choose another folder.") from e
+    try: yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()

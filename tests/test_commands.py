@@ -191,3 +191,38 @@ def test_exit_status_of_a_process(place, tmp_path):
     words = [sys.executable, '-m', 'geneformer_nb.cli', 'embed', tmp_path/'none.h5ad', '--model', place/'model', '--out', tmp_path/'e.h5ad']
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('geneformer-nb: ') and 'Traceback' not in done.stderr
+
+# --- quiet, and one run at a time
+
+def test_the_first_call_says_nothing_of_libraries(place, tmp_path):
+    words = [sys.executable, '-m', 'geneformer_nb.cli', 'pretrain', place/'a.dataset', '--out', tmp_path/'m', '--steps', '2', '--batch', '4', '--save-every', '1']
+    for _ in range(2):
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+        lines = [l for l in done.stderr.replace('\r', '\n').split('\n') if l.strip() and not l.startswith('pretraining:')]
+        assert done.returncode == 0 and not lines, lines
+        assert 'NaN' not in done.stdout and 'loss' in done.stdout
+
+def test_two_runs_in_one_folder_exclude_each_other(place, tmp_path):
+    from geneformer_nb.core import only_run
+    words = gf.Vocabulary.load(place/'words')
+    for name in ('shards', 'tokens', 'm'): (tmp_path/name).mkdir()
+    model = gf.Geneformer.from_pretrained(place/'model')
+    cells = load_cells(place/'a.dataset', words)
+    jobs = dict(shards=lambda f: gf.perturb.perturb_to(f, model, cells, gf.KO('TF01')),
+                tokens=lambda f: gf.data.tokenize_to(place/'a.h5ad', words, f), m=lambda f: gf.pretrain(cells, 'nano', f, steps=1, batch=4))
+    for name, job in jobs.items():
+        with only_run(tmp_path/name):
+            with says(GeneformerError, 'Another run', name): job(tmp_path/name)
+        job(tmp_path/name)
+        assert not list((tmp_path/name).glob('.lock*'))
+
+def test_a_lock_of_a_dead_process_holds_nobody(tmp_path):
+    code = f"import os, time; from geneformer_nb.core import only_run\nwith only_run({str(tmp_path)!r}):\n    print('in', flush=True)\n    time.sleep(60)"
+    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == 'in\n'
+    from geneformer_nb.core import only_run
+    with says(GeneformerError, 'Another run'):
+        with only_run(tmp_path): pass
+    run.kill()
+    run.wait()
+    with only_run(tmp_path): pass

@@ -7,11 +7,12 @@ __all__ = ['recipes', 'mask_cell', 'masked_loss', 'MaskedRanks', 'Recipe', 'pret
 
 # %% ../../nbs/08_pretraining.ipynb #a6e542f6
 import json, os, tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from ..data.cells import Cells
-from ..core import GeneformerError, Manifest, VocabularyError, check_folder, pick_dtype, write_json
+from ..core import GeneformerError, Manifest, VocabularyError, check_folder, only_run, pick_dtype, write_json
 from ..data.vocabulary import Vocabulary
 from .batching import Batches, Rows
 from .loop import check_names, train_loop, trainer_args
@@ -200,9 +201,10 @@ def pretrain(
                                       shuffle=False, **me)
         collate = MaskedRanks(rows, rows.vocabulary, seed, recipe.mask)
         loss = _summed_loss(gf, pick_dtype(recipe.dtype))
-        log = train_loop(gf, loss, batches, collate, args, tests=tests,
-                         desc='pretraining')
-        return _keep(gf, log, out, args)
+        with nullcontext() if out is None or args.process_index else only_run(out):
+            log = train_loop(gf, loss, batches, collate, args, tests=tests,
+                             desc='pretraining')
+            return _keep(gf, log, out, args)
 
 # %% ../../nbs/08_pretraining.ipynb #72253b98
 def _deal(rows, holdout, seed):
