@@ -145,6 +145,11 @@ def _layer(text):
     "A layer as a person writes it: a name, or the official 0, -1 …"
     return int(text) if text and re.fullmatch(r'-?\d+', text) else text
 
+def _last_losses(history):
+    "The last line of a training, without what was not measured there"
+    last = history.dropna(subset='loss').tail(1).dropna(axis=1)
+    return last.to_string(index=False)
+
 def _read_cells(data, model, counts:_CountOptions, **own):
     "An AnnData from a file or a folder of tokenized cells, with ranks for a model"
     from geneformer_nb import pp
@@ -319,8 +324,7 @@ def pretrain(
         vocabulary=_read_vocabulary(vocabulary) if vocabulary else None, seed=seed, device=device,
         **changes, **shape, **(dict(args=args) if args else {}))
     if int(os.environ.get('RANK', 0)) == 0:
-        last = done.history.dropna(subset='loss').tail(1).dropna(axis=1)
-        print(done, last.to_string(index=False), sep='\n')
+        print(done, _last_losses(done.history), sep='\n')
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

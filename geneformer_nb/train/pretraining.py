@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from ..data.cells import Cells
-from ..core import GeneformerError, Manifest, VocabularyError, check_folder, only_run, pick_dtype, write_json
+from ..core import GeneformerError, Manifest, VocabularyError, check_folder, only_run
+from ..core import pick_dtype, write_json
 from ..data.vocabulary import Vocabulary
 from .batching import Batches, Rows
 from .loop import check_names, train_loop, trainer_args
