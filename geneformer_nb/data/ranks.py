@@ -15,7 +15,7 @@ from ..core import CountsError, GeneformerError, VocabularyError, check_columns,
 from .cells import Cells
 from .counts import Counts, counts_of, gene_names
 from .tokenizer import Sequences
-from .vocabulary import GeneMatch, Vocabulary, match_genes
+from .vocabulary import GeneMatch, Vocabulary, match_genes, need_vocabulary
 
 # %% ../../nbs/03b_ranks.ipynb #f8a24ad6
 def to_ranks(
@@ -136,9 +136,7 @@ def find_record(
             raise VocabularyError(f"The AnnData holds ranks of {len(there)} vocabularies "
                                   f"({', '.join(r.vocabulary for r in there)}): pass the model.")
         raise VocabularyError(f"The AnnData holds no ranks: {run}{_lost_record(adata)}")
-    if not isinstance(vocabulary, Vocabulary):
-        raise VocabularyError(f"vocabulary is model.vocabulary, not {type(vocabulary).__name__}.")
-    found = [r for r in there if r.vocabulary_hash == vocabulary.hash]
+    found = [r for r in there if r.vocabulary_hash == need_vocabulary(vocabulary).hash]
     if not found:
         have = f" (it has those of {', '.join(repr(r.vocabulary) for r in there)})" if there else ''
         raise VocabularyError(
@@ -213,7 +211,7 @@ def recorded_counts(
             f"{advice}"
         ) from e
     if record.totals not in adata.obs: return counts
-    was, now = adata.obs[record.totals].to_numpy(float), counts.rows.sums()
+    was, now = adata.obs[record.totals].to_numpy(float), counts.sums()
     changed = ~np.isclose(was, now, rtol=1e-4)
     if changed.any():
         raise CountsError(
