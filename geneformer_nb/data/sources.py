@@ -11,7 +11,6 @@ from glob import glob
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from types import SimpleNamespace
 from weakref import ref
 import numpy as np
@@ -32,34 +31,21 @@ from geneformer_nb.data.counts import (
 pd = later('pandas')
 
 # %% ../../nbs/01a_sources.ipynb #1af02953
-def _read(d, a, b, buffer=None):
-    """Entries a to b of an array on disk, read by HDF5 straight into memory of ours.
-
-    The memory is that of the caller's `buffer` where it is large enough."""
-    if not hasattr(d, 'read_direct') or a == b: return d[a:b]
-    key, buffer = (d.name, d.dtype), {} if buffer is None else buffer
-    if len(buffer.get(key, ())) < b - a: buffer[key] = np.empty(b - a, d.dtype)
-    out = buffer[key][:b - a]
-    d.read_direct(out, np.s_[a:b])
-    return out
-
 class _Csr:
     "A CSR matrix on disk, read by rows; `columns` keeps some of its columns"
     def __init__(self, data, indices, indptr, n_vars, columns=None):
-        self.data, self.indices, self.indptr, self.n_vars, self.columns = (data, indices,
-            indptr[()], int(n_vars), columns)
+        self.data, self.indices, self.indptr = data, indices, indptr[()]
+        self.n_vars, self.columns = int(n_vars), columns
         self.shape = len(self.indptr) - 1, self.n_vars if columns is None else len(columns)
         _check_csr(np.zeros(0, np.int32), self.indptr, self.n_vars,
                    min(data.shape[0], indices.shape[0]))
-    def __getitem__(self, rows): return self.rows(rows)
-    def rows(self, rows, buffer=None):
+    def __getitem__(self, rows):
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
-        cols, starts = _read(self.indices, a, b, buffer), self.indptr[lo:hi+1] - a
-        X = sparse.csr_matrix((_read(self.data, a, b, buffer), cols, starts),
+        X = sparse.csr_matrix((self.data[a:b], self.indices[a:b], self.indptr[lo:hi+1] - a),
                               (hi - lo, self.n_vars))
         if self.columns is None: return X  # looked at as every block is, in `_checked`
-        _check_csr(cols, starts, self.n_vars, b - a)
+        _check_csr(X.indices, X.indptr, self.n_vars, b - a)
         return X[:, self.columns]
 
 # %% ../../nbs/01a_sources.ipynb #7938cabb
@@ -110,18 +96,6 @@ def _table(g, rows=slice(None), columns=None):
     return Table(_column(g[key], rows), data, None if key in ('_index', 'index') else key)
 
 # %% ../../nbs/01a_sources.ipynb #0418c7d2
-class _Window:
-    "Rows of a table on disk, read some blocks ahead"
-    def __init__(self, g, n): self.g, self.n, self.held, self.lock = g, n, (0, 0, None), Lock()
-    def __call__(self, rows, columns=None):
-        a, b, _ = rows.indices(self.n)
-        with self.lock:
-            first, last, which = self.held
-            if not (first <= a and b <= last and which == columns):
-                self.table, self.held = (_table(self.g, slice(a, a + 4 * (b - a)), columns),
-                                         (a, min(self.n, a + 4 * (b - a)), columns))
-            return self.table[a - self.held[0]:b - self.held[0]]
-
 def _opened(X, layers, raw, obs, var):
     "One form for all kinds of input; `obs` is a table or a group of an .h5ad"
     if hasattr(obs, 'iloc'):
@@ -129,7 +103,7 @@ def _opened(X, layers, raw, obs, var):
         def rows(s, c=None): return (obs if c is None else obs[[x for x in obs if x in c]]).iloc[s]
     else:
         n, columns = obs[obs.attrs['_index']].shape[0], list(obs.attrs['column-order'])
-        rows = _Window(obs, n)
+        def rows(s, c=None): return _table(obs, s, c)
     return SimpleNamespace(X=X, layers=layers, raw=raw, rows=rows, columns=columns, var=var,
                            n_obs=n, n_vars=len(var))
 
@@ -211,17 +185,17 @@ def _kind(path):
     if path.is_dir() and any(path.glob('*matrix.mtx*')): return '10x'
     return path.suffix if path.suffix in _readers else None
 
-def _unreadable(path, e):
-    """The `CountsError` for a file that a reader failed on.
+def _reading(path, read):
+    """What `read()` returns; an error that it raises becomes a `CountsError` with the file's name.
 
-    Raise it `from e.with_traceback(None)`: frames of h5py would hold the lock of the file."""
-    said = (str(e).splitlines() or [''])[0][:120]
-    return CountsError(f"'{Path(path).name}' cannot be read ({type(e).__name__}: {said}): it is "
-                       "damaged, or not what its name says.")
-
-def _in_file(e, path):
-    "The same error with the name of the file"
-    return e if path is None or path.name in str(e) else CountsError(f"{e} (in '{path.name}')")
+    The cause comes without its frames: those of h5py would hold the lock of the file."""
+    name = Path(path).name
+    try: return read()
+    except CountsError as e: raise e if name in str(e) else CountsError(f"{e} (in '{name}')") from e
+    except Exception as e:
+        said = (str(e).splitlines() or [''])[0][:120]
+        raise CountsError(f"'{name}' cannot be read ({type(e).__name__}: {said}): it is damaged, "
+                          "or not what its name says.") from e.with_traceback(None)
 
 def _open(path):
     "Open a path; raises `CountsError` for a missing, unknown or damaged file"
@@ -232,9 +206,7 @@ def _open(path):
     if _kind(path) is None:
         raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: "
                           "convert it with scanpy first.")
-    try: return _readers[_kind(path)](path)
-    except CountsError as e: raise _in_file(e, path) from e
-    except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
+    return _reading(path, lambda: _readers[_kind(path)](path))
 
 def read_any(
     path, # .h5ad, .zarr, .loom, 10x .h5, or a folder with 10x matrix.mtx
@@ -242,13 +214,12 @@ def read_any(
     "Read counts from any common file; raises `CountsError` for an unknown or damaged one"
     import anndata as ad
     o = _open(path)
-    try:
-        if Path(path).suffix in ('.h5ad', '.zarr'):
-            return (ad.read_h5ad if Path(path).suffix == '.h5ad' else ad.read_zarr)(path)
+    def read():
+        if Path(path).suffix == '.h5ad': return ad.read_h5ad(path)
+        if Path(path).suffix == '.zarr': return ad.read_zarr(path)
         return ad.AnnData(_rows(o.X[:]), o.rows(slice(None)), o.var,
                           layers={k: _rows(v[:]) for k, v in o.layers.items()})
-    except CountsError: raise
-    except Exception as e: raise _unreadable(path, e) from e.with_traceback(None)
+    return _reading(path, read)
 
 # %% ../../nbs/01a_sources.ipynb #39b5354b
 _held = OrderedDict() # sources whose file is open, the longest unused first; not kept alive by this
@@ -282,6 +253,7 @@ class Source:
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
 
+    def _reading(self, read): return _reading(self.path, read) if self.path else read()
     @property
     def _got(self):
         if '_open' not in self.__dict__:
@@ -292,10 +264,7 @@ class Source:
     @property
     def _chosen(self):
         if '_pick' not in self.__dict__:
-            try: self._pick = _choice(self._got, *self.how[:2])
-            except CountsError as e: raise _in_file(e, self.path) from e
-            except Exception as e:
-                raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
+            self._pick = self._reading(lambda: _choice(self._got, *self.how[:2]))
         return self._pick
 
     @cached_property
@@ -322,20 +291,15 @@ def block(self:Source,
     a:int, # first cell
     b:int, # last cell, not included
     columns=None, # obs columns wanted; None means all
-    buffer:dict=None, # {} of a caller that drops each block before the next: memory is reused
 )->Counts:
     "Checked counts of some cells; raises `CountsError`"
     (X, var, where), (_, logged, fractional) = self._chosen, self.how
-    try:
-        rows, obs = (X.rows(slice(a, b), buffer) if isinstance(X, _Csr) else X[a:b],
-                     self._got.rows(slice(a, b), columns))
-    except CountsError as e: raise _in_file(e, self.path) from e
-    except Exception as e: raise _unreadable(self.path or self.name, e) from e.with_traceback(None)
-    try: return _checked(rows, obs, var, where, logged, fractional, self.name)
-    except CountsError as e:
-        raise _in_file(
-            CountsError(f"{e}{other_matrices(self._got, where, logged)}"), self.path
-        ) from e
+    rows, obs = self._reading(lambda: (X[a:b], self._got.rows(slice(a, b), columns)))
+    def check():
+        try: return _checked(rows, obs, var, where, logged, fractional, self.name)
+        except CountsError as e:
+            raise CountsError(f"{e}{other_matrices(self._got, where, logged)}") from e
+    return self._reading(check)
 
 @patch
 def fingerprint(self:Source)->str: # 16 hexadecimal characters
