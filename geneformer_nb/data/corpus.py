@@ -19,7 +19,7 @@ from geneformer_nb.data.vocabulary import Vocabulary
 from geneformer_nb.jobs import prefetch, cores, run_shards
 from geneformer_nb.data.sources import Source, shards, sources
 from geneformer_nb.data.tokenizer import (Encoder, Tally, obs_to_keep, check_options,
-                                          check_match, report_left_out)
+                                          report_left_out)
 pd = later('pandas')
 
 # %% ../../nbs/04a_corpus.ipynb #15be8119
@@ -43,7 +43,7 @@ def write_shard(
             out.write_batch(batch)
             tally, tokens, kept = tally + seen, tokens + len(cells.tokens), kept + len(cells)
     match = encoder.match(source._var)
-    check_match(match, encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}', tally)
+    match.check(encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}', tally)
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens,
                 match=match.report(), **asdict(tally), **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
@@ -62,11 +62,9 @@ def _shard_records(folder):
                            "again.") from e
 
 # %% ../../nbs/04a_corpus.ipynb #5f49283c
-def _is_finished(folder): return (folder/'shards.jsonl').exists() and (folder/'state.json').exists()
-
 def _finish(folder, n, layout, encoder):
     "Write the summary of n shards unless it is there; returns the `Corpus`"
-    if _is_finished(folder): return Corpus(folder)
+    if (folder/'shards.jsonl').exists() and (folder/'state.json').exists(): return Corpus(folder)
     files = [f'shard-{i:05d}.arrow' for i in range(n)]
     lines = _shard_records(folder)
     if lost := [i for i in range(n) if i not in lines]:
@@ -177,9 +175,7 @@ def _encoder(vocabulary, inputs, obs, options):
         raise GeneformerError(f"tokenize_to knows no option {sorted(lost)[0]!r}.")
     encoder = Encoder(vocabulary, obs_to_keep(inputs, obs, options.get('keep')),
                       file=len(inputs) > 1, **options)
-    for s in inputs:
-        if not (encoder.match(s._var).index >= 0).any():
-            check_match(encoder.match(s._var), vocabulary, 1, s.name)
+    for s in inputs: encoder.match(s._var).check(vocabulary, 0, s.name)
     return encoder
 
 def _facts(encoder, counts_layer, logged, fractional, **more):

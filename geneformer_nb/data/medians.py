@@ -7,8 +7,10 @@ __all__ = ['n_bins', 'nonzero_medians', 'bin_of', 'bin_middle', 'Medians', 'corp
 
 # %% ../../nbs/01c_medians.ipynb #a0939535
 import json
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from scipy import sparse
 from fastcore.basics import patch
 from geneformer_nb.core import (CountsError, GeneformerError, StorageError, atomic, digest, later,
                                 progress)
@@ -100,7 +102,6 @@ def _sum_same_genes(X, columns):
     "Rows of one gene summed within each cell"
     uniq, inverse = np.unique(columns, return_inverse=True)
     if len(uniq) == len(columns): return X, columns
-    from scipy import sparse
     S = sparse.csr_matrix((np.ones(len(columns)), (np.arange(len(columns)), inverse)),
                           (len(columns), len(uniq)))
     return (X @ S).tocsr(), uniq
@@ -233,23 +234,26 @@ def _split_by_source(keep, sources):
     return np.split(keep, np.cumsum(n)[:-1])
 
 # %% ../../nbs/01c_medians.ipynb #4ef9079b
-class _Shard:
-    "Writes the medians of one shard; an object that can be pickled"
-    def __init__(self, sources, shards, keep, genes, aliases):
-        self.sources, self.shards, self.keep, self.genes, self.aliases = (sources, shards, keep,
-            genes, aliases)
+@dataclass(frozen=True)
+class _Shards:
+    "Which cells to count in each shard; an object that can be sent to another process"
+    sources: list
+    plan: list # (number of the source, first cell, last cell not included) of each shard
+    keep: object # column of obs, one boolean array a source, or None
+    gene_ids: str
+    aliases: dict
 
     def count(self, i, step=2048):
-        k, a, b = self.shards[i]
+        "`Medians` of shard i"
+        k, a, b = self.plan[i]
         src, out, named = self.sources[k], Medians(), isinstance(self.keep, str)
-        column = out.columns(gene_names(src._var, self.genes), self.aliases)
+        column = out.columns(gene_names(src._var, self.gene_ids), self.aliases)
         for lo in range(a, b, step):
-            hi = min(b, lo + step)
-            c = src.block(lo, hi, [self.keep] if named else [])
-            if not named: ok = self.keep and self.keep[k][lo:hi]
-            else:
-                ok = (as_flags(c.obs[self.keep], f"obs[{self.keep!r}] of '{src.name}'")
-                      if self.keep in c.obs else None)
+            c = src.block(lo, min(b, lo + step), [self.keep] if named else [])
+            ok = None
+            if named and self.keep in c.obs:
+                ok = as_flags(c.obs[self.keep], f"obs[{self.keep!r}] of '{src.name}'")
+            elif self.keep and not named: ok = self.keep[k][lo:lo + c.X.shape[0]]
             out.add(c.X if ok is None or ok.all() else c.X[np.flatnonzero(ok)], columns=column)
             if ok is not None: out.left_out += int((~ok).sum())
             elif named: out.unmarked += c.X.shape[0]
@@ -275,19 +279,18 @@ def corpus_medians(
 )->Medians: # of all shards there are
     "Non-zero medians of a corpus (official obtain_nonzero_median_digests); a second call resumes"
     src = sources(data, counts_layer=counts_layer, logged=logged, fractional=fractional)
-    job = _Shard(src, shards(src, rows), _split_by_source(keep, src), gene_ids, aliases)
+    job = _Shards(src, shards(src, rows), _split_by_source(keep, src), gene_ids, aliases)
+    total = Medians()
     if out is None:
-        total = Medians()
-        for i in progress(range(len(job.shards)), 'medians', unit='shards'):
+        for i in progress(range(len(job.plan)), 'medians', unit='shards'):
             total.update(job.count(i))
         return total
     facts = dict(medians=_bits, data=digest([s.fingerprint() for s in src]), rows=rows,
                  gene_ids=gene_ids, counts_layer=counts_layer, logged=logged, fractional=fractional,
                  aliases=aliases and digest(aliases), keep=digest(np.asarray(keep))
                  if isinstance(job.keep, list) else keep)
-    paths = run_shards(job, len(job.shards), out, facts, '.parquet', executor, workers, part,
+    paths = run_shards(job, len(job.plan), out, facts, '.parquet', executor, workers, part,
                        'medians')
-    total = Medians()
     for p in paths: total.update(Medians.load(p))
-    if len(paths) == len(job.shards): total.save(Path(out)/'medians.parquet')
+    if len(paths) == len(job.plan): total.save(Path(out)/'medians.parquet')
     return total

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_ranks', 'from_ranks', 'Record', 'records', 'need_adata', 'find_record', 'own_vocabulary', 'ranked_cells',
-           'recorded_counts', 'plain_counts', 'recorded_match', 'symbol_column', 'variable_genes', 'vocabulary_of']
+           'recorded_counts', 'plain_counts', 'recorded_match', 'vocabulary_of']
 
 # %% ../../nbs/03b_ranks.ipynb #76501926
 import json, warnings
@@ -241,31 +241,18 @@ def recorded_match(
     return match_genes(gene_names(counts.var, record.gene_ids), vocabulary)
 
 # %% ../../nbs/03b_ranks.ipynb #d7e286c4
-def symbol_column(
+def _symbol_column(
     var:pd.DataFrame, # one row a gene
     gene_ids:str=None, # column that names the genes; None as in `gene_names`
 )->str: # name of a column, "index", or None where nothing says symbols
     "Where a table of genes keeps its symbols"
-    found = next(
-        (
-            c
-            for c in (
-                'symbol',
-                'feature_name',
-                'gene_symbols',
-                'gene_symbol',
-                'gene_name',
-                'gene_names',
-            )
-            if c in var
-        ),
-        None,
-    )
+    usual = ('symbol', 'feature_name', 'gene_symbols', 'gene_symbol', 'gene_name', 'gene_names')
+    found = next((c for c in usual if c in var), None)
     if found is not None: return found
     ids, index = gene_names(var, gene_ids), np.asarray(var.index).astype(str)
     return None if (ids == index).all() else 'index'
 
-def variable_genes(
+def _variable_genes(
     counts:Counts, # of some cells
     index:np.ndarray, # gene number of each column; -1 where there is none
     n:int, # how many
@@ -291,7 +278,7 @@ def vocabulary_of(
     "A vocabulary of the counts at hand; raises `CountsError`, `VocabularyError`"
     c = counts_of(adata, **counts)
     var = c.var.assign(_id=gene_names(c.var, gene_ids))
-    symbols = symbol_column(c.var, gene_ids)
+    symbols = _symbol_column(c.var, gene_ids)
     if symbols is not None: var['_symbol'] = gene_names(c.var, symbols)
     plain = ad.AnnData(c.X, obs=pd.DataFrame(index=adata.obs_names), var=var)
     v = Vocabulary.from_counts(
@@ -304,6 +291,6 @@ def vocabulary_of(
         fractional=True,
     )
     if top_genes is None or top_genes >= len(v): return v
-    best = variable_genes(c, match_genes(var['_id'].to_numpy(), v).index, top_genes)
+    best = _variable_genes(c, match_genes(var['_id'].to_numpy(), v).index, top_genes)
     kept = np.union1d(best, v.token(list(keep)) - len(v.specials) if len(keep) else []).astype(int)
     return v.subset(kept, f'{len(kept)} genes of these cells')

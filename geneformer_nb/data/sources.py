@@ -172,10 +172,8 @@ def _adata(a):
     def turn(X):
         if X is None or getattr(X, 'format', 'csr') == 'csr': return X
         return (X.to_memory() if hasattr(X, 'to_memory') else X).tocsr()
-    class Layers(dict):
-        def __getitem__(self, k): return turn(a.layers[k])
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
-    return _opened(turn(a.X), Layers.fromkeys(a.layers), raw, a.obs, a.var)
+    return _opened(turn(a.X), {k: turn(v) for k, v in a.layers.items()}, raw, a.obs, a.var)
 
 # %% ../../nbs/01a_sources.ipynb #ff4ff966
 _readers = {'.h5ad': _h5ad, '.zarr': _zarr, '.loom': _loom, '.h5': _10x_h5, '10x': _10x_mtx}
