@@ -180,14 +180,13 @@ def _named_matrix(adata, name):
         "leave counts_layer out."
     )
 
-def _choose(adata, counts_layer, logged):
-    "The matrix of counts (or logged counts), its genes, and its name"
-    if counts_layer is not None: return _named_matrix(adata, counts_layer)
-    if logged: return _named_matrix(adata, 'X' if adata.raw is None else 'raw.X')
-    if 'counts' in adata.layers: return _named_matrix(adata, 'counts')
-    if adata.X is not None and _whole(adata.X): return _named_matrix(adata, 'X')
-    if adata.raw is not None and _whole(adata.raw.X): return _named_matrix(adata, 'raw.X')
-    return _named_matrix(adata, 'X')
+def _usual_name(adata, logged):
+    "Name of the matrix that the rule takes for counts, or for logged counts"
+    raw = adata.raw is not None
+    if logged: return 'raw.X' if raw else 'X'
+    if 'counts' in adata.layers: return 'counts'
+    found = adata.X is not None and _whole(adata.X)
+    return 'raw.X' if raw and not found and _whole(adata.raw.X) else 'X'
 
 # %% ../../nbs/01_counts.ipynb #d26dd3ce
 def other_matrices(
@@ -209,7 +208,8 @@ def _choice(o, counts_layer, logged):
     if 0 in (o.n_obs, o.n_vars):
         raise CountsError(f"The AnnData is empty ({o.n_obs} cells × {o.n_vars} genes): nothing "
                           "to do.")
-    X, var, where = _choose(o, counts_layer, logged)
+    name = _usual_name(o, logged) if counts_layer is None else counts_layer
+    X, var, where = _named_matrix(o, name)
     if X is None:
         raise CountsError("The AnnData has no X and no layer was named: pass counts_layer=…."
                           f"{other_matrices(o, where)}")

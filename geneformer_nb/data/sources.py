@@ -230,7 +230,7 @@ def _close_oldest(source, most=16):
         old = _held.popitem(last=False)[1]()
         if old is not None:
             old.__dict__.pop('_open', None)
-            old.__dict__.pop('_pick', None)
+            old.__dict__.pop('_chosen', None)
 
 # %% ../../nbs/01a_sources.ipynb #52f36b49
 class Source:
@@ -249,21 +249,18 @@ class Source:
         self.name, self._data, self.how = (self.path.stem if self.path else 'AnnData', data,
                                            (counts_layer, logged, fractional))
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_pick')}
-
+        return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_chosen')}
     def _reading(self, read): return _reading(self.path, read) if self.path else read()
+
+    @cached_property
+    def _open(self): return _open(self.path) if self.path else _adata(self._data)
     @property
     def _got(self):
-        if '_open' not in self.__dict__:
-            self._open = _open(self.path) if self.path else _adata(self._data)
         got = self._open
         if self.path: _close_oldest(self)
         return got
-    @property
-    def _chosen(self):
-        if '_pick' not in self.__dict__:
-            self._pick = self._reading(lambda: _choice(self._got, *self.how[:2]))
-        return self._pick
+    @cached_property
+    def _chosen(self): return self._reading(lambda: _choice(self._got, *self.how[:2]))
 
     @cached_property
     def n_obs(self): return self._got.n_obs

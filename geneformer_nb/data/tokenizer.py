@@ -108,8 +108,8 @@ class Sequences:
         special:bool=None, # True adds <cls> and <eos>; None follows the vocabulary
         max_len:int=None, # longest cell in tokens, with specials; None follows the vocabulary
     ):
-        if special is None: special = vocabulary.cls
-        if max_len is None: max_len = vocabulary.max_len
+        special = vocabulary.cls if special is None else special
+        max_len = vocabulary.max_len if max_len is None else max_len
         self.k, self.extra, self.n = len(vocabulary.specials), 2 * special, 0
         self.most = max_len - self.extra
         need = (np.minimum(np.asarray(lengths, np.int64), self.most) + self.extra).sum()
