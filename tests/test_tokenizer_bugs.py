@@ -148,7 +148,7 @@ def test_bug_36_only_the_rows_wanted_are_read(tmp_path, monkeypatch):
     a = three(X3[np.arange(90) % 3]); a.obs['donor'] = 'd'; a.write_h5ad(tmp_path/'a.h5ad')
     monkeypatch.setattr(ad, 'read_h5ad', lambda *x, **k: pytest.fail('the whole file was read'))
     read, old = [], Source.block
-    def block(self, a, b, columns=None): read.append((a, b, columns)); return old(self, a, b, columns)
+    def block(self, a, b, columns=None, buffer=None): read.append((a, b, columns)); return old(self, a, b, columns, buffer)
     monkeypatch.setattr(Source, 'block', block)
     tokenize_to(tmp_path/'a.h5ad', six, tmp_path/'o', rows=50, block=20, workers=1, obs=[])
     assert [r[:2] for r in read] == [(0, 20), (20, 40), (40, 50), (50, 70), (70, 90)]

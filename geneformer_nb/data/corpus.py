@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from dataclasses import asdict
 from functools import cached_property, partial
+from threading import local
 import numpy as np
 from geneformer_nb.data.cells import Cells
 from geneformer_nb.data.arrow import obs_kinds, ArrowLayout
@@ -35,8 +36,10 @@ def write_shard(
     import pyarrow as pa
     k, a, b = plan[i]
     source, tally, tokens, kept = inputs[k], Tally(), 0, 0
+    own = local()  # a thread reads into the same memory again
     def encoded(at):
-        cells, seen = encoder(source.block(at, min(at + block, b), encoder.columns), frame=False)
+        counts = source.block(at, min(at + block, b), encoder.columns, own.__dict__)
+        cells, seen = encoder(counts, frame=False)
         return cells, layout.batch(cells), seen
     with pa.ipc.new_stream(str(path), layout.schema) as out:
         for cells, batch, seen in prefetch(encoded, range(a, b, block), threads):

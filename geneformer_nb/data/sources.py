@@ -31,6 +31,15 @@ from geneformer_nb.data.counts import (
 pd = later('pandas')
 
 # %% ../../nbs/01a_sources.ipynb #1af02953
+def _read(d, a, b, buffer):
+    "Entries a to b of an array on disk, in the memory of the caller's `buffer` if there is one"
+    if buffer is None or not hasattr(d, 'read_direct') or a == b: return d[a:b]
+    key = d.name, d.dtype
+    if len(buffer.get(key, ())) < b - a: buffer[key] = np.empty(b - a, d.dtype)
+    out = buffer[key][:b - a]
+    d.read_direct(out, np.s_[a:b])
+    return out
+
 class _Csr:
     "A CSR matrix on disk, read by rows; `columns` keeps some of its columns"
     def __init__(self, data, indices, indptr, n_vars, columns=None):
@@ -39,11 +48,12 @@ class _Csr:
         self.shape = len(self.indptr) - 1, self.n_vars if columns is None else len(columns)
         _check_csr(np.zeros(0, np.int32), self.indptr, self.n_vars,
                    min(data.shape[0], indices.shape[0]))
-    def __getitem__(self, rows):
+    def __getitem__(self, rows): return self.rows(rows)
+    def rows(self, rows, buffer=None):
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
-        X = sparse.csr_matrix((self.data[a:b], self.indices[a:b], self.indptr[lo:hi+1] - a),
-                              (hi - lo, self.n_vars))
+        counts, genes = (_read(d, a, b, buffer) for d in (self.data, self.indices))
+        X = sparse.csr_matrix((counts, genes, self.indptr[lo:hi+1] - a), (hi - lo, self.n_vars))
         if self.columns is None: return X  # looked at as every block is, in `_checked`
         _check_csr(X.indices, X.indptr, self.n_vars, b - a)
         return X[:, self.columns]
@@ -286,10 +296,14 @@ def block(self:Source,
     a:int, # first cell
     b:int, # last cell, not included
     columns=None, # obs columns wanted; None means all
+    buffer:dict=None, # {} of a caller that drops each block before the next: memory is reused
 )->Counts:
     "Checked counts of some cells; raises `CountsError`"
     (X, var, where), (_, logged, fractional) = self._chosen, self.how
-    rows, obs = self._reading(lambda: (X[a:b], self._got.rows(slice(a, b), columns)))
+    def read():
+        rows = X.rows(slice(a, b), buffer) if isinstance(X, _Csr) else X[a:b]
+        return rows, self._got.rows(slice(a, b), columns)
+    rows, obs = self._reading(read)
     def check():
         try: return _checked(rows, obs, var, where, logged, fractional, self.name)
         except CountsError as e:
