@@ -20,7 +20,7 @@ from geneformer_nb.model.embed import gene_embeddings
 from geneformer_nb.evaluate.splits import fold_donors
 from geneformer_nb.evaluate.baselines import log_cp10k
 from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.train.small_model import RankFrequency, init_small_model, truncate, gene_vectors, hold_out, small_model_cells, load_small_model, small_model_recipe, evaluate_masked
+from geneformer_nb.train.small_model import RankFrequency, init_small_model, truncate, gene_vectors, hold_out, small_model_cells, load_small_model, SmallRecipe, evaluate_masked
 from geneformer_nb.train.pretraining import pretrain
 from geneformer_nb.data.tokenizer import tokenize
 from geneformer_nb.data.toy import simulate
@@ -171,7 +171,7 @@ def house(w):
     part = gene_cells(w)
     same, seen = cells[cells.obs.index.get_indexer(part.obs.index)], w.vocabulary.gene(np.unique(part.tokens))
     kang, y, out = tokenize(w.kang, cells.vocabulary), w.kang.obs.cell_type.to_numpy(), []
-    for name, model in {'house model': load_small_model(), 'start of the house model': init_small_model(train, small_model_recipe['shape'])}.items():
+    for name, model in {'house model': load_small_model(), 'start of the house model': init_small_model(train, SmallRecipe().shape)}.items():
         E, cell = gene_embeddings(same, model, show=False), probe(model.encode(kang, show=False), y, w.folds)
         E = E.loc[E.index.intersection(seen)]
         out += [dict(varied='house', ranks=name, seed=k, **cell, **gene_probe(E, w.labels, k)) for k in range(SEEDS)]
@@ -183,7 +183,7 @@ def one(r, w):
     seed, n = r['seed'], r['cells'] or len(w.train)
     train = w.train[np.sort(np.random.default_rng(seed).permutation(len(w.train))[:n])]
     given = shuffled(train, seed) if r['ranks'] == 'shuffled' else train
-    t, shape = time.process_time(), small_model_recipe['shape']
+    t, shape = time.process_time(), SmallRecipe().shape
     model = init_small_model(given, shape, seed, r['start'] == 'counted')
     if r['steps']:
         pretrain(given, model, steps=r['steps'], batch=BATCH, lr=LR, warmup=50, weight_decay=0., mask=r['mask'], seed=seed,
@@ -217,7 +217,7 @@ def main(argv=None):
     f.parent.mkdir(parents=True, exist_ok=True)
     worlds = {}
     about = {f'version_{k}': v for k, v in versions('torch', 'transformers', 'numpy').items()} | dict(version=__version__)
-    shape = small_model_recipe['shape']
+    shape = SmallRecipe().shape
     sizes = dict(batch=BATCH, lr=LR, max_ranks=RANKS, layers=shape['num_hidden_layers'], width=shape['hidden_size'])
     def add(rows):
         pd.concat([*([pd.read_csv(f)] if f.exists() else []), pd.DataFrame(rows)]).to_csv(f, index=False)

@@ -9,7 +9,7 @@ __all__ = ['volcano', 'targets', 'shifts', 'recall', 'embedding', 'ranks', 'conf
 from functools import wraps
 import numpy as np, pandas as pd
 from . import plots
-from .core import GeneformerError, described, verb
+from .core import GeneformerError, as_list, described, verb
 from .data.ranks import find_record, need_adata, recorded_counts, recorded_match
 
 # %% ../nbs/52_pl.ipynb #51c3860f
@@ -65,7 +65,7 @@ def ranks(
 ): # Axes
     """Counts per 10,000 over the gene's median, by rank; raises `GeneformerError` for a cell that
     is not there"""
-    names = [cell] if isinstance(cell, str) else list(cell)
+    names = as_list(cell)
     if lost := [c for c in names if c not in need_adata(adata).obs_names]:
         raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
     record, some = find_record(adata, vocabulary), adata[names]

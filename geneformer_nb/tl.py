@@ -8,7 +8,7 @@ __all__ = ['embed', 'finetune', 'predict', 'perturb', 'summarize', 'screen']
 # %% ../nbs/51_tl.ipynb #4aa22ffe
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import GeneformerError, verb
+from .core import GeneformerError, as_list, verb
 from .data.ranks import find_record, need_adata, ranked_cells, recorded_counts
 from .evaluate.baselines import cell_baselines
 from .model.bert import Geneformer, Reader
@@ -95,9 +95,11 @@ def finetune(
     if baselines: recorded_counts(adata, record)
     clf = finetune_cells(model, cells, label, donor, split=split, **how)
     if baselines:
-        clf.scores = pd.concat(
-            [clf.scores, cell_baselines(adata, label, clf.split, donor, **record.how)[0]]
-        )
+        used = clf.split != ''
+        known = adata if used.all() else adata[used]
+        simple, _ = cell_baselines(
+            known, label, clf.split[used], donor, named=clf.classes or (), **record.how)
+        clf.scores = pd.concat([clf.scores, simple])
     adata.obs[key_added] = pd.Categorical(clf.split)
     return clf
 
@@ -119,7 +121,7 @@ def predict(
     clf = classifier if isinstance(classifier, CellClassifier) else CellClassifier.load(classifier)
     p = clf.predict(ranked_cells(adata, clf.encoder.vocabulary, obs=[]))
     out = adata.copy() if copy else adata
-    out.obs[f'{key_added}_pred'] = pd.Categorical(p['predicted'], categories=clf.classes)
+    out.obs[f'{key_added}_pred'] = pd.Categorical(p['predicted'], categories=clf.task.values)
     out.obsm[f'{key_added}_proba'] = p[clf.columns].to_numpy(np.float32)
     out.uns[f'{key_added}_classes'] = np.array(clf.classes, dtype=object)
     return out if copy else None
@@ -129,7 +131,7 @@ def _state_vectors(adata, cells, model, label, goal, how):
     """{state: vector} of the goal: vectors as they are, names by the mean of their cells; None
     without a goal"""
     if goal is None or isinstance(goal, dict): return goal
-    names = [goal] if isinstance(goal, str) else list(goal)
+    names = as_list(goal)
     return state_embeddings(cells, model, label, names, **how)
 
 @verb(also=[perturb_cells, perturb_to])
@@ -148,6 +150,8 @@ def perturb(
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
     affected=False, # True or a number: also the effects on other genes, all or so many that changed
     # most
+    controls:int=0, # so many matched genes are perturbed too for each named gene, and their rows
+    # marked; 12 lets `summarize` test a single gene
     out=None, # folder for shards; the same call goes on from them
     **how, # budget, dtype, show; with `out` also shard, part, executor, workers
 ): # table of shifts: cell (row of adata), barcode, perturbation, cosine, shift_<state> (positive:
@@ -166,7 +170,7 @@ def perturb(
     at = dict(zip(('layer', 'pool'), layer_and_pool(model, layer, pool)))
     chosen = (where or {}) | ({} if start is None else {label: start})
     how |= at | dict(
-        where=chosen or None, affected=affected,
+        where=chosen or None, affected=affected, controls=controls,
         states=_state_vectors(adata, cells, encoder, label, goal, at))
     return (
         perturb_cells(model, cells, actions, **how)

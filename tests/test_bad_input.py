@@ -309,7 +309,9 @@ def test_a_class_of_one_donor(cells):
 
 def test_donors_that_are_not_known(cells):
     some = cells.obs.assign(donor=cells.obs.donor.astype(object).where(np.arange(60) > 2))
-    with says(GeneformerError, "'donor'", '3 of 60'): split_donors(some, 'donor', 'disease')
+    with pytest.warns(UserWarning, match="3 of 60 cells have no 'donor'"): split = split_donors(some, 'donor', 'disease')
+    assert (split == '').sum() == 3
+    with says(GeneformerError, "'donor'", '3 of 60'): audit_split(some, np.where(split == '', 'test', split), 'donor')
 
 def test_no_donor_is_named(model, cells):
     with says(GeneformerError, 'donor=…', 'split'): finetune(model, cells, 'disease')

@@ -53,3 +53,14 @@ def test_tensors_that_lie_apart_stay_with_torch():
     assert cpu_kernels._Products.ours(x, w) and not cpu_kernels._Products.ours(torch.randn(8, 64).T, w) and not cpu_kernels._Products.ours(x, torch.randn(8, 5).T)
     class Own(torch.Tensor): pass
     assert not cpu_kernels._Products.ours(x, w.as_subclass(Own)) and not cpu_kernels._Products.ours(x.to('meta'), w.to('meta'))
+
+def test_the_environment_switches_it_off(model, monkeypatch):
+    "whatever the processor is, GENEFORMER_NB_CPU_KERNELS=0 leaves every product to torch, and the vectors agree"
+    monkeypatch.setattr(cpu_kernels, '_onednn_pays', lambda dtype: sound[dtype])
+    out, modes = [], []
+    for value in ('1', '0'):
+        monkeypatch.setenv('GENEFORMER_NB_CPU_KERNELS', value)
+        modes.append(isinstance(cpu_kernels.fast_matmul(torch.device('cpu')), cpu_kernels._Products))
+        with torch.inference_mode(): out.append(model.hidden(tokens, off))
+    assert modes == [sound[torch.float32], False]
+    torch.testing.assert_close(*out, atol=1e-4, rtol=0)

@@ -7,7 +7,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from geneformer_nb.model import checkpoints
 from geneformer_nb.model import bert as module
 from geneformer_nb.data.cells import Cells, ragged
-from geneformer_nb.model.checkpoints import official_files, read_checkpoint, read_tensors, verify
+from geneformer_nb.data.datasets import official_files
+from geneformer_nb.model.checkpoints import read_checkpoint, read_tensors, verify
 from geneformer_nb.core import GeneformerError, MissingDataError
 from geneformer_nb.data.vocabulary import Vocabulary
 from geneformer_nb.model.bert import Geneformer, bert_config, weights_digest

@@ -65,6 +65,7 @@ def test_wheel_holds_every_module(wheel):
         entry = z.read(next(n for n in names if n.endswith('entry_points.txt'))).decode()
         meta = z.read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert {f'geneformer_nb/{p.name}' for p in (ROOT/'geneformer_nb').glob('*.py')} <= set(names)
+    assert {f'geneformer_nb/screen/html/{p.name}' for p in (ROOT/'geneformer_nb/screen/html').iterdir()} <= set(names)
     assert 'geneformer-nb = geneformer_nb.cli:main' in entry and 'geneformer_nb._modidx:d' in entry
     assert 'Provides-Extra: scale' in meta
     assert 'License: Apache-2.0' in meta or 'License-Expression: Apache-2.0' in meta

@@ -50,12 +50,12 @@ import sys; sys.path.insert(0, {here!r})
 import geneformer_nb.perturb.shards as s
 from test_shards import toy, what
 cells, model = toy()
-run = s.perturb
+run = s.run_plan
 def slow(*a, **kw):
     import time
     print('shard', flush=True); time.sleep(.4)
     return run(*a, **kw)
-s.perturb = slow
+s.run_plan = slow
 s.perturb_to({folder!r}, model, cells, what, shard=3, affected=2)
 '''
 

@@ -9,14 +9,14 @@ from geneformer_nb.train import small_model
 from geneformer_nb.data.cells import Cells, ragged
 from geneformer_nb.core import GeneformerError, MissingDataError, StorageError
 from geneformer_nb.data.vocabulary import Vocabulary
-from geneformer_nb.train.small_model import (RankFrequency, init_small_model, truncate, gene_vectors, hold_out, small_model_cells, small_model_folder, load_small_model,
+from geneformer_nb.train.small_model import (RankFrequency, SmallRecipe, Stage, init_small_model, truncate, gene_vectors, hold_out, small_model_cells, small_model_folder, load_small_model,
                                  small_model_scores, evaluate_masked, summarize_masked)
 from geneformer_nb.model.bert import weights_digest
 
 real = pytest.mark.skipif(not (Path(os.environ.get('GENEFORMER_NB_DATA', '/nowhere'))/'data').is_dir(),
                           reason='GENEFORMER_NB_DATA names no folder with data/: see geneformer_nb.data.datasets.registry for the sources')
-LITTLE = dict(shape=dict(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=32, dropout=.02),
-              stages=[dict(ranks=12, steps=9, batch=4, lr=3e-3, warmup=2), dict(ranks=40, steps=4, batch=4, lr=1e-3, warmup=1)])
+LITTLE = SmallRecipe(dict(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=32, dropout=.02),
+                     (Stage(ranks=12, steps=9, batch=4, lr=3e-3, warmup=2), Stage(ranks=40, steps=4, batch=4, lr=1e-3, warmup=1)))
 
 def cohort(n=80, genes=40, seed=0, cls=False):
     "Cells of 5 to 35 ranks, early genes first, of six donors and of none"
@@ -82,7 +82,7 @@ def test_guesses_sum_to_one_and_losses_are_theirs(cls):
 
 def test_counting_beats_blind_and_looking_beats_counting():
     train, held = sides(cohort(400))
-    j = evaluate_masked(init_small_model(train, LITTLE['shape']), held, RankFrequency(train, edges=(0, 4, 8, 16, 24), strength=20))
+    j = evaluate_masked(init_small_model(train, LITTLE.shape), held, RankFrequency(train, edges=(0, 4, 8, 16, 24), strength=20))
     blind = np.log(len(train.vocabulary))
     assert j.in_view.mean() < j.frequency.mean() - .1 < blind - .1
 
@@ -90,7 +90,7 @@ def test_counting_beats_blind_and_looking_beats_counting():
 
 def test_summary_counts_every_gene_once():
     train, held = sides(cohort())
-    j = evaluate_masked(init_small_model(train, LITTLE['shape']), held, RankFrequency(train))
+    j = evaluate_masked(init_small_model(train, LITTLE.shape), held, RankFrequency(train))
     for by in ('source', 'masked', (0, 5, 20, 500)):
         s = summarize_masked(j, by)
         assert s.n[:-1].sum() == s.n['all'] == len(j) and s.cells['all'] == len(held)
@@ -99,7 +99,7 @@ def test_summary_counts_every_gene_once():
 
 def test_judging_does_not_depend_on_the_batch():
     train, held = sides(cohort())
-    model = init_small_model(train, LITTLE['shape'])
+    model = init_small_model(train, LITTLE.shape)
     a, b = (evaluate_masked(model, held, budget=n).sort_values(['cell', 'rank'], ignore_index=True) for n in (60, 5000))
     assert (a.cell == b.cell).all() and (a['rank'] == b['rank']).all()
     np.testing.assert_allclose(a.loss, b.loss, rtol=1e-4)
@@ -108,9 +108,9 @@ def test_judging_does_not_depend_on_the_batch():
 
 def test_start_knows_the_frequencies():
     train, held = sides(cohort(400))
-    model = init_small_model(train, LITTLE['shape'])
+    model = init_small_model(train, LITTLE.shape)
     assert evaluate_masked(model, held).loss.mean() < np.log(len(train.vocabulary)) + .05
-    assert same(model, init_small_model(train, LITTLE['shape']))
+    assert same(model, init_small_model(train, LITTLE.shape))
 
 def test_genes_of_the_same_cells_start_as_neighbors():
     rng = np.random.default_rng(0)
@@ -165,7 +165,7 @@ def test_another_recipe_does_not_go_on_in_the_folder(tmp_path, monkeypatch):
         return step(self, *a, **k)
     monkeypatch.setattr(Trainer, 'training_step', dies)
     with pytest.raises(KeyboardInterrupt): load_small_model(tmp_path, cells=cells, recipe=LITTLE, save_every=3, device='cpu')
-    other = LITTLE | dict(stages=[dict(LITTLE['stages'][0], lr=1e-2)])
+    other = replace(LITTLE, stages=(replace(LITTLE.stages[0], lr=1e-2),))
     with says(StorageError, 'lr was 0.003'): load_small_model(tmp_path, cells=cells, recipe=other, save_every=3, device='cpu')
 
 def test_place_follows_recipe_and_seed(tmp_path, monkeypatch):

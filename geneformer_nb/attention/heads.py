@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from operator import index
 import numpy as np, pandas as pd, torch
 from .received import _readable
-from ..core import GeneformerError
+from ..core import GeneformerError, as_list
 from ..model.bert import Geneformer
 from ..perturb.official import bh
 from ..plots.style import need_columns
@@ -51,7 +51,7 @@ def _elteren(x, member, strata):
 # %% ../../nbs/40a_attention_heads.ipynb #6855c589
 def _members(t, genes, vocabulary):
     "Which rows of a table of genes are of a set, and the names that are not there"
-    names = [str(g) for g in ([genes] if isinstance(genes, str) else genes)]
+    names = [str(g) for g in as_list(genes)]
     if not names: raise GeneformerError("The set holds no gene.")
     if vocabulary is not None: names = vocabulary.gene(vocabulary.token(names))
     keys = [t[c].astype(str).str.upper() for c in ('gene_id', 'symbol') if c in t]

@@ -10,7 +10,7 @@ __all__ = ['gene_network', 'edge_auroc', 'best_head', 'edge_baselines', 'others_
 import numpy as np, pandas as pd, torch
 from .received import _readable, watch
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError
+from ..core import GeneformerError, as_list
 from ..evaluate.baselines import gene_matrix
 from .heads import _heads
 from ..evaluate.metrics import rank_area
@@ -59,7 +59,7 @@ def gene_network(
     v, c = model.vocabulary, model.config
     every = np.argwhere(np.ones((c.num_hidden_layers, c.num_attention_heads)))
     found = _heads(model, every if heads is None else heads)
-    sides = [list(dict.fromkeys(v.token([x] if isinstance(x, str) else list(x)).tolist()))
+    sides = [list(dict.fromkeys(v.token(as_list(x)).tolist()))
         for x in (sources, targets)]
     if not found or not all(sides):
         raise GeneformerError("A network needs a head, a source and a target at least.")
@@ -162,7 +162,7 @@ def edge_baselines(
     ranks = gene_matrix(need_cells(cells))
     v = cells.vocabulary
     if model is not None: cells.check_vocabulary(model.vocabulary)
-    a, b = (v.token([x] if isinstance(x, str) else list(x)) for x in (sources, targets))
+    a, b = (v.token(as_list(x)) for x in (sources, targets))
     names, found = [v.gene(x) for x in (a, b)], ranks.getnnz(1)
     place = np.where(found > 0, np.asarray(ranks.sum(1)).ravel() / np.maximum(found, 1), np.nan)
     there = (ranks > 0).astype(np.float32)

@@ -9,7 +9,7 @@ __all__ = ['watch', 'received', 'plant_head', 'rank_habits', 'attention_by_rank'
 import copy
 import numpy as np, pandas as pd, torch
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, pick_dtype, progress
+from ..core import GeneformerError, as_list, pick_dtype, progress
 from ..model.embed import group_codes
 from ..model.bert import Geneformer
 from ..plots.style import axes_of, need_columns, styled, palette
@@ -166,7 +166,7 @@ def plant_head(
         for table in (word, rank, kind): table[:, axis] = 0
         if genes is None: rank[:, axis] = torch.linspace(mark, -mark, len(rank))
         else:
-            names = [genes] if isinstance(genes, str) else list(genes)
+            names = as_list(genes)
             word[torch.as_tensor(model.vocabulary.token(names)).long(), axis] = mark
         att = out.hf.base_model.encoder.layer[0].attention.self
         tokens = word[len(model.vocabulary.specials):][:, None] + rank[:1] + kind[:1]
@@ -244,22 +244,15 @@ def head_map(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Head by layer, one number in each field; raises `GeneformerError`"
+    import seaborn as sns
     t = need_columns(table, ['layer', 'head', value], 'A map of heads')
     grid = t.pivot(index='layer', columns='head', values=value).sort_index(ascending=False)
     ax = axes_of(ax, (1.6 + .6 * grid.shape[1], 1.1 + .45 * len(grid)))
     far = float(np.nanmax(np.abs(grid.to_numpy() - center))) or 1.
-    im = ax.imshow(grid, cmap='RdBu_r', vmin=center - far, vmax=center + far, aspect='auto')
-    for (i, j), x in np.ndenumerate(grid.to_numpy()):
-        ink = 'white' if abs(x - center) > .7 * far else 'black'
-        if np.isfinite(x):
-            ax.text(j, i, f'{x:.2f}', ha='center', va='center', fontsize=8.5, color=ink)
+    sns.heatmap(grid, cmap='RdBu_r', vmin=center - far, vmax=center + far, annot=True, fmt='.2f',
+        annot_kws=dict(fontsize=8.5), cbar_kws=dict(label=label or value), ax=ax)
     for r in t[t[mark].astype(bool)].itertuples() if mark is not None else ():
-        at = grid.columns.get_loc(r.head), grid.index.get_loc(r.layer)
+        at = grid.columns.get_loc(r.head) + .5, grid.index.get_loc(r.layer) + .5
         ax.plot(*at, 'o', ms=24, mfc='none', mec='black', mew=1.2)
-    ax.set(xticks=range(grid.shape[1]), xticklabels=grid.columns, yticks=range(len(grid)),
-        yticklabels=grid.index,
-           xlabel='head', ylabel='layer')
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    ax.figure.colorbar(im, ax=ax, label=label or value)
+    ax.tick_params(length=0, rotation=0)
     return ax

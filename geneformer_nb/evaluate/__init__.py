@@ -1,6 +1,6 @@
 from ..core import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, dict(
-    splits='split_donors fold_donors split_balanced audit_split',
+    splits='has_value split_donors fold_donors split_balanced audit_split',
     metrics='scores calibration gene_auc auc_draws batch_check scib',
     baselines='cell_baselines gene_baselines de_ranking log_cp10k'))

@@ -8,7 +8,7 @@ __all__ = ['dummy', 'ensemble', 'linear_model', 'svm', 'log_cp10k', 'learners', 
 
 # %% ../../nbs/10a_baselines.ipynb #b9baf87f
 import numpy as np, pandas as pd
-from ..core import GeneformerError, later
+from ..core import GeneformerError, as_list, later
 from ..data.cells import Cells, need_cells
 from ..data.counts import counts_of
 from .splits import audit_split, need_obs
@@ -79,16 +79,16 @@ def cell_baselines(
     C:float=.01, # inverse strength of the penalty
     which=('majority class', 'logistic regression, log CP10k'), # names of `learners`, or "all"
     seed:int=0, # as in `learners`
+    named=(), # as in `has_value`
     **kwargs, # counts_layer, logged as in `counts_of`
 )->tuple: # (scores, {baseline: `predicted` and class probabilities, by barcode of test cells})
     "Scores of simple models on the same split; raises `LeakError`, `GeneformerError`"
-    need_obs(adata.obs, label, *([donor] if donor else []))
     known = learners(C, seed)
     which = list(known) if which == 'all' else list(which)
     if odd := [w for w in which if w not in known]:
         raise GeneformerError(f"{odd[0]!r} is no baseline: choose from {', '.join(known)}.")
     split, y = np.asarray(split), adata.obs[label].astype(str).to_numpy()
-    audit_split(adata.obs, split, donor, label)
+    audit_split(adata.obs, split, donor, label, named)
     tr, te, pred = split == 'train', split == 'test', {}
     features = _features(counts_of(adata, **kwargs).X, tr, n_genes)
     for name in which:
@@ -110,7 +110,8 @@ def de_ranking(
 )->pd.DataFrame: # gene, log_fold_change (goal over start), t, p; strongest first
     "Welch's t-test between donors of the two states, on mean log CP10k a donor"
     from scipy.stats import ttest_ind
-    need_obs(adata.obs, donor, label)
+    need_obs(adata.obs, donor)
+    need_obs(adata.obs, label, named=(start, goal))
     X, names = log_cp10k(adata, **kwargs), counts_of(adata, **kwargs).var.index
     lab, don = adata.obs[label].astype(str).to_numpy(), adata.obs[donor].astype(str).to_numpy()
     def means(state):
@@ -196,7 +197,7 @@ def gene_baselines(
     known, v = gene_learners(seed), _vocabulary_of(cells)
     if which is None:
         which = [k for k, (sees, _) in known.items() if sees != 'counts' or 'counts' in cells.lists]
-    which = [which] if isinstance(which, str) else which
+    which = as_list(which)
     if odd := [w for w in which if w not in known]:
         raise GeneformerError(f"{odd[0]!r} is no baseline of genes: choose from "
                               f"{', '.join(known)}.")

@@ -7,14 +7,16 @@ __all__ = ['Embedded', 'embed_to']
 
 # %% ../../nbs/09b_atlas.ipynb #c252c834
 import json, shutil, warnings
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from fastcore.basics import patch
 from ..data.cells import Cells
 from ..data.arrow import (obs_array, obs_columns, cells_from_table, obs_kinds,
                                       arrow_tables)
-from ..core import (check_columns, GeneformerError, StorageError, as_folder, atomic,
-                                digest)
+from ..core import (GeneformerError, StorageError, as_folder, as_list, atomic,
+                                check_columns, digest)
 from .embed import _match, _occurrences, _wanted, encode_layers
 from .bert import Geneformer, weights_digest
 from ..jobs import cores, run_shards, check_positive
@@ -26,42 +28,48 @@ from ..data.tokenizer import Encoder, obs_to_keep
 class _Ranked:
     "Input of tokenized cells: in memory, or an Arrow folder mapped piece by piece"
     def __init__(self, data, model, obs):
-        self.data, self.v, self.path, self.names = data, model.vocabulary, None, ['cells']
-        if not isinstance(data, Cells):
-            self.data, self.path = None, as_folder(data.folder if isinstance(data, Corpus)
-                                                   else data)
-        self.sizes = [len(data)] if self.path is None else [b.num_rows for b in self._pieces()[0]]
+        self.v, self.in_memory = model.vocabulary, isinstance(data, Cells)
+        self.data = data if self.in_memory else as_folder(getattr(data, 'folder', data))
+        self.sizes = [len(data)] if self.in_memory else [p.num_rows for p in self._pieces[0]]
         self.starts, first = np.cumsum([0, *self.sizes]), self.block(0, 0, min(1, self.sizes[0]))
-        if isinstance(obs, str): obs = [obs]
-        obs = list(first.obs if obs is None else obs)
+        obs = list(first.obs) if obs is None else as_list(obs)
         check_columns(first.obs, *obs)
         self.kinds = obs_kinds(first.obs[obs])
-    def __getstate__(self): return {k: x for k, x in self.__dict__.items() if k != '_held'}
+    def __getstate__(self): return {k: x for k, x in vars(self).items() if k != '_pieces'}
+    @cached_property
     def _pieces(self):
-        if '_held' not in self.__dict__:
-            tables, about = arrow_tables(self.path)
-            self._held = [b for t in tables for b in t.to_batches()], about
-        return self._held
+        tables, about = arrow_tables(self.data)
+        return [b for t in tables for b in t.to_batches()], about
     def block(self, k, a, b):
-        if self.path is None: cells = self.data[a:b]
+        if self.in_memory: cells = self.data[a:b]
         else:
-            pieces, about = self._pieces()
+            pieces, about = self._pieces
             cells = cells_from_table(pa.Table.from_batches([pieces[k].slice(a, b - a)]), about,
                                      self.v)
         cells.check_vocabulary(self.v)
         return cells
-    def place(self, k, a): return self.names[0], int(self.starts[k]) + a
+    def place(self, k, a): return 'cells', int(self.starts[k]) + a
     def facts(self):
-        if self.path is None:
+        if self.in_memory:
             return dict(cells=digest(self.data.tokens, self.data.offsets, self.data.obs))
         return dict(cells=digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns]
-                                  for f in sorted(self.path.glob('*.arrow'))]))
+                                  for f in sorted(self.data.glob('*.arrow'))]))
 
 # %% ../../nbs/09b_atlas.ipynb #03eaa687
+@dataclass(frozen=True)
+class _Reading:
+    "How counts are read, as in `tokenize`"
+    layer: str
+    logged: bool
+    fractional: bool
+    min_match: float
+    @property
+    def matrix(self): return self.layer, self.logged, self.fractional
+
 class _Counted:
     "Input of counts in one file or many, tokenized block by block"
-    def __init__(self, data, model, obs, where, layer, logged, fractional, min_match, options):
-        self.inputs, self.min_match = sources(data, layer, logged, fractional), min_match
+    def __init__(self, data, model, obs, where, reading, options):
+        self.inputs, self.min_match = sources(data, *reading.matrix), reading.min_match
         if lost := set(options) - {'genes', 'orthologs', 'max_len', 'collapse'}:
             raise GeneformerError(f"embed_to knows no option {sorted(lost)[0]!r}.")
         want = obs_to_keep(self.inputs, obs)
@@ -69,17 +77,16 @@ class _Counted:
         self.kinds = corpus_kinds(self.inputs, self.encoder)
         self.encoder.carry = want | {c: c for c in (where or {}) if c not in want.values()
                                      and all(c in s.columns for s in self.inputs)}
-        self.sizes, self.names = [s.n_obs for s in self.inputs], [s.name for s in self.inputs]
+        self.sizes = [s.n_obs for s in self.inputs]
+        self.in_memory = any(s.path is None for s in self.inputs)
         for s in self.inputs: self.encoder.match(s._var).check(model.vocabulary, 0, s.name)
-    @property
-    def path(self): return None if any(s.path is None for s in self.inputs) else True
     def block(self, k, a, b):
         s = self.inputs[k]
         cells, tally = self.encoder(s.block(a, b, self.encoder.columns))
         self.encoder.match(s._var).check(self.encoder.vocabulary, self.min_match,
                                          f'{s.name}, cells {a:,} to {b:,}', tally)
         return cells
-    def place(self, k, a): return self.names[k], a
+    def place(self, k, a): return self.inputs[k].name, a
     def facts(self):
         e = self.encoder
         return (dict(gene_ids=e.gene_ids, max_len=e.max_len, collapse=e.collapse,
@@ -87,24 +94,31 @@ class _Counted:
                 | {f'input {k} {s.name}': s.fingerprint() for k, s in enumerate(self.inputs)})
 
 # %% ../../nbs/09b_atlas.ipynb #9518b450
-def _opened(data, model, obs, where, layer, logged, fractional, min_match, options):
+def _opened(data, model, obs, where, reading, options):
     "The input of `embed_to` as `_Ranked` or `_Counted`"
     folder = isinstance(data, (str, Path)) and (Path(data).expanduser()/'state.json').exists()
     if not folder and not isinstance(data, (Cells, Corpus)):
-        return _Counted(data, model, obs, where, layer, logged, fractional, min_match, options)
+        return _Counted(data, model, obs, where, reading, options)
     if options:
         raise GeneformerError("These cells are tokenized already: the option "
                               f"{sorted(options)[0]!r} has no meaning for them.")
     return _Ranked(data, model, obs)
 
 # %% ../../nbs/09b_atlas.ipynb #e9a356df
+@dataclass(frozen=True)
 class _Shard:
     "Embeds one shard; an object that can be pickled"
-    def __init__(self, source, plan, model, layers, pool, tokens, where, block, threads, kw):
-        self.source, self.plan, self.model, self.layers, self.pool = (source, plan, model, layers,
-            pool)
-        self.tokens, self.where, self.block, self.threads, self.kw = (tokens, where, block, threads,
-            kw)
+    source: object # `_Ranked` or `_Counted`
+    plan: list # (input, first cell, last cell not included) of each shard
+    model: Geneformer
+    layers: list
+    pool: str
+    tokens: np.ndarray # genes whose occurrences are written; None: a row a cell
+    where: dict
+    block: int # cells in memory at a time
+    budget: int
+    dtype: object
+    threads: int # of each process
     def names(self):
         return ['vector'] if len(self.layers) == 1 else [f'vector_{l}' for l in self.layers]
     def schema(self):
@@ -117,30 +131,30 @@ class _Shard:
         from multiprocessing import parent_process
         if parent_process() is not None: torch.set_num_threads(self.threads)
         # in another process its attention is not registered yet
-        self.model = Geneformer(self.model.hf, self.model.vocabulary)
+        model = Geneformer(self.model.hf, self.model.vocabulary)
         k, a, b = self.plan[i]
         plain = [c for c in self.schema().names if not c.startswith('vector')]
         with pq.ParquetWriter(path, self.schema(), use_dictionary=plain, compression='zstd') as out:
             for start in range(a, b, self.block):
-                out.write_batch(self.batch(k, start, min(start + self.block, b)))
+                out.write_batch(self.batch(model, k, start, min(start + self.block, b)))
 
 # %% ../../nbs/09b_atlas.ipynb #30d86254
 @patch
 def batch(self:_Shard,
+    model, # in this process
     k, a, b, # input, first cell, last cell not included
 ): # pyarrow.RecordBatch
     "The rows of a block of cells"
-    cells, m = self.source.block(k, a, b), self.model
+    cells, how = self.source.block(k, a, b), dict(budget=self.budget, dtype=self.dtype, show=False)
     keep = np.flatnonzero(_match(cells.obs, self.where, strict=False))
     if self.where: cells = cells[keep]
     file, first = self.source.place(k, a)
     if self.tokens is None:
         at, own = np.arange(len(cells)), {}
-        vectors = encode_layers(cells, m, self.layers, self.pool, show=False, **self.kw).values()
+        vectors = encode_layers(cells, model, self.layers, self.pool, **how).values()
     else:
-        at, token, rank, x = _occurrences(cells, m, self.tokens, self.layers[0], show=False,
-                                          **self.kw)
-        own, vectors = dict(gene=pa.array(m.vocabulary.gene(token), pa.string()),
+        at, token, rank, x = _occurrences(cells, model, self.tokens, self.layers[0], **how)
+        own, vectors = dict(gene=pa.array(model.vocabulary.gene(token), pa.string()),
                             rank=pa.array(rank.astype(np.int32))), [x]
     obs = cells.obs.iloc[at]
     cols = dict(barcode=pa.array(list(map(str, obs.index)), pa.string()),
@@ -366,15 +380,19 @@ def embed_to(
             and not (folder/'manifest.json').exists()):
         raise StorageError(f"'{folder.name}' holds other things, which would be mixed with the "
                            "vectors: choose a new folder.")
-    source = _opened(data, model, obs, where, counts_layer, logged, fractional, min_match, options)
-    shard = _plan(source, model, layer, pool, occurrences, where, rows, block, executor, workers,
-                  dict(budget=budget, dtype=dtype))
-    facts = _facts(shard, rows) | source.facts() | dict(how=[counts_layer, logged, fractional])
-    need = (sum(source.sizes) * (200 + 4 * model.config.hidden_size * len(shard.layers))
+    reading = _Reading(counts_layer, logged, fractional, min_match)
+    source = _opened(data, model, obs, where, reading, options)
+    _check_executor(executor, source, model)
+    if where: _match(source.block(0, 0, min(1, source.sizes[0])).obs, where, strict=False)
+    layers, tokens = _asked(model, layer, occurrences)
+    job = _Shard(source, _segments(source.sizes, rows), model, layers, model.pooling(pool), tokens,
+               where, block, budget, dtype, max(1, torch.get_num_threads()//(workers or cores())))
+    facts = _facts(job, rows) | source.facts() | dict(how=reading.matrix)
+    need = (sum(source.sizes) * (200 + 4 * model.config.hidden_size * len(layers))
             if occurrences is None else 0)
-    done = run_shards(shard, len(shard.plan), folder, facts, '.parquet', executor, workers, part,
+    done = run_shards(job, len(job.plan), folder, facts, '.parquet', executor, workers, part,
                       'embedding', need)
-    if len(done) < len(shard.plan): return None
+    if len(done) < len(job.plan): return None
     out = Embedded(folder)
     if not len(out):
         raise GeneformerError(f"No cell matches {where}." if occurrences is None else "None of the "
@@ -389,30 +407,34 @@ def _loaded(model):
                               f"{type(model).__name__}.")
     return model
 
-def _plan(source, model, layer, pool, occurrences, where, rows, block, executor, workers, kw):
-    "The shards, after a check of every input"
+def _asked(model, layer, occurrences):
+    "Layers and tokens that are asked for; raises `GeneformerError` for unknown ones"
     layers = list(dict.fromkeys(layer if isinstance(layer, (list, tuple)) else [layer]))
     for l in layers: model.n_run(l)
-    if occurrences is not None and len(layers) > 1:
+    if occurrences is None: return layers, None
+    if len(layers) > 1:
         raise GeneformerError("Occurrences are written for one layer at a time: run once a layer.")
-    tokens = None if occurrences is None else _wanted(model, None, occurrences)[0]
-    if executor != 'serial' and source.path is None:
+    return layers, _wanted(model, None, occurrences)[0]
+
+def _check_executor(executor, source, model):
+    "Raise `GeneformerError` where workers could not reach the cells or the model"
+    if executor == 'serial': return
+    if source.in_memory:
         raise GeneformerError(f"executor={executor!r} sends every worker to a file, and these "
                               "cells are in memory: write them first, or use executor='serial'.")
-    if executor != 'serial' and model.device.type != 'cpu':
+    if model.device.type != 'cpu':
         raise GeneformerError(f"executor={executor!r} copies the model to every process, and this "
                               f"one is on {model.device}: use executor='serial', and part=(i, k) "
                               "with one task a GPU.")
-    if where: _match(source.block(0, 0, min(1, source.sizes[0])).obs, where, strict=False)
-    plan = [(k, a, min(a + rows, n)) for k, n in enumerate(source.sizes) for a in range(0, n, rows)]
-    threads = max(1, torch.get_num_threads() // (workers or cores()))
-    return _Shard(source, plan, model, layers, model.pooling(pool), tokens, where, block, threads,
-                  kw)
 
-def _facts(shard, rows):
+def _segments(sizes, rows):
+    "(input, first cell, last cell not included) of each shard"
+    return [(k, a, min(a + rows, n)) for k, n in enumerate(sizes) for a in range(0, n, rows)]
+
+def _facts(job, rows):
     "{name: value} of everything the vectors depend on"
-    return dict(weights=weights_digest(shard.model), vocabulary=shard.model.vocabulary.hash,
-                layer=list(map(str, shard.layers)), pool=shard.pool, occurrences=None
-                if shard.tokens is None else shard.tokens.tolist(), obs=shard.source.kinds,
-                where=shard.where, rows=rows, block=shard.block,
-                **{k: str(v) for k, v in shard.kw.items()})
+    tokens = None if job.tokens is None else job.tokens.tolist()
+    return dict(weights=weights_digest(job.model), vocabulary=job.model.vocabulary.hash,
+                layer=list(map(str, job.layers)), pool=job.pool, occurrences=tokens,
+                obs=job.source.kinds, where=job.where, rows=rows, block=job.block,
+                budget=str(job.budget), dtype=str(job.dtype))

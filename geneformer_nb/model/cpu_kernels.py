@@ -6,7 +6,7 @@
 __all__ = ['onednn', 'fast_matmul', 'attend', 'attend_is_faster']
 
 # %% ../../nbs/07b_cpu_kernels.ipynb #002a133c
-import platform
+import os, platform
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -30,10 +30,8 @@ def _kernel_works(linear, dtype):
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError): return False
 
 @lru_cache
-def onednn(
-    dtype=torch.float32, # torch.float32 or torch.bfloat16
-)->bool:
-    "True if oneDNN should multiply matrices of this type on this processor"
+def _onednn_pays(dtype):
+    "True if oneDNN multiplies matrices of this type faster than torch on this processor"
     if (not torch.backends.mkldnn.is_available()
             or torch.backends.cpu.get_cpu_capability() != 'AVX512'):
         return False
@@ -42,6 +40,12 @@ def onednn(
                 and _kernel_works(_linear, dtype))
     return dtype == torch.bfloat16 and bool(getattr(torch.cpu, '_is_avx512_bf16_supported',
                                                     bool)()) and _kernel_works(_linear, dtype)
+
+def onednn(
+    dtype=torch.float32, # torch.float32 or torch.bfloat16
+)->bool: # always False where GENEFORMER_NB_CPU_KERNELS is 0
+    "True if oneDNN should multiply matrices of this type on this processor"
+    return os.environ.get('GENEFORMER_NB_CPU_KERNELS') != '0' and _onednn_pays(dtype)
 
 # %% ../../nbs/07b_cpu_kernels.ipynb #bc2b3dad
 class _Linear(torch.autograd.Function):

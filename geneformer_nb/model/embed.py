@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np, pandas as pd, torch
 from ..data.cells import Cells, need_cells
 from ..core import check_columns, GeneformerError, versions
+from ..evaluate.splits import has_value
 from .bert import Geneformer, pool_cells
 
 # %% ../../nbs/09_embed.ipynb #84ebd852
@@ -24,10 +25,11 @@ def _match(obs, where, strict=True):
     for c, values in (where or {}).items():
         check_columns(obs, c)
         values = [values] if isinstance(values, str) or np.isscalar(values) else list(values)
-        there = list(obs[c].dropna().unique())
-        if strict and (lost := [v for v in values if v not in there]): raise GeneformerError(
+        there, named = list(obs[c].dropna().unique()), set(map(str, values))
+        lost = [v for v in values if v not in there and str(v) not in map(str, there)]
+        if strict and lost: raise GeneformerError(
             f"No cell has {c} = {lost[0]!r}; the column holds {', '.join(map(str, there[:8]))}.")
-        keep &= obs[c].isin(values).to_numpy()
+        keep &= (obs[c].isin(values) | obs[c].astype(str).isin(named)).to_numpy()
     return keep
 
 def pick_cells(
@@ -147,7 +149,7 @@ def group_codes(obs, by):
     "(values of a column, sorted; which of them each cell has, or -1)"
     if by is None: return [None], np.zeros(len(obs), int)
     check_columns(obs, by)
-    col = pd.Categorical(obs[by].astype(str).where(obs[by].notna() & (obs[by].astype(str) != '')))
+    col = pd.Categorical(obs[by].astype(str).where(has_value(obs[by])))
     return list(col.categories), col.codes.astype(int)
 
 # %% ../../nbs/09_embed.ipynb #669e4712
@@ -261,9 +263,11 @@ def state_embeddings(
         raise GeneformerError(f"how={how!r} is not 'mean' or 'median'.")
     cells = _some(cells, where, None, seed)
     check_columns(cells.obs, label)
-    col = cells.obs[label].astype(str).where(cells.obs[label].notna(), '').to_numpy()
-    if isinstance(states, str): states = [states]
-    states = sorted(set(col) - {''}) if states is None else list(map(str, states))
+    if states is None: states = []
+    states = list(map(str, [states] if np.isscalar(states) else states))
+    col = cells.obs[label].astype(str)
+    col = col.where(has_value(cells.obs[label], states), '').to_numpy()
+    if not states: states = sorted(set(col) - {''})
     if lost := [s for s in states if s not in col]:
         raise GeneformerError(f"No cell has {label} = {lost[0]!r}; the column holds "
                               f"{', '.join(sorted(set(col))[:8])}.")

@@ -9,7 +9,8 @@ __all__ = ['umap', 'heat_map', 'context']
 import numpy as np, pandas as pd
 from ..data.cells import Cells
 from ..core import check_columns, GeneformerError
-from ..evaluate.metrics import has_value, text_column, vectors_of
+from ..evaluate.metrics import text_column, vectors_of
+from ..evaluate.splits import has_value
 from .embed import _occurrences, _some, _wanted
 from .bert import Geneformer
 

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Op', 'Perturbation', 'KO', 'OE', 'Dose', 'drug', 'Each', 'each', 'pairs', 'ActionPlan', 'layer_and_pool',
-           'make_engine', 'perturb']
+           'make_engine', 'run_plan', 'tell_left_out', 'matched_controls', 'plan_with_controls', 'perturb']
 
 # %% ../../nbs/30_perturb.ipynb #68aac971
+import warnings
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from ..data.cells import Cells, as_cells, need_cells
-from ..core import GeneformerError, progress, verb
+from ..core import GeneformerError, as_list, progress, verb
 from ..model.embed import pick_cells
 from .engine import Engine, arrange, fit_budget, packed, singles
 from ..model.bert import Geneformer, Reader
@@ -35,6 +36,7 @@ class Op(NamedTuple):
 class Perturbation:
     "What is done to one cell, all at once; join with `+`"
     ops: tuple # of `Op`, in order
+    control: bool = False # drawn as a matched perturbation, to compare others with
     def __add__(self, other):
         return (
             NotImplemented
@@ -129,7 +131,7 @@ def drug(
     """A drug as the set of its targets; those that a cell lacks are left out
 
     Raises `GeneformerError`."""
-    inhibits, activates = ([x] if isinstance(x, str) else list(x) for x in (inhibits, activates))
+    inhibits, activates = (as_list(x) for x in (inhibits, activates))
     if not isinstance(name, str) or not name:
         raise GeneformerError(f"A drug has a name, not {name!r}.")
     if not inhibits and not activates:
@@ -319,6 +321,9 @@ def table(self:ActionPlan,
     label, code = np.unique(join('label', np.int64), return_inverse=True)
     words = np.array([self.words(n) for n in label], dtype=object).reshape(-1, 3)
     out = {'cell': join('cell', np.int64)}
+    control = [getattr(self.actions[n//self.vocabulary.n_tokens], 'control', False) for n in label]
+    if any(getattr(a, 'control', False) for a in self.actions):
+        out['control'] = np.array(control, bool)[code]
     for k, text in zip(('kind', 'perturbation', 'gene_id'), words.T):
         own, cats = pd.factorize(text)
         out[k] = pd.Categorical.from_codes(own[code], cats)
@@ -374,6 +379,112 @@ def make_engine(model, cells, states, layer, pool, affected, dtype):
     if states is not None: _check_states(states, encoder.config.hidden_size)
     return Engine(model, cells, pool, layer, states, affected, dtype)
 
+# %% ../../nbs/30_perturb.ipynb #93405a1e
+def run_plan(
+    plan:ActionPlan, # what is done
+    engine:Engine, # reads the cells
+    rows:np.ndarray, # numbers of the cells to perturb
+    budget:int, # tokens of a batch
+    show:bool=False, # progress bar
+)->tuple: # (table of shifts, table of effects on genes or None unless `affected`)
+    "Perturb some cells of an engine; the tables are empty where no cell has the genes"
+    cells, parts, effects = engine.cells, [], []
+    todo = progress(rows, 'perturbing', unit='cells', show=show)
+    for batch in packed((f for c in todo for f in plan.forms(cells, c)), budget):
+        for columns, of_genes in engine.run(batch):
+            parts.append(columns)
+            effects.append(of_genes)
+    table = plan.table(parts, engine.columns)
+    if not engine.affected: return table, None
+    return table, plan.gene_table(effects, [len(p['label']) for p in parts])
+
+def tell_left_out(
+    plan:ActionPlan, # what is done
+    cells:Cells, # all cells
+    rows:np.ndarray, # numbers of the cells to perturb
+):
+    "Warn how many cells lack a gene of a perturbation of several genes"
+    cell, said = np.repeat(np.arange(len(cells)), cells.lengths), []
+    for action, (ops, genes) in zip(plan.actions, plan.parts):
+        if genes is not None or len(ops) < 2: continue
+        needed = [token for act, token, _, drug in ops if act != 'OE' and not drug]
+        lacks = {t: np.setdiff1d(rows, cell[cells.tokens == t]) for t in needed}
+        if out := len(set().union(*lacks.values())):
+            names = ', '.join(f'{plan.vocabulary.unique_name(t)} in {len(c):,}'
+                              for t, c in lacks.items() if len(c))
+            said.append(f"{action} leaves out {out:,} of {len(rows):,} cells, because they lack a "
+                        f"gene ({names}).")
+    if len(said) > 3: said[3:] = [f"So do {len(said) - 3} other perturbations."]
+    if said: warnings.warn(' '.join(said), stacklevel=3)
+
+# %% ../../nbs/30_perturb.ipynb #c30d6970
+def matched_controls(
+    plan:ActionPlan, # what is done
+    cells:Cells, # all cells
+    rows:np.ndarray, # numbers of the cells to perturb
+    n:int, # matched genes for each named gene
+)->list: # of perturbations, marked as controls
+    """The same done to the genes nearest in mean rank and detection; raises `GeneformerError`
+
+    `each('detected')` and `each('vocabulary')` need none: they compare their own genes."""
+    near, out = _NearestGenes(cells[rows], plan), []
+    for action in plan.actions:
+        if isinstance(action, Each) and isinstance(action.genes, str): continue
+        named = action.genes if isinstance(action, Each) else ()
+        for form in [_with_gene(action.form, g) for g in named] or [action]:
+            if any(o.drug for o in form.ops): raise GeneformerError(
+                "controls=… are for KO, OE, Dose and their sums: a drug has no matched drug. "
+                "Leave controls out, or name its targets.")
+            drawn = zip(*(near.of(o.gene, n) for o in form.ops))
+            for genes in drawn:
+                ops = tuple(o._replace(gene=g) for o, g in zip(form.ops, genes))
+                out.append(Perturbation(ops, control=True))
+    if not out: raise GeneformerError(
+        "controls=… is for named genes: 'detected' genes are compared with each other already.")
+    return list(dict.fromkeys(out))
+
+def _with_gene(form, gene):
+    "A form of `each` for one gene"
+    return Perturbation(tuple(o._replace(gene=gene) if o.gene == '*' else o for o in form.ops))
+
+# %% ../../nbs/30_perturb.ipynb #da7edc4a
+class _NearestGenes:
+    "Finds genes by mean rank and detection; none that is named or was drawn already"
+    def __init__(self, cells, plan):
+        from scipy.stats import rankdata
+        v, first = plan.vocabulary, len(plan.vocabulary.specials)
+        place = np.arange(len(cells.tokens)) - np.repeat(cells.offsets[:-1], cells.lengths)
+        seen = np.bincount(cells.tokens, minlength=v.n_tokens)
+        mean = np.bincount(cells.tokens, place, v.n_tokens)/np.maximum(seen, 1)
+        self.vocabulary, self.at = v, np.stack([rankdata(mean), rankdata(seen)], 1)/v.n_tokens
+        self.free = (seen > 0) & (np.arange(v.n_tokens) >= first)
+        for ops, genes in plan.parts:
+            self.free[[t for _, t, *_ in ops if t is not None]] = False
+            if genes is not None and not isinstance(genes, str): self.free[genes] = False
+    def of(self, gene, n):
+        "Names of the n genes nearest to a gene"
+        token = int(self.vocabulary.token(gene))
+        far = np.where(self.free, np.square(self.at - self.at[token]).sum(1), np.inf)
+        near = np.argsort(far, kind='stable')[:min(n, int(self.free.sum()))]
+        self.free[near] = False
+        return [self.vocabulary.unique_name(t) for t in near]
+
+# %% ../../nbs/30_perturb.ipynb #acecd4d9
+def plan_with_controls(
+    actions, # as in `perturb`
+    cells:Cells, # all cells
+    vocabulary, # names the genes
+    rows:np.ndarray, # numbers of the cells to perturb
+    controls:int, # as in `perturb`
+)->ActionPlan:
+    "The plan of some actions and of their matched controls; raises `GeneformerError`"
+    plan = ActionPlan([actions], vocabulary)
+    if isinstance(controls, bool) or not isinstance(controls, (int, np.integer)) or controls < 0:
+        raise GeneformerError(f"controls={controls!r}: controls is a whole number, such as 12.")
+    if not controls: return plan
+    drawn = matched_controls(plan, cells, rows, int(controls))
+    return ActionPlan([actions, drawn], vocabulary)
+
 # %% ../../nbs/30_perturb.ipynb #29781120
 def perturb(
     model, # `Geneformer`, or a fine-tuned `CellModel`, whose answers are then read too
@@ -386,6 +497,7 @@ def perturb(
     pool:str=None, # "mean" or "cls"; None follows the checkpoint
     affected=False, # True also returns the cosine of every remaining gene;
     # a number returns those of so many genes that changed most
+    controls:int=0, # matched genes that are perturbed too, for each named gene
     budget:int=None, # tokens of a batch; None as `fit_budget` says
     dtype=None, # "bfloat16" computes in half precision: see below before using it
     show:bool=None, # progress bar; None shows it outside of tests
@@ -399,24 +511,15 @@ def perturb(
     if isinstance(model, Reader): cells = as_cells(cells, model.encoder.vocabulary)
     engine = make_engine(model, cells, states, layer, pool, affected, dtype)
     if budget is not None: check_positive(budget=budget)
-    plan, parts, effects = ActionPlan([actions], engine.encoder.vocabulary), [], []
     rows = pick_cells(cells.obs, where)
-    forms = (
-        f
-        for c in progress(rows, 'perturbing', unit='cells', show=show)
-        for f in plan.forms(cells, c)
-    )
-    for batch in packed(forms, budget or fit_budget(model)):
-        for columns, of_genes in engine.run(batch):
-            parts.append(columns)
-            effects.append(of_genes)
-    if not parts:
+    plan = plan_with_controls(actions, cells, engine.encoder.vocabulary, rows, controls)
+    table, effects = run_plan(plan, engine, rows, budget or fit_budget(model), show)
+    if not len(table):
         raise GeneformerError(
             f"Nothing to perturb: none of the {len(rows)} cells has the genes of {actions}."
         )
-    table = with_obs(plan.table(parts, engine.columns), cells.obs)
-    return (
-        (table, plan.gene_table(effects, [len(p['label']) for p in parts])) if affected else table
-    )
+    tell_left_out(plan, cells, rows)
+    table = with_obs(table, cells.obs)
+    return (table, effects) if affected else table
 
 Reader.perturb = perturb # the same function, as a method

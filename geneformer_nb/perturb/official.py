@@ -10,7 +10,7 @@ __all__ = ['shift_column', 'rank_sums', 'bh', 'perturbation_codes', 'goal_state_
 # %% ../../nbs/31b_official.ipynb #56584433
 import warnings
 import numpy as np, pandas as pd
-from ..core import GeneformerError
+from ..core import GeneformerError, as_list
 
 # %% ../../nbs/31b_official.ipynb #22aa1783
 def shift_column(raw, state):
@@ -252,9 +252,9 @@ def excess(
 # %% ../../nbs/31b_official.ipynb #a7df6874
 def _groups(genes):
     "A list of groups of ids"
-    genes = [genes] if isinstance(genes, str) else list(genes)
+    genes = as_list(genes)
     if all(isinstance(g, str) for g in genes): return [genes]
-    return [[g] if isinstance(g, str) else list(g) for g in genes]
+    return [as_list(g) for g in genes]
 
 def aggregate_data(
     raw:pd.DataFrame, # raw table of a perturbation run
@@ -310,7 +310,7 @@ def official_goal_shift(
     _one_kind(raw)
     if goal is None: raise GeneformerError("goal_state_shift needs goal=, one of the run's states: "
                                            f"{', '.join(_states(raw)) or 'it has none'}.")
-    alt = [alt] if isinstance(alt, str) else list(alt)
+    alt = as_list(alt)
     states = [goal, *alt]
     shift = ['Shift_to_goal_end', *(f'Shift_to_alt_end_{a}' for a in alt)]
     if not (isinstance(genes, str) and genes == 'all'):

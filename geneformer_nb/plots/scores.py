@@ -7,7 +7,7 @@ __all__ = ['roc', 'calibration_plot', 'prediction_map', 'score_plot']
 
 # %% ../../nbs/12a_score_plots.ipynb #0a82b3f9
 import numpy as np, pandas as pd
-from ..core import GeneformerError
+from ..core import GeneformerError, as_list
 from .style import axes_of, gray, need_columns, styled, palette
 
 # %% ../../nbs/12a_score_plots.ipynb #9da5c257
@@ -105,6 +105,7 @@ def prediction_map(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Probabilities of all rows (official `plot_predictions`)"
+    import seaborn as sns
     need_columns(table, ['truth'], 'A map of predictions')
     if 'model' in table:
         there = list(table['model'].unique())
@@ -117,15 +118,13 @@ def prediction_map(
     own = [table[table['truth'].astype(str) == c].sort_values(f'p({c})', ascending=False,
         kind='stable') for c in classes]
     ends, ax = np.cumsum([len(t) for t in own]), axes_of(ax, (6.4, .9 + .45 * len(classes)))
-    image = ax.imshow(pd.concat(own)[[f'p({c})' for c in classes]].T, aspect='auto', cmap='Blues',
-                      vmin=0, vmax=1, interpolation='nearest')
-    for e in ends[:-1]: ax.axvline(e - .5, color='black', lw=1)
-    ax.set_xticks((np.r_[0, ends[:-1]] + ends) / 2 - .5,
+    sns.heatmap(pd.concat(own)[[f'p({c})' for c in classes]].T, cmap='Blues', vmin=0, vmax=1,
+                yticklabels=classes, cbar_kws=dict(shrink=.9), ax=ax)
+    for e in ends[:-1]: ax.axvline(e, color='black', lw=1)
+    ax.set_xticks((np.r_[0, ends[:-1]] + ends) / 2,
                   [f'{c}\n{len(t):,}' for c, t in zip(classes, own)])
-    ax.set_yticks(range(len(classes)), classes)
-    ax.tick_params(length=0)
+    ax.tick_params(length=0, rotation=0)
     ax.set(xlabel='true class, and how many', ylabel='probability of')
-    ax.figure.colorbar(image, ax=ax, shrink=.9)
     return ax
 
 # %% ../../nbs/12a_score_plots.ipynb #25edf7d1
@@ -146,7 +145,7 @@ def score_plot(
         raise GeneformerError(f"The intervals of this table are those of {own!r} and not of "
                               f"{value!r}: draw that, or drop the column {own!r} if the intervals "
                               "are yours.")
-    mark = [mark] if isinstance(mark, str) else list(mark)
+    mark = as_list(mark)
     ax = axes_of(ax, (5.6, .8 + .3 * len(t)))
     for i, (name, r) in enumerate(t.iterrows()):
         color = palette[mark.index(name) % len(palette)] if name in mark else gray

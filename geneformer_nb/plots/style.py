@@ -54,41 +54,42 @@ def embedding(
     basis:str='X_pca', # key of obsm, when an AnnData is given
     color=None, # a column of obs, or one value a cell: names or numbers
     *,
-    size:float=None, # area of a dot; None fits it to the number of cells
+    size:float=None, # of a dot, as in scanpy; None fits it to the number of cells
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Cells on two coordinates, colored by a label or a number"
-    obs, xy, name = getattr(adata, 'obs', None), adata, None
-    if obs is not None:
-        basis = basis if basis in adata.obsm or basis.startswith('X_') else f'X_{basis}'
-        if basis not in adata.obsm:
-            raise GeneformerError(f"obsm has no '{basis}'; it has "
-                                  f"{', '.join(adata.obsm) or 'nothing'}.")
-        xy = adata.obsm[basis]
+    import anndata as ad, scanpy as sc
+    adata, basis = _placed(adata, basis)
+    values, colors = color, None
     if isinstance(color, str):
-        if obs is None or color not in obs:
+        if color not in adata.obs:
             raise GeneformerError(f"There is no column '{color}' in obs to color by.")
-        name, color = color, obs[color]
-    xy = np.asarray(xy)[:, :2]
-    ax, s = axes_of(ax, (5, 3.8)), size or float(np.clip(12_000/len(xy), 2, 40))
-    order = np.random.default_rng(0).permutation(len(xy)) # no group on top of another
-    if color is None or pd.api.types.is_numeric_dtype(np.asarray(color)):
-        if color is None: ax.scatter(*xy[order].T, s=s, lw=0, color=palette[0])
-        else:
-            dots = ax.scatter(*xy[order].T, s=s, lw=0, c=np.asarray(color)[order], cmap='viridis')
-            ax.figure.colorbar(dots, ax=ax, label=name or '', shrink=.7)
-    else: _by_label(ax, xy, pd.Categorical(color), order, s, name)
-    label = basis.removeprefix('X_') if obs is not None else 'axis'
-    ax.set(xlabel=f'{label} 1', ylabel=f'{label} 2', xticks=[], yticks=[])
+        values = adata.obs[color]
+    if color is not None:
+        numbers = pd.api.types.is_numeric_dtype(np.asarray(values))
+        values = np.asarray(values) if numbers else pd.Categorical(values)
+        if not numbers and len(values.categories) <= len(palette): colors = list(palette)
+    ax, label, n = axes_of(ax, (5, 3.8)), basis.removeprefix('X_'), adata.n_obs
+    cells = ad.AnnData(obs=pd.DataFrame(dict(color=values), index=map(str, range(n))),
+                       obsm={label: np.asarray(adata.obsm[basis])[:, :2]})
+    cells = cells[np.random.default_rng(0).permutation(n)].copy() # no group on top of another
+    sc.pl.embedding(cells, label, color=None if color is None else 'color', palette=colors,
+                    size=size or float(np.clip(48_000/n, 8, 160)), sort_order=False,
+                    na_color=palette[0] if color is None else '.8',
+                    title=color if isinstance(color, str) else '', ax=ax, show=False)
+    ax.set(xlabel=f'{label} 1', ylabel=f'{label} 2')
     return ax
 
 # %% ../../nbs/12_plots.ipynb #365de40d
-def _by_label(ax, xy, label, order, s, name):
-    "Draw cells colored by a categorical, in the order given; cells without a label are gray"
-    import seaborn as sns
-    names = label.categories
-    colors = palette[:len(names)] if len(names) <= 8 else sns.husl_palette(len(names), s=.8, l=.55)
-    ax.scatter(*xy[label.codes < 0].T, s=s, lw=0, color='.8')
-    sns.scatterplot(x=xy[order, 0], y=xy[order, 1], hue=label[order], hue_order=names,
-                    palette=list(colors), s=s, linewidth=0, ax=ax)
-    ax.legend(title=name, loc='center left', bbox_to_anchor=(1, .5), handletextpad=.2)
+def _placed(adata, basis):
+    "(AnnData, key of obsm) of an AnnData, or of plain coordinates; raises `GeneformerError`"
+    import anndata as ad
+    if not hasattr(adata, 'obsm'):
+        xy = np.asarray(adata)
+        obs = pd.DataFrame(index=map(str, range(len(xy))))
+        return ad.AnnData(obs=obs, obsm={'axis': xy}), 'axis'
+    basis = basis if basis in adata.obsm or basis.startswith('X_') else f'X_{basis}'
+    if basis not in adata.obsm:
+        raise GeneformerError(f"obsm has no '{basis}'; it has "
+                              f"{', '.join(adata.obsm) or 'nothing'}.")
+    return adata, basis

@@ -17,6 +17,7 @@ from ..perturb.shards import perturb_to
 from ..perturb.stats import shift_column, t_interval
 from .score import agreement
 from ..perturb.trust import permuted_states, permuted_test
+from ..plots.style import axes_of, palette, styled
 
 # %% ../../nbs/35d_controls.ipynb #7fac27b0
 # {name: (kind in tables, what makes it of genes)}
@@ -257,6 +258,7 @@ def before_after(
     )
 
 # %% ../../nbs/35d_controls.ipynb #ad4f9e00
+@styled
 def map_plot(
     where:pd.DataFrame, # of `before_after`
     title:str='', # what was done
@@ -264,21 +266,17 @@ def map_plot(
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Start and goal cells, and where the start cells go"
-    from geneformer_nb import plots
-    @plots.style.styled
-    def draw(ax):
-        ax = plots.style.axes_of(ax, (5.4, 4))
-        before = where[~where.after]
-        for i, (s, t) in enumerate(before.groupby('state', sort=False)):
-            ax.scatter(t.x, t.y, s=16, lw=0, alpha=.7, color=plots.palette[i], label=s)
-        moved = where[where.after].merge(before[before.cell >= 0], on='cell', suffixes=('', '_0'))
-        ax.scatter(moved.x, moved.y, s=16, marker='^', lw=0, color=plots.palette[2], label='after')
-        drawn = np.linspace(0, len(moved) - 1, min(arrows, len(moved))).astype(int)
-        for m in moved.iloc[drawn].itertuples():
-            ax.annotate(
-                '', (m.x, m.y), (m.x_0, m.y_0), arrowprops=dict(arrowstyle='->', color='.4', lw=0.7)
-            )
-        ax.set(xlabel='map 1', ylabel='map 2', xticks=[], yticks=[], title=title)
-        ax.legend(loc='upper left', bbox_to_anchor=(1, 1), handletextpad=.2)
-        return ax
-    return draw(ax)
+    ax = axes_of(ax, (5.4, 4))
+    before = where[~where.after]
+    for i, (s, t) in enumerate(before.groupby('state', sort=False)):
+        ax.scatter(t.x, t.y, s=16, lw=0, alpha=.7, color=palette[i], label=s)
+    moved = where[where.after].merge(before[before.cell >= 0], on='cell', suffixes=('', '_0'))
+    ax.scatter(moved.x, moved.y, s=16, marker='^', lw=0, color=palette[2], label='after')
+    drawn = np.linspace(0, len(moved) - 1, min(arrows, len(moved))).astype(int)
+    for m in moved.iloc[drawn].itertuples():
+        ax.annotate(
+            '', (m.x, m.y), (m.x_0, m.y_0), arrowprops=dict(arrowstyle='->', color='.4', lw=0.7)
+        )
+    ax.set(xlabel='map 1', ylabel='map 2', xticks=[], yticks=[], title=title)
+    ax.legend(loc='upper left', bbox_to_anchor=(1, 1), handletextpad=.2)
+    return ax

@@ -6,15 +6,15 @@
 __all__ = ['hits', 'overlap', 'venn_plot', 'DiseaseScreen', 'disease_screen']
 
 # %% ../../nbs/35e_diseases.ipynb #eeb27ebf
-import html, re
+import re
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 import pandas as pd
 from .. import plots
-from ..core import GeneformerError, atomic, check_folder, verb
+from ..core import GeneformerError, as_list, check_folder, verb
 from .question import Settings
-from .report import page, para, picture, table_html, _action_text
+from .report import _action_text, write_page
 from .run import screen
 from .score import _sign
 
@@ -140,7 +140,7 @@ def disease_screen(
     **more, # anything else `screen` takes: where, folds, controls, pairs, seeds, flags …
 )->DiseaseScreen: # also written to `out`
     "Both questions about each disease, one after the other; resumable. Raises as `screen`"
-    diseases = [diseases] if isinstance(diseases, str) else list(diseases)
+    diseases = as_list(diseases)
     if not diseases or healthy in diseases:
         raise GeneformerError(f"diseases names states other than {healthy!r}, one or more.")
     if taken := [k for k in ('start', 'goal', 'directions', 'shared', 'title') if k in more]:
@@ -188,34 +188,14 @@ def _shared(screens, healthy, diseases, alpha):
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/35e_diseases.ipynb #3d2eed37
-def _screen_part(name, s, alpha):
-    "Heading and HTML of one screen: a link to its report and its best targets"
-    t = s.table.head(8)
-    show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_action_text).astype(str),
+def _best(s):
+    "The first eight targets of a screen, with headings for readers"
+    t = s.table.head(8).reset_index(drop=True)
+    return pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_action_text).astype(str),
                          'score': t.score, 'shift': t['shift'], 'FDR': t.fdr, 'flag': t['flag']})
-    link = 'no report'
-    if (s.folder/'report.html').exists():
-        link = f'<a href="{html.escape(s.folder.name)}/report.html">the report</a>'
-    tested = s.table.gene_id.nunique()
-    found = f"{len(hits(s.table, alpha)):,} genes are hits of {tested:,} tested; {link}."
-    return name, para(found, raw=True) + table_html(show.reset_index(drop=True))
 
 def _index(s, alpha):
     "Write the page that leads to the reports"
-    head = (f"{len(s.screens)} screens of one cohort. A hit has a positive score and a false "
-            f"discovery rate below {alpha:g}.")
-    parts = [('', para(head)), *(_screen_part(k, x, alpha) for k, x in s.screens.items())]
-    for r in s.shared.to_dict('records'):
-        two = r['first'], r['second']
-        text = (f"Hits of the two in the same direction: {r['both']} in both, "
-                f"{r['expected']:.1f} by chance")
-        parts.append((' and '.join(two), picture(venn_plot(r, two), text)))
-    if len(s.genes):
-        text = (
-            "These genes move healthy cells into the disease. The opposite action moves diseased "
-            "cells out of it."
-        )
-        table = s.genes[['disease', 'symbol', 'into', 'out_of']].head(40)
-        parts.append(('Both ways', para(text) + table_html(table)))
-    with atomic(s.folder/'index.html') as tmp:
-        tmp.write_text(page('Into the disease and out of it', parts), encoding='utf-8')
+    best = {name: _best(one) for name, one in s.screens.items()}
+    write_page(s.folder/'index.html', 'diseases.html', title='Into the disease and out of it',
+               s=s, alpha=alpha, best=best, hits=hits, venn_plot=venn_plot)

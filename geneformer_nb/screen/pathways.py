@@ -9,7 +9,7 @@ __all__ = ['named', 'read_gmt', 'gene_sets', 'by_sign', 'running_sum', 'enrich',
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data import datasets
-from ..core import GeneformerError, MissingDataError
+from ..core import GeneformerError, need_package
 from ..perturb.official import bh
 from ..plots.style import axes_of, gray, need_columns, styled, palette
 from ..jobs import check_positive
@@ -42,18 +42,6 @@ def read_gmt(
     return pd.DataFrame(rows, columns=['source', 'target', 'weight'])
 
 # %% ../../nbs/35b_pathways.ipynb #89dda0e1
-_c6 = 'c6.all.v6.1.symbols.gmt'
-
-def _find_c6():
-    for _, folder in datasets._folders():
-        if (folder/'gmt_c6'/_c6).is_file(): return folder/'gmt_c6'/_c6
-    raise MissingDataError(
-        f"'c6' (MSigDB oncogenic signatures, CC BY 4.0) is not on this machine: get {_c6} from "
-        "aertslab/pySCENIC@06bafba41279:src/resources/tests/ and put it into gmt_c6 beside the "
-        "other "
-        "data sets, or pass a .gmt file of yours."
-    )
-
 def _signs(t):
     "One row an edge: +1, -1, or 0 where the sign is unknown or contested"
     t = t.assign(weight=t['sign'].map({'Activation': 1., 'Repression': -1.}).fillna(0))
@@ -64,7 +52,7 @@ def _set(name, genes): return pd.DataFrame(dict(source=name, target=genes))
 named = dict(
     collectri=lambda: datasets.load('regulon_collectri'),
     trrust=lambda: _signs(datasets.load('regulon_trrust')),
-    c6=lambda: read_gmt(_find_c6()),
+    c6=lambda: read_gmt(datasets.load('gmt_c6')),
     cardiomyopathy=lambda: datasets.load('gene_lists_cardiomyopathy').set_axis(
         ['target', 'source'], axis=1
     ),
@@ -168,13 +156,6 @@ def _ranking(table, by, state, cell_type):
     return out.groupby(['direction', 'gene'], as_index=False).score.mean()
 
 # %% ../../nbs/35b_pathways.ipynb #f5421c22
-def _decoupler():
-    try: import decoupler
-    except ImportError as e:
-        raise GeneformerError("Enrichment goes through decoupler, which is not installed: "
-                                                   "pip install 'geneformer_nb[bio]'.") from e
-    return decoupler
-
 def _ora(scores, net, top, **_):
     "Odds ratio and p of each set among the `top` highest; scores by gene are of one direction"
     best = scores[scores > 0].sort_values(ascending=False, kind='stable').index[:top]
@@ -188,7 +169,8 @@ def _ora(scores, net, top, **_):
     out['p'] = 1. # of a set with nothing on top, by the one-sided test
     if out.n_top.any():
         some = net[net.source.isin(hits.source)]
-        got = _decoupler().mt.query_set(features=list(best), net=some, n_bg=len(scores), tmin=0)
+        decoupler = need_package('decoupler', 'bio')
+        got = decoupler.mt.query_set(features=list(best), net=some, n_bg=len(scores), tmin=0)
         out['p'] = out.source.map(got.set_index('source').pval).fillna(1.)
     a, b, c = out.n_top + .5, out['size'] - out.n_top + .5, len(best) - out.n_top + .5
     return out.assign(odds_ratio=a*(len(scores) + 2 - a - b - c)/(b*c)).drop(columns='size')
@@ -206,7 +188,8 @@ def running_sum(
 # %% ../../nbs/35b_pathways.ipynb #a2f54ace
 def _gsea(scores, net, times, seed, **_):
     "ES, NES, p and leading edge of each set; scores by gene are of one direction"
-    mt, pp = _decoupler().mt, _decoupler().pp
+    decoupler = need_package('decoupler', 'bio')
+    mt, pp = decoupler.mt, decoupler.pp
     if scores.nunique() < 2:
         raise GeneformerError("All scores are equal: there is no ranking.")
     # equal scores stand in a random order, not in that of the alphabet

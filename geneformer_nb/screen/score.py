@@ -7,7 +7,7 @@ __all__ = ['score_targets', 'ambient_genes', 'flag_genes', 'count_controls', 'or
 
 # %% ../../nbs/35c_score.ipynb #ac97fdd3
 import numpy as np, pandas as pd
-from ..core import GeneformerError
+from ..core import GeneformerError, as_list
 from ..evaluate.splits import need_obs
 from ..evaluate.baselines import de_ranking, log_cp10k
 from ..data.vocabulary import GeneMatch
@@ -112,7 +112,7 @@ def flag_genes(
     symbols = pd.Series([str(vocabulary.symbol(g)) for g in genes], genes, dtype=object).str.upper()
     flagged = {f: set(symbols.index[symbols.str.match(p)]) for f, p in _marks.items()}
     for f, names in (lists or {}).items():
-        names = {str(x).upper() for x in ([names] if isinstance(names, str) else names)}
+        names = {str(x).upper() for x in as_list(names)}
         flagged[f] = flagged.get(f, set()) | {
             g for g, s in symbols.items() if s in names or g.upper() in names
         }
@@ -136,7 +136,8 @@ def count_controls(
     `GeneformerError`"""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
-    need_obs(counts.obs, label, donor)
+    need_obs(counts.obs, donor)
+    need_obs(counts.obs, label, named=(start, goal))
     state, X = counts.obs[label].astype(str).to_numpy(), log_cp10k(counts, fractional=True)
     if lost := [s for s in (start, goal) if s not in state]:
         raise GeneformerError(f"No cell has {label} = {lost[0]!r}.")

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..data.cells import Cells, need_cells
 from ..core import GeneformerError, LeakError, MissingDataError
 from ..core import atomic, progress, write_json
-from ..evaluate.splits import need_obs, fold_donors
+from ..evaluate.splits import fold_donors, known_cells
 from ..evaluate.baselines import cell_baselines, gene_baselines
 from ..evaluate.metrics import calibration, scores, auc_draws, gene_auc
 from .finetuning import finetune
@@ -43,7 +43,6 @@ def _fold_cells(cells, by, folds, seed):
     "Fold of each cell; None where the same cells are to stand on both sides"
     if by is None: return None
     if by == 'cells': return np.random.default_rng(seed).permutation(np.arange(len(cells)) % folds)
-    need_obs(cells.obs, by)
     return fold_donors(cells.obs.assign(_all='all'), by, '_all', folds, seed)
 
 # %% ../../nbs/11f_compare.ipynb #b6bf4315
@@ -213,7 +212,7 @@ def cross_validate_genes(
     listed, got, per = {c: list(labels.index[labels == c]) for c in names}, [], []
     for k in progress(range(folds), 'cross-validating', unit='folds', show=show):
         side = pd.Series(np.where(fold == k, 'test', 'train'), fold.index)
-        apart = None if of_cell is None else np.where(of_cell == k, 'test', 'train')
+        apart = None if of_cell is None else _sides_of_fold(of_cell, k)
         for name, encoder in _encoders(model, blank, seed).items():
             clf = finetune_genes(encoder, cells, listed, split=side, donor=donor,
                                  cell_split=apart, seed=seed, **kwargs)
@@ -232,6 +231,10 @@ def cross_validate_genes(
     return Comparison('gene', names, got, per[keep], how)
 
 # %% ../../nbs/11f_compare.ipynb #bbdb99ac
+def _sides_of_fold(fold, k):
+    "The split that holds out fold k: train, test, or neither for a cell of fold -1"
+    return np.where(fold < 0, '', np.where(fold == k, 'test', 'train'))
+
 def _words(kwargs):
     "Arguments as text, for the record"
     return {k: str(x) for k, x in kwargs.items()}
@@ -273,18 +276,17 @@ def cross_validate_cells(
 )->Comparison: # "pretrained", "not pretrained" and the baselines, over the same folds
     "Hold out every donor once; raises `LeakError`, `GeneformerError`"
     need_cells(cells).check_vocabulary(model.vocabulary)
-    need_obs(obs := cells.obs, label)
+    obs = cells.obs
     if adata is not None and list(adata.obs_names) != list(obs.index):
         raise GeneformerError("adata and cells are not the same cells in the same "
                               "order: pass adata[cells.obs.index].")
     classes, got = kwargs.pop('classes', None), []
-    names = _cell_classes(obs[label].astype(str), classes, drop_rare)
-    used = obs[label].astype(str).isin(names).to_numpy()
-    fold = _cell_folds(obs, used, label, donor, folds, seed)
+    names, used = _cell_classes(obs, label, classes, drop_rare)
+    fold = _cell_folds(obs, used, label, donor, folds, seed, names)
     used &= fold >= 0
     todo = sorted(set(fold[used]))
     for k in progress(todo, 'cross-validating', unit='folds', show=show):
-        split = np.where(used, np.where(fold == k, 'test', 'train'), '')
+        split = _sides_of_fold(np.where(used, fold, -1), k)
         for name, encoder in _encoders(model, blank, seed).items():
             clf = finetune(encoder, cells, label, donor, split=split, classes=names,
                            seed=seed, **kwargs)
@@ -293,8 +295,9 @@ def cross_validate_cells(
             table = clf.predict(held).rename(columns=names_of)
             got.append(_cell_rows(name, k, held.obs, table, label, donor, names))
         if adata is None: continue
-        _, tables = cell_baselines(adata[used], label, split[used], donor,
-                                   which=baselines, seed=seed, **counts or {})
+        _, tables = cell_baselines(
+            adata[used], label, split[used], donor, which=baselines, seed=seed,
+            named=names, **counts or {})
         got += [_cell_rows(name, k, adata.obs.loc[t.index], t, label, donor, names)
                 for name, t in tables.items()]
     got = pd.concat(got, ignore_index=True)
@@ -303,23 +306,26 @@ def cross_validate_cells(
     return Comparison('cell', names, got, _fold_table(got), how)
 
 # %% ../../nbs/11f_compare.ipynb #aad2d588
-def _cell_classes(labels, classes, drop_rare):
-    "Names of the classes that take part, in order; raises `GeneformerError` for fewer than two"
-    classes = sorted(set(labels)) if classes is None else list(map(str, classes))
+def _cell_classes(obs, label, classes, drop_rare):
+    "(names of the classes, in order; which cells have one); raises `GeneformerError`"
+    known = known_cells(obs, label, named=classes or (), way='classes=[…]')
+    labels = obs[label].astype(str).where(known)
+    classes = sorted(set(labels[known])) if classes is None else list(map(str, classes))
     share = labels[labels.isin(classes)].value_counts(normalize=True)
     kept = [c for c in classes if share.get(c, 0) >= drop_rare]
     if len(kept) < 2: raise GeneformerError(f"{len(kept)} classes hold {drop_rare:.0%} of the "
                                             "cells or more: two are needed, so lower drop_rare.")
-    return kept
+    return kept, labels.isin(kept).to_numpy()
 
-def _cell_folds(obs, used, label, donor, folds, seed):
+# %% ../../nbs/11f_compare.ipynb #1156da35
+def _cell_folds(obs, used, label, donor, folds, seed, classes):
     "Fold of each cell, given or dealt by donor; -1 for a cell that takes no part"
     if isinstance(folds, (str, int, np.integer)):
         if donor is None: raise GeneformerError(
             "Name the obs column of donors (donor=…), so that whole donors are held out; or deal "
             "the cells yourself (folds=, one number a cell) and call the result what it is.")
         out = np.full(len(obs), -1)
-        out[used] = fold_donors(obs[used], donor, label, folds, seed)
+        out[used] = fold_donors(obs[used], donor, label, folds, seed, classes)
         return out
     if not hasattr(folds, '__len__'): raise GeneformerError(
         f"folds={folds!r} is a whole number, 'loo', or the number of a fold for each cell.")

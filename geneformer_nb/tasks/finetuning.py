@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from .adapters import add_lora, load_lora, merge_lora, save_lora
 from ..data.cells import Cells, as_cells
 from ..core import GeneformerError, LeakError, MissingDataError, check_columns, write_json
-from ..evaluate.splits import audit_split, split_donors
+from ..evaluate.splits import audit_split, known_cells, split_donors
 from ..evaluate.baselines import cell_baselines
 from .heads import AttentionPool, Classes, Head, make_head, number_baselines
 from ..model.bert import Geneformer, Reader, pool_cells
@@ -171,23 +171,17 @@ def freeze(
     if not isinstance(layers, (int, np.integer)) or not 0 <= layers <= len(bert.encoder.layer):
         raise GeneformerError(
             f"Cannot freeze {layers} layers: the encoder has {len(bert.encoder.layer)}.")
-    for n, p in encoder.hf.named_parameters():
-        p.requires_grad_(not lora or 'lora_' in n)  # of adapters only themselves
+    if not lora: encoder.hf.requires_grad_(True)  # beside adapters everything is frozen
     for part in ([bert.embeddings] if layers else []) + list(bert.encoder.layer[:layers]):
         for p in part.parameters(): p.requires_grad_(False)
 
 # %% ../../nbs/11_finetuning.ipynb #6649d4cf
-def _usable(obs, label, task, drop_rare):
-    "Cells with a label that is one of the classes asked for and not rare, as a mask"
-    check_columns(obs, label)
-    ok, names = obs[label].notna().to_numpy().copy(), obs[label].astype(str).to_numpy()
-    if not ok.any(): raise GeneformerError(f"obs[{label!r}] is missing for every cell.")
-    if not ok.all():
-        warnings.warn(
-            f"{(~ok).sum():,} of {len(ok):,} cells have no {label!r}: they are neither learned "
-            "from nor "
-                      "tested on.", stacklevel=3)
-    if not isinstance(task, Classes): return ok
+def _usable(obs, label, donor, task, drop_rare):
+    "Cells with a donor, and with a label that is one of the classes asked for and not rare"
+    columns = [label, donor] if donor else [label]
+    if not isinstance(task, Classes): return known_cells(obs, *columns)
+    ok = known_cells(obs, *columns, named=task.classes or (), way='classes=[…]')
+    names = obs[label].astype(str).to_numpy()
     if task.classes:
         if lost := [c for c in task.classes if c not in names[ok]]: raise GeneformerError(
             f"No cell has {label} = {lost[0]!r}; the column holds "
@@ -196,24 +190,26 @@ def _usable(obs, label, task, drop_rare):
     share = pd.Series(names[ok]).value_counts(normalize=True)
     if rare := set(share.index[share < drop_rare]):
         ok &= ~np.isin(names, list(rare))
-        if task.classes: task._set([c for c in task.classes if c not in rare])
+        if task.classes: task.keep([c for c in task.classes if c not in rare])
     return ok
 
 # %% ../../nbs/11_finetuning.ipynb #25ff30bd
-def _sides(obs, label, donor, split, classes, ok, seed):
-    "(train, test or neither for each cell; the audit)"
+def _sides(obs, label, donor, split, task, ok, seed):
+    "(train, test or neither for each cell; the audit); `task` None: no classes to spread"
+    classes = label if isinstance(task, Classes) else None
+    named = task.classes or () if classes else ()
     if split is None:
         if donor is None:
             raise GeneformerError("Name the obs column of donors (donor=…), so that whole donors "
-                                                "are held out; or pass a split of your own.")
+                                  "are held out; or pass a split of your own.")
         part, split = obs[ok], np.full(len(obs), '', dtype='<U5')
-        split[ok] = split_donors(part if classes else part.assign(**{label: 'all'}), donor, label,
-            seed=seed)
+        if not classes: part = part.assign(_all='all')
+        split[ok] = split_donors(part, donor, classes or '_all', seed=seed, named=named)
     split = np.asarray(split)
     if len(split) != len(obs) or not ok.any(): audit_split(obs, split)
     split = np.where(ok, split, '')
     used = np.isin(split, ['train', 'test'])
-    return split, audit_split(obs[used], split[used], donor, label if classes else None)
+    return split, audit_split(obs[used], split[used], donor, classes, named)
 
 # %% ../../nbs/11_finetuning.ipynb #9774cceb
 def _capped(split, names, most, seed):
@@ -301,7 +297,7 @@ def _class_weights(task, y, device):
     w = task.weights(y)
     return None if w is None else torch.as_tensor(w, dtype=torch.float32, device=device)
 
-def _baseline_rows(adata, cells, label, donor, split, classes):
+def _baseline_rows(adata, cells, label, donor, split, task):
     "Scores of the baselines, before any training, so that counts which are none fail at once"
     if list(adata.obs_names) != list(cells.obs.index):
         raise GeneformerError(
@@ -310,7 +306,8 @@ def _baseline_rows(adata, cells, label, donor, split, classes):
                               "or tokenize with keep_empty=True.")
     used = np.isin(split, ['train', 'test'])
     if not used.all(): adata, split = adata[used], split[used]
-    if classes: return cell_baselines(adata, label, split, donor)[0].T.to_dict()
+    if isinstance(task, Classes):
+        return cell_baselines(adata, label, split, donor, named=task.classes)[0].T.to_dict()
     return number_baselines(adata, label, split, donor)
 
 # %% ../../nbs/11_finetuning.ipynb #97ebe436
@@ -346,8 +343,8 @@ def finetune(
     task, how = make_head(head, classes), Schedule(epochs, steps, batch, lr,
         weight_decay, args)
     obs, named = cells.obs, isinstance(task, Classes)
-    ok = _usable(obs, label, task, drop_rare)
-    split, audit = _sides(obs, label, donor, split, named, ok, seed)
+    ok = _usable(obs, label, donor, task, drop_rare)
+    split, audit = _sides(obs, label, donor, split, task, ok, seed)
     y = np.full(len(obs), np.nan)
     y[ok] = task.fit(obs[label][split == 'train']).encode(obs[label][ok])
     if named and max_per_class:
@@ -357,7 +354,7 @@ def finetune(
     if named and balance == 'sampling': rows = _drawn(train, y, total * batch, seed)
     scores = {}
     if adata is not None:
-        scores = _baseline_rows(adata, cells, label, donor, split, named)
+        scores = _baseline_rows(adata, cells, label, donor, split, task)
     clf = _cell_model(_learner(model, freeze_layers, lora, seed), task, pool, seed)
     w = None
     if balance in (True, 'weights'): w = _class_weights(task, y[train], model.device)
@@ -431,15 +428,8 @@ def merge(self:FineTuned)->FineTuned: # a copy without adapters
 # %% ../../nbs/11_finetuning.ipynb #0a0739f8
 def _saved_encoder(folder, device, encoder):
     "The encoder of a saved model, with its adapters where it has some"
-    if not (folder/'adapter.json').exists():
-        return Geneformer.from_pretrained(folder, device=device)
-    if encoder is None:
-        about = json.loads((folder/'adapter.json').read_text())
-        raise MissingDataError(
-            f"'{folder.name}' holds adapters only: pass the encoder they were trained on "
-            "(encoder=…, "
-                               f"weights {about['base']}, vocabulary {about['vocabulary']!r}).")
-    return load_lora(folder, encoder).to(device)
+    if (folder/'encoder.json').exists(): return load_lora(folder, encoder).to(device)
+    return Geneformer.from_pretrained(folder, device=device)
 
 def _load_parts(model, folder):
     "Put saved weights into every part of a model"
@@ -493,5 +483,5 @@ def _add_columns(adata, key, task, table):
     if not isinstance(task, Classes):
         adata.obs[key] = table['predicted'].to_numpy()
         return
-    adata.obs[key] = pd.Categorical(table['predicted'], categories=task.classes)
+    adata.obs[key] = pd.Categorical(table['predicted'], categories=task.values)
     adata.obs[f'{key}_probability'] = table[task.columns].to_numpy().max(1)

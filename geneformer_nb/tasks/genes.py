@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, LeakError, VocabularyError
+from ..core import GeneformerError, LeakError, VocabularyError, as_list
 from ..evaluate.splits import audit_split, split_donors
 from .finetuning import FineTuned, Schedule, _check, _learner
 from ..evaluate.metrics import auc_draws, gene_auc
@@ -30,7 +30,7 @@ def gene_labels(
             "classes is a dict of two classes or more: {'name': [gene ids], …}.")
     of, lost, both = {}, [], []
     for c, names in classes.items():
-        for n in [names] if isinstance(names, str) else names:
+        for n in as_list(names):
             i = find_gene(str(n), vocabulary._index, vocabulary.aliases)[0]
             if i < 0: lost.append(str(n))
             elif of.setdefault(g := vocabulary.genes[i], str(c)) != str(c):

@@ -9,7 +9,7 @@ __all__ = ['AttentionPool', 'Head', 'Classes', 'Regression', 'number_baselines',
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from ..core import GeneformerError
-from ..evaluate.splits import need_obs
+from ..evaluate.splits import has_value, need_obs
 from ..evaluate.baselines import log_cp10k
 from ..evaluate.metrics import scores
 from ..model.bert import pool_cells
@@ -49,6 +49,7 @@ class AttentionPool(torch.nn.Module):
 class Head:
     "A task for a cell: labels as numbers, a map to outputs, a loss, columns of the answer"
     kind = None # name in saved files
+    classes = None # names, for a head that has classes
     def module(self, d): # width of the cell vector
         "The map: (b, d) → (b, outputs)"
         m = torch.nn.Linear(d, self.n)
@@ -66,23 +67,34 @@ class Classes(Head):
     "Which of several? A probability a class (cross-entropy)"
     kind = 'classes'
     def __init__(self,
-        classes=None, # names in the order to keep; None: those of the training cells, sorted
+        classes=None, # in the order to keep; None: those of the training cells, sorted
     ):
-        if classes is not None: self._set(classes)
-        else: self.classes = None
-    def _set(self, classes):
-        self.classes = list(dict.fromkeys(map(str, classes)))
-        if len(self.classes) < 2:
-            raise GeneformerError(f"A classifier needs two classes or more, not {self.classes}.")
+        self.values = None if classes is None else self._checked(classes)
+    def _checked(self, classes):
+        "The classes once each, in plain Python types; raises `GeneformerError` for fewer than two"
+        plain = [getattr(c, 'item', lambda: c)() for c in classes]
+        values = list({str(c): c for c in plain}.values())
+        if len(values) < 2:
+            raise GeneformerError(
+                f"A classifier needs two classes or more, not {list(map(str, values))}.")
+        return values
+    def keep(self, classes): # names of some of its classes
+        "Leave out the other classes"
+        self.values = self._checked([v for v in self.values if str(v) in classes])
+    @property
+    def classes(self): # names, which head the columns of answers
+        return None if self.values is None else list(map(str, self.values))
     @property
     def n(self): return len(self.classes)
     @property
     def columns(self): return [f'{c} (class)' if c in _reserved else c for c in self.classes]
-    def state(self): return dict(classes=self.classes)
+    def state(self): return dict(classes=self.values)
 
     def fit(self, labels:pd.Series): # of the training cells
-        "Take the classes from the training labels, unless they were given"
-        if self.classes is None: self._set(sorted(set(labels.dropna().astype(str))))
+        "Take the classes from the training labels, unless they were given, and the type of each"
+        have = {str(x): x for x in labels[has_value(labels, self.values or ())].unique()}
+        if self.values is None: self.values = self._checked([have[c] for c in sorted(have)])
+        else: self.values = self._checked([have.get(str(c), c) for c in self.values])
         return self
     def encode(self, labels:pd.Series): # any type of column
         "Number of the class; nan for a missing or unknown one"
@@ -102,9 +114,10 @@ def link(self:Classes, out): return out.softmax(-1)
 def table(self:Classes, p, index): # probabilities (b, classes), and barcodes
     "One row a cell: a probability a class, and `predicted`; missing where the probabilities are"
     lost = np.isnan(p[:, 0])
-    best = np.array(self.classes + [None], dtype=object)[np.where(lost, self.n,
+    best = np.array(self.values + [None], dtype=object)[np.where(lost, self.n,
         np.nan_to_num(p).argmax(1))]
-    return pd.DataFrame(p, index, self.columns).assign(predicted=best)
+    predicted = pd.Series(best, index, dtype=object).infer_objects()
+    return pd.DataFrame(p, index, self.columns).assign(predicted=predicted)
 @patch
 def score(self:Classes, truth, table, donors=None): # labels, a `table`, a donor a cell
     "Accuracy, macro-F1 and accuracy a donor, as `evaluate.scores`"
@@ -127,9 +140,9 @@ class Regression(Head):
         return self
     def _numbers(self, labels):
         y = pd.to_numeric(labels.astype(object), errors='coerce').to_numpy(float)
-        if lost := int((np.isnan(y) & labels.notna().to_numpy()).sum()): raise GeneformerError(
-            f"{lost} labels are no numbers, {labels[np.isnan(y) & labels.notna()].iloc[0]!r} "
-            "first: "
+        odd = np.isnan(y) & has_value(labels)
+        if odd.any(): raise GeneformerError(
+            f"{odd.sum()} labels are no numbers, {labels[odd].iloc[0]!r} first: "
             "use head='classes' or 'ordinal'.")
         return y
     def encode(self, labels): return (self._numbers(labels) - self.mean) / self.sd
@@ -168,7 +181,7 @@ def number_baselines(
     from sklearn.linear_model import Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    need_obs(adata.obs, label, *([donor] if donor else []))
+    need_obs(adata.obs, label)
     X, tr, te = log_cp10k(adata), split == 'train', split == 'test'
     task = Regression().fit(adata.obs[label][tr])
     y = task._numbers(adata.obs[label])
@@ -205,7 +218,7 @@ class Ordinal(Classes):
     def fit(self, labels):
         "Take the order of an ordered or numeric column, unless given; raises `GeneformerError`"
         if self.classes is None:
-            known = labels.dropna()
+            known = labels[has_value(labels)]
             if isinstance(labels.dtype, pd.CategoricalDtype) and labels.cat.ordered:
                 known = [c for c in labels.cat.categories if (known == c).any()]
             elif pd.api.types.is_numeric_dtype(labels): known = sorted(known.unique())
@@ -213,7 +226,7 @@ class Ordinal(Classes):
                 raise GeneformerError(
                     "An ordinal head must know the order of the steps: pass classes=[lowest, …, "
                                         "highest], or make the column an ordered category.")
-            self._set(known)
+            self.values = self._checked(known)
         return self
     def module(self, d): return _Steps(d, self.n)
     def link(self, out): return _log_steps(out).exp()

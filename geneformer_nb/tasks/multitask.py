@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from ..data.cells import Cells
 from ..core import GeneformerError, LeakError, check_columns
-from ..evaluate.splits import audit_split, split_donors
+from ..evaluate.splits import audit_split, has_value, known_cells, split_donors
 from .finetuning import CellModel, Schedule, _add_columns, _cells_of, _check
 from .finetuning import _class_weights, _learner, _sides
 from .heads import Classes, make_head
@@ -99,19 +99,20 @@ def _stratum(obs, heads, donor):
 
 def _task_sides(obs, heads, donor, split, seed):
     "Train, test or neither for each cell, for all tasks at once; and the audit of each"
-    check_columns(obs, *heads)
-    ok = obs[list(heads)].notna().to_numpy()
+    check_columns(obs, *heads, *([donor] if donor else []))
+    ok = np.stack([has_value(obs[k], h.classes or ()) for k, h in heads.items()], 1)
+    if donor: ok &= known_cells(obs, donor)[:, None]
     if split is None and donor is not None:
         split, some = np.full(len(obs), '', dtype='<U5'), ok.any(1)
         part = obs[some].assign(_stratum=_stratum(obs[some], heads, donor))
         split[some] = split_donors(part, donor, '_stratum', seed=seed)
-    split, _ = _sides(obs, next(iter(heads)), donor, split, False, ok.any(1), seed)
+    split, _ = _sides(obs, None, donor, split, None, ok.any(1), seed)
     audits = {}
     for k, (label, h) in enumerate(heads.items()):
         of = ok[:, k] & np.isin(split, ['train', 'test'])
         try:
             audits[label] = audit_split(obs[of], split[of], donor, label
-                if isinstance(h, Classes) else None)
+                if isinstance(h, Classes) else None, h.classes or ())
         except LeakError as e: raise LeakError(f"Task {label!r}: {e}") from e
     return split, pd.concat(audits)
 
@@ -161,7 +162,7 @@ def _task_scores(m, cells):
     test = np.flatnonzero(m.split == 'test')
     held, rows = m.predict(cells[test]), {}
     for label, t in m.tasks.items():
-        known = cells.obs[label].iloc[test].notna().to_numpy()
+        known = has_value(cells.obs[label].iloc[test], t.classes or ())
         own = cells.obs.iloc[test[known]]
         rows[label] = t.score(own[label], held[label][known], own[m.donor]
             if m.donor else None)

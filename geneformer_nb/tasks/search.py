@@ -8,9 +8,8 @@ __all__ = ['official_space', 'small_space', 'Search', 'search_settings']
 # %% ../../nbs/11e_search.ipynb #72e1961c
 from dataclasses import dataclass
 import numpy as np, pandas as pd
-from .adapters import _hushed, need_package
 from ..data.cells import Cells, need_cells
-from ..core import GeneformerError, Manifest, check_folder, digest, progress
+from ..core import GeneformerError, Manifest, check_folder, digest, need_package, progress, silent
 from ..evaluate.splits import fold_donors
 from .finetuning import CellModel, _sides, _usable, finetune
 from .heads import Classes, make_head
@@ -126,8 +125,8 @@ def search_settings(
 def _outer(obs, label, donor, split, task, folds, drop_rare, seed):
     "(outer split, inner fold of each training cell and -1 for others)"
     named = isinstance(task, Classes)
-    ok = _usable(obs, label, task, drop_rare)
-    split, _ = _sides(obs, label, donor, split, named, ok, seed)
+    ok = _usable(obs, label, donor, task, drop_rare)
+    split, _ = _sides(obs, label, donor, split, task, ok, seed)
     train = split == 'train'
     own = obs[train] if named else obs[train].assign(**{label: 'all'})
     fold = np.full(len(obs), -1)
@@ -149,7 +148,7 @@ def _run(optuna, study, objective, trials, seed, show):
     def done(): return [t for t in study.trials if t.state.name == 'COMPLETE']
     for i in progress(range(len(done()), trials), 'searching', unit='trials', show=show):
         study.sampler = optuna.samplers.TPESampler(seed=1000 * seed + i)
-        with _hushed(): study.optimize(objective, n_trials=1)
+        with silent(): study.optimize(objective, n_trials=1)
     def row(t):
         folds = {f'fold {k + 1}': w for k, w in enumerate(t.user_attrs['folds'])}
         return dict(t.params, **folds, inner=t.value)
