@@ -121,6 +121,7 @@ def run_shards(
     folder = check_folder(folder, need * len(missing) // max(1, n))
     Manifest(folder, facts | dict(shards=n)).open()
     todo = [i for i in missing if part is None or i % part[1] == part[0]]
+    if executor == 'serial' and hasattr(fn, 'expect'): fn.expect(todo)
     start = time.time()
     for k, _ in enumerate(progress(executors[executor](job, todo, workers), desc, len(todo),
                                    'shards')):

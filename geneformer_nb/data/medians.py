@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from scipy import sparse
 from fastcore.basics import patch
 from geneformer_nb.core import (CountsError, GeneformerError, StorageError, atomic, digest, later,
                                 progress)
@@ -102,6 +101,7 @@ def _sum_same_genes(X, columns):
     "Rows of one gene summed within each cell"
     uniq, inverse = np.unique(columns, return_inverse=True)
     if len(uniq) == len(columns): return X, columns
+    from scipy import sparse
     S = sparse.csr_matrix((np.ones(len(columns)), (np.arange(len(columns)), inverse)),
                           (len(columns), len(uniq)))
     return (X @ S).tocsr(), uniq

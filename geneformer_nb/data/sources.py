@@ -14,12 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from weakref import ref
 import numpy as np
-from scipy import sparse
 from fastcore.basics import patch
 from geneformer_nb.core import CountsError, digest, later
 from geneformer_nb.data.counts import (
     Coded,
     Counts,
+    Rows,
     Table,
     other_matrices,
     _checked,
@@ -53,10 +53,10 @@ class _Csr:
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
         counts, genes = (_read(d, a, b, buffer) for d in (self.data, self.indices))
-        X = sparse.csr_matrix((counts, genes, self.indptr[lo:hi+1] - a), (hi - lo, self.n_vars))
+        X = Rows(counts, genes, self.indptr[lo:hi+1] - a, (hi - lo, self.n_vars))
         if self.columns is None: return X  # looked at as every block is, in `_checked`
         _check_csr(X.indices, X.indptr, self.n_vars, b - a)
-        return X[:, self.columns]
+        return X.csr()[:, self.columns]
 
 # %% ../../nbs/01a_sources.ipynb #7938cabb
 class _Transposed:
@@ -66,6 +66,7 @@ class _Transposed:
     def csr(self):
         data, indices, indptr = (self.group[k][()] for k in ('data', 'indices', 'indptr'))
         _check_csr(indices, indptr, self.shape[0], len(data))
+        from scipy import sparse
         return sparse.csc_matrix((data, indices, indptr), self.shape).tocsr()
     def __getitem__(self, rows):
         return self.group[:, rows].T if hasattr(self.group, 'dtype') else self.csr[rows]
@@ -177,11 +178,19 @@ def _10x_mtx(path):
     return _adata(sc.read_10x_mtx(path))
 
 # %% ../../nbs/01a_sources.ipynb #58d4ad40
+class _Turned:
+    "A sparse matrix stored by genes, turned on first use"
+    def __init__(self, X): self.given, self.shape = X, X.shape
+    @cached_property
+    def csr(self):
+        X = self.given
+        return (X.to_memory() if hasattr(X, 'to_memory') else X).tocsr()
+    def to_memory(self): return self.csr
+    def __getitem__(self, rows): return self.csr[rows]
+
 def _adata(a):
     "The parts of an AnnData, with matrices that can be sliced by rows"
-    def turn(X):
-        if X is None or getattr(X, 'format', 'csr') == 'csr': return X
-        return (X.to_memory() if hasattr(X, 'to_memory') else X).tocsr()
+    def turn(X): return X if getattr(X, 'format', 'csr') == 'csr' else _Turned(X)
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
     return _opened(turn(a.X), {k: turn(v) for k, v in a.layers.items()}, raw, a.obs, a.var)
 
@@ -225,8 +234,8 @@ def read_any(
     def read():
         if Path(path).suffix == '.h5ad': return ad.read_h5ad(path)
         if Path(path).suffix == '.zarr': return ad.read_zarr(path)
-        return ad.AnnData(_rows(o.X[:]), o.rows(slice(None)), o.var,
-                          layers={k: _rows(v[:]) for k, v in o.layers.items()})
+        return ad.AnnData(_rows(o.X[:]).csr(), o.rows(slice(None)), o.var,
+                          layers={k: _rows(v[:]).csr() for k, v in o.layers.items()})
     return _reading(path, read)
 
 # %% ../../nbs/01a_sources.ipynb #39b5354b

@@ -7,14 +7,14 @@ __all__ = ['rank_genes', 'Sequences', 'Tally', 'Encoder', 'obs_to_keep', 'check_
 
 # %% ../../nbs/04_tokenizer.ipynb #d324bb32
 import warnings
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from geneformer_nb.data.cells import Cells
 from geneformer_nb.core import (CountsError, GeneMatchError, GeneformerError, VocabularyError,
                                 digest, later)
-from geneformer_nb.data.counts import _frame, as_flags, gene_names
+from geneformer_nb.data.counts import _frame, _rows, as_flags, gene_names
 from geneformer_nb.data.vocabulary import Vocabulary, match_genes, need_vocabulary
 from geneformer_nb.jobs import prefetch, cores, check_positive
 from geneformer_nb.data.sources import pieces, sources
@@ -220,14 +220,14 @@ def __call__(self:Encoder,
     frame:bool=True, # True: obs as a DataFrame; False: as it was read
 )->tuple: # (Cells, Tally)
     "Tokenize a block of counts; raises `GeneformerError` for missing obs columns"
-    m, v, X, obs = self.match(b._var), self.vocabulary, b.X, b._obs
+    m, v, X, obs = self.match(b._var), self.vocabulary, b.rows, b._obs
     if lost := [c for c in self.carry if c not in obs]:
         raise GeneformerError(f"obs has no column {lost[0]!r} from cell '{obs.index[0]}' on, and "
                               "had one before: pass obs=[…] with columns that all have.")
     passed = (as_flags(_frame(obs)[self.keep], f"obs[{self.keep!r}] of '{b.name}'")
               if self.keep is not None and self.keep in obs else None)
-    if passed is not None and not passed.all(): X, obs = X[passed], obs[passed]
-    totals, known = replace(b, X=X).sums(), m.index >= 0
+    if passed is not None and not passed.all(): X, obs = _rows(b.X[passed]), obs[passed]
+    totals, known = X.sums(b.whole), m.index >= 0
     known = totals.sum() if known.all() else X.data[known[X.indices]].sum(dtype=np.float64)
     n = np.diff(X.indptr)
     written = ([Sequences(n, v, self.special, self.max_len)]
