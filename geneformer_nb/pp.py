@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 import numpy as np
 from .core import GeneformerError, StorageError, VocabularyError, verb, versions
-from .data.counts import counts_of, gene_names
+from .data.counts import counts_of, gene_names, id_column
 from .data.ranks import Record, need_adata, records, to_ranks, vocabulary_of
 from .data.tokenizer import tokenize as rank_counts
 from .data.vocabulary import Vocabulary
@@ -123,7 +123,7 @@ def _record(adata, cells, vocabulary, key, counts, gene_ids, own):
     layer = (
         source if source in ('X', 'raw.X') else source.removeprefix("layers['").removesuffix("']")
     )
-    column = gene_ids or next((c for c in ('ensembl_id', 'gene_ids') if c in some.var), 'index')
+    column = gene_ids or id_column(some.var)
     gene_names(some.var, column)
     return Record(
         key, source, layer, counts['logged'], counts['fractional'], column, vocabulary.name,

@@ -55,7 +55,8 @@ def write_shard(
             out.write_batch(batch)
             tally, tokens, kept = tally + seen, tokens + len(cells.tokens), kept + len(cells)
     match = encoder.match(source._var)
-    match.check(encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}', tally)
+    match.check(encoder.vocabulary, min_match, f'{source.name}, cells {a:,} to {b:,}', tally,
+                source._var)
     line = dict(shard=i, file=source.name, rows=[a, b], kept=kept, tokens=tokens,
                 match=match.report(), **asdict(tally), **more)
     write_json(Path(path).parent/f'shard-{i:05d}.json', line)
@@ -210,7 +211,9 @@ def _encoder(vocabulary, inputs, obs, options):
         raise GeneformerError(f"tokenize_to knows no option {sorted(lost)[0]!r}.")
     encoder = Encoder(vocabulary, obs_to_keep(inputs, obs, options.get('keep')),
                       file=len(inputs) > 1, **options)
-    for s in inputs: encoder.match(s._var).check(vocabulary, 0, s.name)
+    for s in inputs:
+        s.tell()
+        encoder.match(s._var).check(vocabulary, 0, s.name, var=s._var)
     return encoder
 
 def _facts(encoder, counts_layer, logged, fractional, **more):
@@ -240,7 +243,7 @@ def corpus_kinds(inputs, encoder):
 
 def _bytes(inputs):
     "Estimate of the bytes of the tokens, from the number of stored counts"
-    return sum(4 * int(X.indptr[-1]) for s in inputs if hasattr(X := s._chosen[0], 'indptr')
+    return sum(4 * int(X.indptr[-1]) for s in inputs if hasattr(X := s._chosen.X, 'indptr')
                and isinstance(X.indptr, np.ndarray))
 
 # %% ../../nbs/04a_corpus.ipynb #e67c68ae

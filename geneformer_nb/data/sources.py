@@ -6,9 +6,9 @@
 __all__ = ['read_any', 'Source', 'sources', 'shards', 'pieces', 'blocks']
 
 # %% ../../nbs/01a_sources.ipynb #a9b79dac
-import re, zlib
+import re, warnings, zlib
 from glob import glob
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from geneformer_nb.data.counts import (
     Rows,
     Table,
     other_matrices,
+    gene_rows,
     _checked,
     _choice,
     _frame,
@@ -41,22 +42,19 @@ def _read(d, a, b, buffer):
     return out
 
 class _Csr:
-    "A CSR matrix on disk, read by rows; `columns` keeps some of its columns"
-    def __init__(self, data, indices, indptr, n_vars, columns=None):
+    "A CSR matrix on disk, read by rows"
+    def __init__(self, data, indices, indptr, n_vars):
         self.data, self.indices, self.indptr = data, indices, indptr[()]
-        self.n_vars, self.columns = int(n_vars), columns
-        self.shape = len(self.indptr) - 1, self.n_vars if columns is None else len(columns)
-        _check_csr(np.zeros(0, np.int32), self.indptr, self.n_vars,
+        self.shape = len(self.indptr) - 1, int(n_vars)
+        _check_csr(np.zeros(0, np.int32), self.indptr, n_vars,
                    min(data.shape[0], indices.shape[0]))
     def __getitem__(self, rows): return self.rows(rows)
     def rows(self, rows, buffer=None):
         lo, hi, _ = rows.indices(self.shape[0])
         a, b = int(self.indptr[lo]), int(self.indptr[hi])
         counts, genes = (_read(d, a, b, buffer) for d in (self.data, self.indices))
-        X = Rows(counts, genes, self.indptr[lo:hi+1] - a, (hi - lo, self.n_vars))
-        if self.columns is None: return X  # looked at as every block is, in `_checked`
-        _check_csr(X.indices, X.indptr, self.n_vars, b - a)
-        return X.csr()[:, self.columns]
+        # looked at as every block is, in `_checked`
+        return Rows(counts, genes, self.indptr[lo:hi+1] - a, (hi - lo, self.shape[1]))
 
 # %% ../../nbs/01a_sources.ipynb #7938cabb
 class _Transposed:
@@ -86,6 +84,15 @@ def _coded(codes, words, ordered):
     if len(set(words.tolist())) < len(words): raise ValueError('a category stands twice')
     return Coded(codes, words, bool(ordered))
 
+def _nullable(e, rows):
+    "Some rows of a column with missing values, which lies there as values and a mask"
+    values, missing = _column(e['values'], rows), e['mask'][rows]
+    if values.dtype != object:
+        arrays = dict(b=pd.arrays.BooleanArray, f=pd.arrays.FloatingArray)
+        return arrays.get(values.dtype.kind, pd.arrays.IntegerArray)(values, missing)
+    values[missing] = None
+    return values
+
 def _column(e, rows=slice(None)):
     "Some rows of one column of a table in an .h5ad"
     kind = e.attrs.get('encoding-type', 'array')
@@ -96,56 +103,80 @@ def _column(e, rows=slice(None)):
     if kind == 'array' and e.dtype.kind in 'biuf': return e[rows]
     if kind == 'categorical':
         return _coded(e['codes'][rows], _column(e['categories']), e.attrs['ordered'])
+    if kind.startswith('nullable'): return _nullable(e, rows)
     from anndata.io import read_elem
     return read_elem(e)[rows]
+
+# %% ../../nbs/01a_sources.ipynb #c42021b5
+def _names(x):
+    "A column that names rows, as words"
+    if isinstance(x, Coded): x = np.asarray(x.words, object)[x.codes]
+    return x if x.dtype == object else np.asarray(x).astype(str).astype(object)
+
+def _size(e):
+    "Rows of a column in an .h5ad, which is an array or a group of arrays"
+    if hasattr(e, 'shape'): return e.shape[0]
+    return e['codes' if 'codes' in e else 'values'].shape[0]
 
 def _table(g, rows=slice(None), columns=None):
     "Some rows and columns of a table in an .h5ad"
     key = g.attrs['_index']
     data = {c: _column(g[c], rows) for c in g.attrs['column-order'] if columns is None
             or c in columns}
-    return Table(_column(g[key], rows), data, None if key in ('_index', 'index') else key)
+    return Table(_names(_column(g[key], rows)), data, None if key in ('_index', 'index') else key)
 
 # %% ../../nbs/01a_sources.ipynb #0418c7d2
-def _opened(X, layers, raw, obs, var):
-    "One form for all kinds of input; `obs` is a table or a group of an .h5ad"
+def _opened(X, layers, raw, obs, var, read=None):
+    "One form for all kinds of input; `obs` is a table or a group, `read` makes an AnnData"
     if hasattr(obs, 'iloc'):
         n, columns = len(obs), list(obs.columns)
         def rows(s, c=None): return (obs if c is None else obs[[x for x in obs if x in c]]).iloc[s]
     else:
-        n, columns = obs[obs.attrs['_index']].shape[0], list(obs.attrs['column-order'])
+        n, columns = _size(obs[obs.attrs['_index']]), list(obs.attrs['column-order'])
         def rows(s, c=None): return _table(obs, s, c)
     return SimpleNamespace(X=X, layers=layers, raw=raw, rows=rows, columns=columns, var=var,
-                           n_obs=n, n_vars=len(var))
+                           n_obs=n, n_vars=len(var), read=read)
 
-def _store(g, table):
+def _store(g, table, read):
     "The parts of an open .h5ad or .zarr"
     raw = (SimpleNamespace(X=_matrix(g['raw/X']), var=table(g['raw/var'])) if 'raw' in g
            and 'X' in g['raw'] else None)
     layers = {k: _matrix(g['layers'][k]) for k in (g['layers'] if 'layers' in g else ())}
     X = _matrix(g['X']) if 'X' in g and g['X'].attrs.get('encoding-type') != 'null' else None
     return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']),
-                   table(g['var']))
+                   table(g['var']), read)
 
 # %% ../../nbs/01a_sources.ipynb #a5106ba8
-def _h5ad(path):
-    import h5py
-    # every piece is read once: a large cache is memory for nothing
-    f = h5py.File(path, rdcc_nbytes=1 << 20)
-    if all(f[k].attrs.get('encoding-type') == 'dataframe' for k in ('obs', 'var')):
-        return _store(f, _table)
-    from anndata import read_h5ad   # as written before 2020
-    return _adata(read_h5ad(path))
+_rna = ('rna', 'gex', 'geneexpression')
+
+def _modality(names, what, name):
+    "The modality of gene expression, with a warning; raises `CountsError` that names the others"
+    found = [m for m in names if re.sub('[^a-z]', '', m.lower()) in _rna]
+    if len(found) == 1:
+        warnings.warn(f"{what} has the modalities {', '.join(names)}: {found[0]} is taken.",
+                      stacklevel=2)
+        return found[0]
+    raise CountsError(f"{what} has the modalities {', '.join(names)}, and not one that is called "
+                      f"rna or gex: pass the AnnData of one, such as {name}[{list(names)[0]!r}].")
+
+def _h5ad(g, path):
+    "An AnnData in an HDF5 file: the file, or a group of it"
+    from anndata import read_h5ad
+    from anndata.io import read_elem
+    def read(): return read_h5ad(path) if g.name == '/' else read_elem(g)
+    if all(g[k].attrs.get('encoding-type') == 'dataframe' for k in ('obs', 'var')):
+        return _store(g, _table, read)
+    return _adata(read())   # as written before 2020
 
 def _zarr(path):
     import zarr
     from anndata.io import read_elem
-    return _store(zarr.open_group(path, mode='r'), read_elem)
+    g = zarr.open_group(path, mode='r')
+    if 'mod' in g: g = g['mod'][_modality(list(g['mod']), f"'{path.name}'", 'mdata')]
+    return _store(g, read_elem, lambda: read_elem(g))
 
 # %% ../../nbs/01a_sources.ipynb #2adc0904
-def _loom(path):
-    import h5py
-    f = h5py.File(path)
+def _loom(f):
     def table(g, n):
         return pd.DataFrame({k: (v.asstr('utf-8')[()] if v.dtype.kind in 'OS' else v[()])
                                           for k, v in g.items() if v.shape == (n,)}).rename(str)
@@ -156,26 +187,89 @@ def _loom(path):
         'CellID', 'obs_names', 'cell_id'), named(table(f['row_attrs'], g), 'Gene', 'var_names',
                                                  'gene_name'))
 
-def _10x_h5(path):
-    import h5py
-    f = h5py.File(path)
-    if len(f) != 1:
-        raise CountsError(f"'{path.name}' holds the genomes {', '.join(f)}: write one file for "
-                          "each with scanpy.")
-    g = next(iter(f.values()))
+def _10x_h5(f):
+    genomes = [k for k in f if hasattr(f[k], 'keys') and {'barcodes', 'indptr'} <= set(f[k])]
+    if not genomes:
+        raise CountsError("It holds neither obs and var (AnnData), nor a matrix of 10x, nor "
+                          f"row_attrs (loom), but {', '.join(f) or 'nothing'}: it is no file of "
+                          "counts.")
+    if len(genomes) > 1 and 'matrix' not in genomes:
+        raise CountsError(f"It holds the genomes {', '.join(genomes)}: write one file for each "
+                          "with scanpy.")
+    g = f['matrix' if 'matrix' in genomes else genomes[0]]
     t = g['features'] if 'features' in g else g
     def words(k): return t[k].asstr()[()]
     var = pd.DataFrame(dict(gene_ids=words('id' if 'id' in t else 'genes')),
                        words('name' if 'name' in t else 'gene_names'))
-    rna = None
-    if 'feature_type' in t and not (gex := words('feature_type') == 'Gene Expression').all():
-        rna, var = np.flatnonzero(gex), var[gex]
-    return _opened(_Csr(g['data'], g['indices'], g['indptr'], g['shape'][0], rna), {}, None,
+    if 'feature_type' in t: var['feature_types'] = words('feature_type')
+    return _opened(_Csr(g['data'], g['indices'], g['indptr'], g['shape'][0]), {}, None,
                    pd.DataFrame(index=g['barcodes'].asstr()[()]), var)
 
-def _10x_mtx(path):
-    import scanpy as sc
-    return _adata(sc.read_10x_mtx(path))
+
+# %% ../../nbs/01a_sources.ipynb #4f250591
+def _hdf5(path):
+    import h5py
+    # every piece is read once: a large cache is memory for nothing
+    f = h5py.File(path, rdcc_nbytes=1 << 20)
+    if 'mod' in f: return _h5ad(f['mod'][_modality(list(f['mod']), f"'{path.name}'", 'mdata')], path)
+    if 'obs' in f and 'var' in f: return _h5ad(f, path)
+    return _loom(f) if 'row_attrs' in f else _10x_h5(f)
+
+# %% ../../nbs/01a_sources.ipynb #a3e90981
+_parts = {'matrix.mtx': 'matrix', 'cells_x_genes.mtx': 'matrix', 'features.tsv': 'genes',
+          'genes.tsv': 'genes', 'cells_x_genes.genes.txt': 'genes', 'barcodes.tsv': 'cells',
+          'cells_x_genes.barcodes.txt': 'cells'}
+_part = re.compile(rf"(.*?)({'|'.join(map(re.escape, _parts))})(?:\.gz)?")
+
+def _samples(folder):
+    "{prefix: {matrix, genes, cells: path}} of the files of a folder"
+    out = defaultdict(dict)
+    for f in sorted(folder.iterdir()):
+        if (found := _part.fullmatch(f.name)) and f.name[0] != '.':
+            out[found[1]].setdefault(_parts[found[2]], f)
+    return dict(out)
+
+def _sample(path):
+    "The files of one sample: of a folder with one, or of a matrix; raises `CountsError`"
+    folder = path if path.is_dir() else path.parent
+    every = _samples(folder)
+    own = {p: x for p, x in every.items() if 'matrix' in x} or every
+    if path != folder: own = {p: x for p, x in own.items() if x.get('matrix') == path}
+    if len(own) > 1:
+        raise CountsError(f"'{folder.name}' holds the files of several samples "
+                          f"({', '.join(own)}): pass their matrices, each as an input of its own "
+                          f"('{folder.name}/*matrix.mtx*').")
+    prefix, files = next(iter(own.items()))
+    files = every.get('', {}) | files   # one table of genes may serve several samples
+    usual = dict(matrix='matrix.mtx', genes='features.tsv', cells='barcodes.tsv')
+    if lost := [usual[k] for k in usual if k not in files]:
+        raise CountsError(f"'{folder.name}' lacks {prefix}{lost[0]} (or {prefix}{lost[0]}.gz): "
+                          "copy it to the other files.")
+    return files
+
+# %% ../../nbs/01a_sources.ipynb #5182be7b
+def _rows_of_text(path, n):
+    "A table of words, one line for each of n rows; one line more is the heading"
+    t = pd.read_csv(path, sep='\t', header=None, dtype=str, keep_default_na=False, quoting=3)
+    return t.iloc[1:].reset_index(drop=True) if len(t) == n + 1 else t
+
+def _mtx(path):
+    from scipy.io import mmread
+    from scipy import sparse
+    files = _sample(path)
+    X = sparse.csr_matrix(mmread(files['matrix']))
+    by_cells = 'cells_x_genes' in files['matrix'].name
+    for X in (X, X.T) if by_cells else (X.T, X):
+        cells, genes = (_rows_of_text(files[k], m) for k, m in zip(('cells', 'genes'), X.shape))
+        if X.shape == (len(cells), len(genes)): break
+    else:
+        raise CountsError(f"{files['matrix'].name} has {X.shape[0]:,} × {X.shape[1]:,} numbers, and "
+                          f"there are {len(cells):,} cells and {len(genes):,} genes: the files do "
+                          "not belong together.")
+    var = pd.DataFrame(index=genes[1 if genes.shape[1] > 1 else 0].to_numpy())
+    for column, name in ((0, 'gene_ids'), (2, 'feature_types')):
+        if genes.shape[1] > max(column, 1): var[name] = genes[column].to_numpy()
+    return _opened(X.tocsr(), {}, None, pd.DataFrame(index=cells[0].to_numpy()), var)
 
 # %% ../../nbs/01a_sources.ipynb #58d4ad40
 class _Turned:
@@ -194,13 +288,34 @@ def _adata(a):
     raw = a.raw if a.raw is None else SimpleNamespace(X=turn(a.raw.X), var=a.raw.var)
     return _opened(turn(a.X), {k: turn(v) for k, v in a.layers.items()}, raw, a.obs, a.var)
 
-# %% ../../nbs/01a_sources.ipynb #ff4ff966
-_readers = {'.h5ad': _h5ad, '.zarr': _zarr, '.loom': _loom, '.h5': _10x_h5, '10x': _10x_mtx}
+def _single(data):
+    "An AnnData of what may hold several; raises `CountsError`"
+    if hasattr(data, 'mod') and hasattr(data.mod, 'keys'):
+        return data.mod[_modality(list(data.mod), type(data).__name__, 'mdata')]
+    if type(data).__name__ == 'AnnCollection':
+        raise CountsError("An AnnCollection joins AnnDatas without their counts as one matrix: "
+                          "pass the list of them, or their files.")
+    return data
 
-def _kind(path):
+# %% ../../nbs/01a_sources.ipynb #ff4ff966
+_hdf5_names = ('.h5ad', '.h5', '.hdf5', '.h5mu', '.loom')
+
+def _reader(path):
     "The reader for a path, or None"
-    if path.is_dir() and any(path.glob('*matrix.mtx*')): return '10x'
-    return path.suffix if path.suffix in _readers else None
+    if path.is_dir():
+        if any((path/f).exists() for f in ('.zgroup', 'zarr.json')): return _zarr
+        if _samples(path): return _mtx
+        return _zarr if path.suffix == '.zarr' else None
+    if path.suffix in _hdf5_names: return _hdf5
+    if path.suffix == '.zarr': return _zarr
+    return _mtx if re.search(r'matrix\.mtx(\.gz)?$|cells_x_genes\.mtx(\.gz)?$', path.name) else None
+
+def _missing_filter(e):
+    "True if HDF5 lacks what unpacks the data, as `e` or a cause of it says"
+    while e is not None:
+        if 'required filter' in str(e) or 'filter' in str(e) and 'not registered' in str(e): return True
+        e = e.__cause__ or e.__context__
+    return False
 
 def _reading(path, read):
     """What `read()` returns; an error that it raises becomes a `CountsError` with the file's name.
@@ -210,32 +325,39 @@ def _reading(path, read):
     try: return read()
     except CountsError as e: raise e if name in str(e) else CountsError(f"{e} (in '{name}')") from e
     except Exception as e:
+        if _missing_filter(e):
+            raise CountsError(f"'{name}' is packed with a compression filter that HDF5 lacks here: "
+                              "pip install hdf5plugin, and import hdf5plugin "
+                              "first.") from e.with_traceback(None)
         said = (str(e).splitlines() or [''])[0][:120]
         raise CountsError(f"'{name}' cannot be read ({type(e).__name__}: {said}): it is damaged, "
                           "or not what its name says.") from e.with_traceback(None)
 
+# %% ../../nbs/01a_sources.ipynb #ddcb8364
 def _open(path):
     "Open a path; raises `CountsError` for a missing, unknown or damaged file"
     if not isinstance(path, (str, Path)):
         raise CountsError(f"A file is named by its path, not by {type(path).__name__}.")
     path = Path(path).expanduser()
     if not path.exists(): raise CountsError(f"There is no file '{path.name}' in '{path.parent}'.")
-    if _kind(path) is None:
+    if (read := _reader(path)) is None:
         raise CountsError(f"'{path.name}' is no .h5ad, .zarr, .loom, 10x .h5 or 10x folder: "
                           "convert it with scanpy first.")
-    return _reading(path, lambda: _readers[_kind(path)](path))
+    return _reading(path, lambda: read(path))
 
 def read_any(
-    path, # .h5ad, .zarr, .loom, 10x .h5, or a folder with 10x matrix.mtx
+    path, # .h5ad, .zarr, .loom, .h5 of 10x, .h5mu, or a folder with matrix.mtx
 ): # AnnData, in memory
     "Read counts from any common file; raises `CountsError` for an unknown or damaged one"
     import anndata as ad
     o = _open(path)
     def read():
-        if Path(path).suffix == '.h5ad': return ad.read_h5ad(path)
-        if Path(path).suffix == '.zarr': return ad.read_zarr(path)
-        return ad.AnnData(_rows(o.X[:]).csr(), o.rows(slice(None)), o.var,
-                          layers={k: _rows(v[:]).csr() for k, v in o.layers.items()})
+        if o.read is not None: return o.read()
+        genes, _ = gene_rows(o.var)
+        some = slice(None) if genes is None else genes
+        def matrix(X): return _rows(X[:]).csr()[:, some]
+        return ad.AnnData(matrix(o.X), o.rows(slice(None)), o.var[some],
+                          layers={k: matrix(v) for k, v in o.layers.items()})
     return _reading(path, read)
 
 # %% ../../nbs/01a_sources.ipynb #39b5354b
@@ -260,6 +382,7 @@ class Source:
         logged:bool=False, # as in `counts_of`
         fractional:bool=False, # as in `counts_of`
     ):
+        data = _single(data)
         if not isinstance(data, (str, Path)) and not hasattr(data, 'obs'):
             raise CountsError("Counts come from an AnnData or the path of one, not "
                               f"{type(data).__name__}.")
@@ -291,13 +414,20 @@ class Source:
 def obs(self:Source): return _frame(self._got.rows(slice(None)))
 
 @patch(as_prop=True)
-def _var(self:Source): return self._chosen[1]
+def _var(self:Source): return self._chosen.var
 
 @patch(as_prop=True)
 def var(self:Source): return _frame(self._var)
 
 @patch(as_prop=True)
-def where(self:Source): return self._chosen[2]
+def where(self:Source): return self._chosen.where
+
+@patch
+def tell(self:Source):
+    "Warn of what the choice of counts leaves out"
+    for note in self._chosen.notes:
+        said = f" (in '{self.path.name}')" if self.path else ''
+        warnings.warn(f'{note}{said}', stacklevel=3)
 
 # %% ../../nbs/01a_sources.ipynb #2098df4e
 @patch
@@ -308,26 +438,27 @@ def block(self:Source,
     buffer:dict=None, # {} of a caller that drops each block before the next: memory is reused
 )->Counts:
     "Checked counts of some cells; raises `CountsError`"
-    (X, var, where), (_, logged, fractional) = self._chosen, self.how
+    c, (_, logged, fractional) = self._chosen, self.how
     def read():
-        rows = X.rows(slice(a, b), buffer) if isinstance(X, _Csr) else X[a:b]
+        rows = c.X.rows(slice(a, b), buffer) if isinstance(c.X, _Csr) else c.X[a:b]
         return rows, self._got.rows(slice(a, b), columns)
     rows, obs = self._reading(read)
     def check():
-        try: return _checked(rows, obs, var, where, logged, fractional, self.name)
+        try: return _checked(rows, obs, c, logged, fractional, self.name)
         except CountsError as e:
-            raise CountsError(f"{e}{other_matrices(self._got, where, logged)}") from e
+            raise CountsError(f"{e}{other_matrices(self._got, c.where, logged)}") from e
     return self._reading(check)
 
 @patch
 def fingerprint(self:Source)->str: # 16 hexadecimal characters
     "Fingerprint of an input: size and time of a file, the counts of an AnnData in memory"
     if self.path is None:
-        X = _rows(self._chosen[0])
+        X = _rows(self._chosen.X)
         return digest(list(X.shape), X.indptr, zlib.crc32(X.indices), zlib.crc32(X.data), self.var,
                       self.obs, list(self.how))
-    files = ([f for f in sorted(self.path.rglob('*')) if f.is_file()] if self.path.is_dir()
-             else [self.path])
+    files = [self.path]
+    if self.path.is_dir(): files = [f for f in sorted(self.path.rglob('*')) if f.is_file()]
+    elif _reader(self.path) is _mtx: files = _sample(self.path).values()
     return digest([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], list(self.how))
 
 # %% ../../nbs/01a_sources.ipynb #1a752b26
@@ -335,7 +466,7 @@ def _natural(path): return [int(w) if w.isdigit() else w for w in re.split(r'(\d
 
 def _found(files, what):
     "Files in natural order; raises `CountsError` when there is none"
-    out = sorted((f for f in files if _kind(f) and not f.name.startswith('.')), key=_natural)
+    out = sorted((f for f in files if _reader(f) and not f.name.startswith('.')), key=_natural)
     if not out: raise CountsError(f"{what} no .h5ad, .zarr, .loom, 10x .h5 or 10x folder.")
     return out
 
@@ -344,7 +475,7 @@ def _expand(data):
     if isinstance(data, (list, tuple)):
         for d in data: yield from _expand(d)
     elif not isinstance(data, (str, Path)): yield data
-    elif (p := Path(data).expanduser()).is_dir() and _kind(p) is None:
+    elif (p := Path(data).expanduser()).is_dir() and _reader(p) is None:
         yield from _found(p.iterdir(), f"The folder '{p.name}' holds")
     elif not p.exists() and set('*?[') & set(str(p)):
         yield from _found(map(Path, glob(str(p))), f"The pattern '{p.name}' finds")
@@ -368,7 +499,9 @@ def sources(
     out = [d if isinstance(d, Source) else Source(d, counts_layer, logged, fractional)
            for d in found]
     for s in out: s.n_obs, s.columns  # what cannot be opened is said now, before the work
-    return _distinct_names(out)
+    _distinct_names(out)
+    if len(out) > 1: _refuse_same_cells(out)
+    return out
 
 def _distinct_names(inputs):
     "Give inputs distinct names: repeated ones get the name of their folder, then a number"
@@ -378,6 +511,46 @@ def _distinct_names(inputs):
         for i, s in enumerate(inputs):
             if names.count(names[i]) > 1: s.name = how(s, i)
     return inputs
+
+# %% ../../nbs/01a_sources.ipynb #86d864c3
+def _cell_mark(source, row):
+    "Checksum of the counts of one cell, whatever the order of the genes; None without counts"
+    data = _rows(source._chosen.X[row:row + 1]).data
+    data = np.sort(data[data != 0].astype(np.float64))
+    return zlib.crc32(data) if len(data) else None
+
+def _shared_cells(inputs, most=100):
+    "{(i, j): [(row in i, row in j)]} of a sample of the cells of i whose barcodes j has, too"
+    def barcodes(s): return s._got.rows(slice(None), []).index
+    looked, size = defaultdict(list), {}
+    for i, s in enumerate(inputs):
+        rows = np.unique(np.linspace(0, s.n_obs - 1, min(most, s.n_obs)).astype(int))
+        size[i] = len(rows)
+        for r, b in zip(rows, np.asarray(barcodes(s))[rows]): looked[b].append((i, int(r)))
+    found = defaultdict(dict)
+    for j, s in enumerate(inputs):
+        for r, b in enumerate(barcodes(s)):
+            for i, own in looked.get(b, ()):
+                if i != j: found[i, j].setdefault(own, r)
+    return {k: sorted(rows.items()) for k, rows in found.items() if len(rows) > size[k[0]] / 2}
+
+def _refuse_same_cells(inputs, most=2000):
+    "Raise `CountsError` where two inputs hold the same cells; `most` pairs of inputs are compared"
+    try:
+        for (i, j), rows in list(_shared_cells(inputs).items())[:most]:
+            a, b = inputs[i], inputs[j]
+            some = [rows[k] for k in sorted({0, len(rows) // 2, len(rows) - 1})]
+            marks = [(_cell_mark(a, r), _cell_mark(b, q)) for r, q in some]
+            if any(x is None or x != y for x, y in marks): continue
+            name = [s.path.name if s.path else s.name for s in (a, b)]
+            if name[0] == name[1]: name = [a.name, b.name]
+            raise _SameCells(f"'{name[0]}' and '{name[1]}' hold the same cells (barcodes and counts "
+                             "are equal), which would count twice: pass one of the two.")
+    except CountsError as e:
+        if isinstance(e, _SameCells): raise
+        # counts that cannot be read are refused by those who read them
+
+class _SameCells(CountsError): pass
 
 # %% ../../nbs/01a_sources.ipynb #eec85821
 def shards(
@@ -400,7 +573,7 @@ def pieces(
     stream = hasattr(data, '__next__')
     for s in ((Source(a, counts_layer, logged, fractional) for a in data) if stream
               else sources(data, counts_layer, logged, fractional)):
-        s._chosen
+        s.tell()
         for i in range(0, s.n_obs, size): yield s, i, min(i + size, s.n_obs)
 
 def blocks(

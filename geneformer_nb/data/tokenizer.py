@@ -140,7 +140,8 @@ class Tally:
     total: float = 0. # all counts
     off: int = 0 # cells whose `n_counts` is not the sum of their counts
     n_empty: int = 0 # cells without a gene of the vocabulary
-    empty: tuple = () # names of the first five of these
+    other: float = 0. # counts on genes of another species
+    empty: tuple = () # names of the first five without a gene
     source: str = '' # the matrix that held the counts
 
     @classmethod
@@ -148,7 +149,7 @@ class Tally:
         return cls(**{f.name: line[f.name] for f in fields(cls)})
     def __add__(self, other):
         a, b = astuple(self), astuple(other)
-        return Tally(*(x + y for x, y in zip(a[:6], b[:6])), (*a[6], *b[6])[:5], b[7])
+        return Tally(*(x + y for x, y in zip(a[:7], b[:7])), (*a[7], *b[7])[:5], b[8])
 
 # %% ../../nbs/04_tokenizer.ipynb #b036311e
 @dataclass
@@ -213,6 +214,12 @@ def _count_disagreeing(obs, totals, source):
         given = pd.to_numeric(_frame(obs)['n_counts'], errors='coerce')
     return int((~np.isclose(given, totals, rtol=1e-3)).sum())
 
+def _of_others(X, match):
+    "Counts on genes of another species"
+    foreign = match.how == 'another species'
+    return float(X.data[foreign[X.indices]].sum(dtype=np.float64)) if foreign.any() else 0.
+
+
 # %% ../../nbs/04_tokenizer.ipynb #43a6b268
 @patch
 def __call__(self:Encoder,
@@ -246,7 +253,7 @@ def __call__(self:Encoder,
     if drop: cells = cells[~empty]
     return cells, Tally(len(b._obs), len(b._obs) - len(obs), float(known), float(totals.sum()),
                         _count_disagreeing(obs, totals, b.source), int(empty.sum()),
-                        tuple(map(str, obs.index[empty][:5])), b.source)
+                        _of_others(X, m), tuple(map(str, obs.index[empty][:5])), b.source)
 
 # %% ../../nbs/04_tokenizer.ipynb #c579c04b
 def _token_counts(X, gene, totals, tokens, offsets, vocabulary):
@@ -339,6 +346,9 @@ def report_left_out(
     if t.off:
         say(f"obs['n_counts'] differs from the sum of counts in {t.off:,} of {t.cells:,} "
             "cells: the sum is used (ranks do not depend on it).")
+    if t.other >= .01 * t.total:
+        say(f"{t.other / t.total:.1%} of the counts are on genes of another species, such as mouse "
+            "genes beside human ones: they are left out. Leave out its cells, too.")
     if t.n_empty and not keep_empty:
         say(f"{t.n_empty} of {t.cells} cells hold no gene of the vocabulary and were "
             f"dropped: {', '.join(t.empty)}.")
@@ -376,16 +386,17 @@ def tokenize(
         # the first of an iterator decides
         if enc.carry is None: enc.carry = obs_to_keep([s], obs, keep)
         return s, enc.match(s._var), *enc(s.block(a, b, enc.columns))
-    parts, tallies, matches = [], {}, {}
+    parts, tallies, matches, tables = [], {}, {}, {}
     for s, m, cells, seen in prefetch(one, pieces(inputs or data, block, counts_layer, logged,
                                                   fractional), workers or min(4, cores())):
         parts.append(cells)
         matches.setdefault(s.name, m)
+        tables[s.name] = s._var
         tallies[s.name] = tallies.get(s.name, Tally()) + seen
     if not parts: raise CountsError("The iterator gave no AnnData: nothing to tokenize.")
     report_left_out(tallies, keep, keep_empty)
     for name, m in matches.items():
-        m.check(vocabulary, min_match, name if len(matches) > 1 else None, tallies[name])
+        m.check(vocabulary, min_match, name if len(matches) > 1 else None, tallies[name], tables[name])
     out = Cells.concat(parts)
     out.match = matches if len(matches) > 1 else m
     return out
