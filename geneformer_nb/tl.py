@@ -9,7 +9,8 @@ __all__ = ['embed', 'finetune', 'predict', 'perturb', 'summarize', 'screen']
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import GeneformerError, as_list, verb
-from .data.ranks import find_record, need_adata, ranked_cells, recorded_counts
+from .data.ranks import (
+    find_record, need_adata, ranked_cells, recorded_counts, result_of)
 from .evaluate.baselines import cell_baselines
 from .model.bert import Geneformer, Reader
 from .model.embed import state_embeddings, store_embedding
@@ -64,7 +65,7 @@ def embed(
     of the model"""
     model = _model(model).encoder
     cells = ranked_cells(adata, model.vocabulary, obs=[])
-    out = adata.copy() if copy else adata
+    out = result_of(adata, copy)
     store_embedding(
         out, cells, model, layer, pool, key_added,
         dict(ranks=find_record(adata, model.vocabulary).key),
@@ -119,8 +120,8 @@ def predict(
         raise GeneformerError("classifier is what finetune returned or the folder of a saved one, "
                               f"not {type(classifier).__name__}.")
     clf = classifier if isinstance(classifier, CellClassifier) else CellClassifier.load(classifier)
+    out = result_of(need_adata(adata), copy)
     p = clf.predict(ranked_cells(adata, clf.encoder.vocabulary, obs=[]))
-    out = adata.copy() if copy else adata
     out.obs[f'{key_added}_pred'] = pd.Categorical(p['predicted'], categories=clf.task.values)
     out.obsm[f'{key_added}_proba'] = p[clf.columns].to_numpy(np.float32)
     out.uns[f'{key_added}_classes'] = np.array(clf.classes, dtype=object)

@@ -66,6 +66,7 @@ def test_pandas_is_loaded_by_who_needs_it(tmp_path):
     for name in 'ab':
         a = made()
         a.obs = kinds_of_obs().drop(columns=['gaps', 'maybe', 'parts'])
+        a.obs_names = [f'{name}{i}' for i in range(a.n_obs)]
         a.write_h5ad(tmp_path/f'{name}.h5ad')
     code = f"""import sys
 from geneformer_nb.data.vocabulary import Vocabulary

@@ -34,8 +34,8 @@ def obs_kinds(obs):
         warnings.warn(f"obs columns {', '.join(lost)} are left out: these names mean something "
                       "else in the folder.", stacklevel=4)
     def kind(c):
-        if not isinstance(c, np.ndarray) or c.dtype == np.uint64 and len(c) and c.max() >= 2**63:
-            return 'string'
+        c = c.words if isinstance(c, Coded) else c  # categories of numbers are numbers
+        if c.dtype == np.uint64 and len(c) and c.max() >= 2**63: return 'string'
         return _arrow_types.get(c.dtype.kind, 'string')
     return {str(n): kind(c) for n, c in obs_columns(obs) if n not in taken}
 
@@ -54,10 +54,9 @@ def obs_columns(obs):
 def obs_array(col, kind, name):
     "A column of obs as an Arrow array; raises `GeneformerError` where that would change a value"
     if kind != 'string':
-        have = col if isinstance(col, (np.ndarray, Coded)) else np.asarray(col)
-        if _arrow_types.get(getattr(have, 'dtype', np.dtype('O')).kind, '') in (kind, 'int64'
-                if kind == 'float64' else kind):
-            return _arrow_numbers(have.astype(kind))
+        have, missing = _values(col)
+        if _arrow_types.get(have.dtype.kind, '') in (kind, 'int64' if kind == 'float64' else kind):
+            return _arrow_numbers(have.astype(kind), missing)
         raise GeneformerError(f"obs column {name!r} held {kind} in the first cells and holds "
                               f"{getattr(col, 'dtype', 'category')} now: give it one type, or "
                               "leave it out with obs=[…].")
@@ -70,12 +69,26 @@ def obs_array(col, kind, name):
     return _arrow_strings([None if missing(x) else str(x) for x in values])
 
 # %% ../../nbs/03a_arrow.ipynb #a7d7fbaa
-def _arrow_numbers(x):
-    "A numpy array as an Arrow array that shares its memory"
+def _packed(mask): return pa.py_buffer(np.packbits(mask, bitorder='little'))
+
+def _arrow_numbers(x, missing=None):
+    "A numpy array as an Arrow array that shares its memory; `missing` marks what is not there"
     x = np.ascontiguousarray(x)
-    bits = np.packbits(x, bitorder='little') if x.dtype == bool else x
+    holes = 0 if missing is None else int(missing.sum())
     return pa.Array.from_buffers(pa.type_for_alias(x.dtype.name), len(x),
-                                 [None, pa.py_buffer(bits)])
+                                 [_packed(~missing) if holes else None,
+                                  _packed(x) if x.dtype == bool else pa.py_buffer(x)], holes)
+
+def _values(col):
+    "A column of obs as (array, mask of what is missing or None): categories as what they stand for"
+    if isinstance(col, np.ndarray): return col, None
+    if isinstance(col, Coded):
+        words = np.asarray(col.words)
+        return np.append(words, words[:1] if len(words) else 0)[col.codes], col.codes < 0
+    missing = np.asarray(pd.isna(col))
+    kind = getattr(col.dtype, 'numpy_dtype', np.dtype(object))
+    fill = False if kind == bool else 0
+    return np.asarray(col.to_numpy(kind, na_value=fill) if kind != object else col), missing
 
 def _arrow_strings(words):
     "A list of strings as an Arrow array; None is missing"
@@ -172,6 +185,10 @@ def arrow_tables(folder):
     "Memory-mapped Arrow tables of a folder, and its `geneformer_nb.json`; raises `StorageError`"
     folder = as_folder(folder)
     if not (folder/'state.json').exists():
+        parts = sorted(d.parent.name for d in folder.glob('*/state.json'))
+        if parts:
+            raise StorageError(f"'{folder.name}' holds several data sets ({', '.join(parts)}): load "
+                               f"one of them, such as {folder.name}/{parts[0]}.")
         raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in "
                            "it).")
     try:
@@ -188,6 +205,21 @@ def arrow_tables(folder):
     if odd := next((o for t in tables if (o := _token_fault(t['input_ids']))), None):
         raise StorageError(f"'{folder.name}' holds no tokens: input_ids has {odd}.")
     return tables, about
+
+# %% ../../nbs/03a_arrow.ipynb #a2d41815
+def _obs_from(table):
+    "The columns of an Arrow table about cells, as a DataFrame"
+    obs = table.to_pandas()
+    about = json.loads((table.schema.metadata or {}).get(b'huggingface', b'{}'))
+    features = about.get('info', {}).get('features', {})
+    nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+    for c in obs.columns:
+        if features.get(c, {}).get('_type') == 'ClassLabel':
+            words = np.array([*features[c]['names'], None], dtype=object)
+            obs[c] = words[table[c].fill_null(-1).to_numpy()]
+        elif table[c].null_count and table[c].type in nullable:
+            obs[c] = table[c].to_pandas(types_mapper=nullable.get)
+    return obs
 
 # %% ../../nbs/03a_arrow.ipynb #3876343c
 def _token_fault(column):
@@ -208,8 +240,8 @@ def cells_from_table(table, about, vocabulary):
              if n in table.column_names}
     (tokens, offsets), lists = (_flat_list(named.pop('input_ids')),
                                 {n: _flat_list(c) for n, c in named.items()})
-    obs = table.drop_columns([c for c in _reserved if c in table.column_names
-                              and c != 'barcode']).to_pandas()
+    obs = _obs_from(table.drop_columns([c for c in _reserved if c in table.column_names
+                                        and c != 'barcode']))
     obs = obs.set_index('barcode') if 'barcode' in obs else obs.set_index(obs.index.astype(str))
     if vocabulary is not None: need_vocabulary(vocabulary)
     about = about or dict(vocabulary_hash=None, special=bool(vocabulary and vocabulary.cls

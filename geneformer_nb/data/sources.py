@@ -310,12 +310,20 @@ def _reader(path):
     if path.suffix == '.zarr': return _zarr
     return _mtx if re.search(r'matrix\.mtx(\.gz)?$|cells_x_genes\.mtx(\.gz)?$', path.name) else None
 
-def _missing_filter(e):
-    "True if HDF5 lacks what unpacks the data, as `e` or a cause of it says"
-    while e is not None:
-        if 'required filter' in str(e) or 'filter' in str(e) and 'not registered' in str(e): return True
-        e = e.__cause__ or e.__context__
-    return False
+_filters = {32001: 'Blosc', 32004: 'LZ4', 32008: 'Bitshuffle', 32015: 'Zstandard', 32026: 'Blosc2'}
+
+def _missing_filter(path):
+    "Name of the compression filter that HDF5 lacks for a file, or None"
+    import h5py
+    def lacking(_, e):
+        if not hasattr(e, 'chunks'): return None
+        p = e.id.get_create_plist()
+        codes = [p.get_filter(k)[0] for k in range(p.get_nfilters())]
+        return next((_filters.get(c, f'number {c}') for c in codes
+                     if not h5py.h5z.filter_avail(c)), None)
+    try:
+        with h5py.File(path) as f: return f.visititems(lacking)
+    except Exception: return None
 
 def _reading(path, read):
     """What `read()` returns; an error that it raises becomes a `CountsError` with the file's name.
@@ -325,9 +333,9 @@ def _reading(path, read):
     try: return read()
     except CountsError as e: raise e if name in str(e) else CountsError(f"{e} (in '{name}')") from e
     except Exception as e:
-        if _missing_filter(e):
-            raise CountsError(f"'{name}' is packed with a compression filter that HDF5 lacks here: "
-                              "pip install hdf5plugin, and import hdf5plugin "
+        if lacks := _missing_filter(path):
+            raise CountsError(f"'{name}' is packed with the compression filter {lacks}, which HDF5 "
+                              "lacks here: pip install hdf5plugin, and import hdf5plugin "
                               "first.") from e.with_traceback(None)
         said = (str(e).splitlines() or [''])[0][:120]
         raise CountsError(f"'{name}' cannot be read ({type(e).__name__}: {said}): it is damaged, "
@@ -537,7 +545,7 @@ def _shared_cells(inputs, most=100):
 def _refuse_same_cells(inputs, most=2000):
     "Raise `CountsError` where two inputs hold the same cells; `most` pairs of inputs are compared"
     try:
-        for (i, j), rows in list(_shared_cells(inputs).items())[:most]:
+        for (i, j), rows in sorted(_shared_cells(inputs).items())[:most]:
             a, b = inputs[i], inputs[j]
             some = [rows[k] for k in sorted({0, len(rows) // 2, len(rows) - 1})]
             marks = [(_cell_mark(a, r), _cell_mark(b, q)) for r, q in some]
