@@ -30,10 +30,16 @@ def _init_worker(fn):
 
 def _run_in_worker(i): return _worker_fn(i)
 
+_guard = ("needs the guard if __name__ == '__main__': around the call, since every worker "
+          "imports the script.")
+
 def _processes(fn, items, workers):
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
+    from multiprocessing import current_process, get_context
+    # set while a new process imports the script that called it
+    if getattr(current_process(), '_inheriting', False):
+        raise GeneformerError(f"executor='processes' {_guard}")
     with ProcessPoolExecutor(workers or cores(), mp_context=get_context('spawn'),
                              initializer=_init_worker, initargs=(fn,)) as pool:
         try:
@@ -41,8 +47,8 @@ def _processes(fn, items, workers):
         except BrokenProcessPool as e:
             raise GeneformerError("A worker process died, perhaps for want of memory: what was "
                                   "finished is kept. Run the same command again to go on, with "
-                                  "fewer workers if it was memory. (A script needs the guard if "
-                                  "__name__ == '__main__': around the call.)") from e
+                                  "fewer workers if it was memory. In a script, "
+                                  f"executor='processes' {_guard}") from e
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise  # one shard failed: the others need not begin

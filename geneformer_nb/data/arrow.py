@@ -187,8 +187,8 @@ def arrow_tables(folder):
     if not (folder/'state.json').exists():
         parts = sorted(d.parent.name for d in folder.glob('*/state.json'))
         if parts:
-            raise StorageError(f"'{folder.name}' holds several data sets ({', '.join(parts)}): load "
-                               f"one of them, such as {folder.name}/{parts[0]}.")
+            raise StorageError(f"'{folder.name}' holds several data sets ({', '.join(parts)}): "
+                               f"load one of them, such as {folder.name}/{parts[0]}.")
         raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in "
                            "it).")
     try:

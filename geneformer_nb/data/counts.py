@@ -239,8 +239,8 @@ def other_matrices(
 _no_id = ('', 'NAN', 'NONE', '<NA>') # what stands in place of a word
 _type_columns = ('featuretypes', 'featuretype', 'modality', 'modalities')
 _expression = ('geneexpression', 'gex', 'rna', 'mrna', 'gene', 'genes', 'expression')
-_no_genes = re.compile(r'antibod|adt|hto\b|hash|multiplex|crispr|guide|grna|peak|atac|chromatin|antigen'
-                       r'|custom|protein(?!.?coding)|spike|vdj', re.I)
+_no_genes = re.compile(r'antibod|adt|hto\b|hash|multiplex|crispr|guide|grna|peak|atac|chromatin'
+                       r'|antigen|custom|protein(?!.?coding)|spike|vdj', re.I)
 
 def _letters(x): return re.sub('[^a-z]', '', str(x).lower())
 
@@ -331,12 +331,14 @@ def counts_of(
     "Find and check the counts of an AnnData, which is not changed; raises `CountsError`"
     c = _choice(adata, counts_layer, logged)
     try: return _checked(c.X, adata.obs, c, logged, fractional)
-    except CountsError as e: raise CountsError(f"{e}{other_matrices(adata, c.where, logged)}") from e
+    except CountsError as e:
+        raise CountsError(f"{e}{other_matrices(adata, c.where, logged)}") from e
 
 # %% ../../nbs/01_counts.ipynb #01cd4f43
 _human_names = r'GRCh\d+|hg\d+|T2T|CHM13|human|homo_sapiens|hsapiens'
-_other_names = (r'GRC[mzg]\d+|mm\d+|m?rn\d+|mratbn\d*|rhemac\d+|mmul_?\d*|sscrofa\d*|danrer\d+|dm\d+'
-                r'|galgal\d+|canfam\d+|bostau\d+|mouse|mus_musculus|mmusculus|rat|rattus_norvegicus'
+_other_names = (r'GRC[mzg]\d+|mm\d+|m?rn\d+|mratbn\d*|rhemac\d+|mmul_?\d*|sscrofa\d*|danrer\d+'
+                r'|dm\d+|galgal\d+|canfam\d+|bostau\d+|mouse|mus_musculus|mmusculus|rat'
+                r'|rattus_norvegicus'
                 r'|zebrafish|danio_rerio|pig|chicken|macaque|drosophila')
 # a genome, perhaps its version, signs in between, and the name of the gene
 _prefix = re.compile(rf'^(?:({_human_names})|({_other_names}))(?:[.-]\w+?)*(?:_+|[:|]+|-(?=ENS))'

@@ -139,8 +139,9 @@ def _opened(X, layers, raw, obs, var, read=None):
 
 def _store(g, table, read):
     "The parts of an open .h5ad or .zarr"
-    raw = (SimpleNamespace(X=_matrix(g['raw/X']), var=table(g['raw/var'])) if 'raw' in g
-           and 'X' in g['raw'] else None)
+    raw = None
+    if 'raw' in g and hasattr(g['raw'], 'keys') and 'X' in g['raw']:
+        raw = SimpleNamespace(X=_matrix(g['raw/X']), var=table(g['raw/var']))
     layers = {k: _matrix(g['layers'][k]) for k in (g['layers'] if 'layers' in g else ())}
     X = _matrix(g['X']) if 'X' in g and g['X'].attrs.get('encoding-type') != 'null' else None
     return _opened(X, layers, raw, g['obs'] if table is _table else table(g['obs']),
@@ -161,9 +162,9 @@ def _modality(names, what, name):
 
 def _h5ad(g, path):
     "An AnnData in an HDF5 file: the file, or a group of it"
-    from anndata import read_h5ad
-    from anndata.io import read_elem
-    def read(): return read_h5ad(path) if g.name == '/' else read_elem(g)
+    def read():
+        from anndata import io
+        return io.read_h5ad(path) if g.name == '/' else io.read_elem(g)
     if all(g[k].attrs.get('encoding-type') == 'dataframe' for k in ('obs', 'var')):
         return _store(g, _table, read)
     return _adata(read())   # as written before 2020
@@ -211,7 +212,9 @@ def _hdf5(path):
     import h5py
     # every piece is read once: a large cache is memory for nothing
     f = h5py.File(path, rdcc_nbytes=1 << 20)
-    if 'mod' in f: return _h5ad(f['mod'][_modality(list(f['mod']), f"'{path.name}'", 'mdata')], path)
+    if 'mod' in f:
+        rna = _modality(list(f['mod']), f"'{path.name}'", 'mdata')
+        return _h5ad(f['mod'][rna], path)
     if 'obs' in f and 'var' in f: return _h5ad(f, path)
     return _loom(f) if 'row_attrs' in f else _10x_h5(f)
 
@@ -263,9 +266,10 @@ def _mtx(path):
         cells, genes = (_rows_of_text(files[k], m) for k, m in zip(('cells', 'genes'), X.shape))
         if X.shape == (len(cells), len(genes)): break
     else:
-        raise CountsError(f"{files['matrix'].name} has {X.shape[0]:,} × {X.shape[1]:,} numbers, and "
-                          f"there are {len(cells):,} cells and {len(genes):,} genes: the files do "
-                          "not belong together.")
+        sizes = ' × '.join(f'{m:,}' for m in X.shape)
+        raise CountsError(f"{files['matrix'].name} is a matrix of {sizes}, and there are "
+                          f"{len(cells):,} cells and {len(genes):,} genes: the files do not belong "
+                          "together.")
     var = pd.DataFrame(index=genes[1 if genes.shape[1] > 1 else 0].to_numpy())
     for column, name in ((0, 'gene_ids'), (2, 'feature_types')):
         if genes.shape[1] > max(column, 1): var[name] = genes[column].to_numpy()
@@ -484,11 +488,21 @@ def _expand(data):
         for d in data: yield from _expand(d)
     elif not isinstance(data, (str, Path)): yield data
     elif (p := Path(data).expanduser()).is_dir() and _reader(p) is None:
+        _refuse_outs(p)
         yield from _found(p.iterdir(), f"The folder '{p.name}' holds")
     elif not p.exists() and set('*?[') & set(str(p)):
         yield from _found(map(Path, glob(str(p))), f"The pattern '{p.name}' finds")
     else: yield p
 
+def _refuse_outs(folder):
+    "Raise `CountsError` for an output folder of Cell Ranger, which holds its cells several times"
+    found = sorted(f.name for f in folder.iterdir()
+                   if re.match('(sample_)?(filtered|raw)_(feature|gene)_bc_matri', f.name))
+    if len(found) > 1:
+        raise CountsError(f"'{folder.name}' is an output of Cell Ranger. It holds the same cells "
+                          f"in {', '.join(found)}, and they would count twice: pass one of these.")
+
+# %% ../../nbs/01a_sources.ipynb #1939466f
 def sources(
     data, # AnnData, path, folder, pattern like "atlas/*.h5ad", `Source`, or a list of these
     counts_layer:str=None, # as in `counts_of`
@@ -523,13 +537,14 @@ def _distinct_names(inputs):
 # %% ../../nbs/01a_sources.ipynb #86d864c3
 def _cell_mark(source, row):
     "Checksum of the counts of one cell, whatever the order of the genes; None without counts"
-    data = _rows(source._chosen.X[row:row + 1]).data
+    try: data = _rows(source._chosen.X[row:row + 1]).data
+    except CountsError: return None  # refused by those who read it
     data = np.sort(data[data != 0].astype(np.float64))
     return zlib.crc32(data) if len(data) else None
 
 def _shared_cells(inputs, most=100):
     "{(i, j): [(row in i, row in j)]} of a sample of the cells of i whose barcodes j has, too"
-    def barcodes(s): return s._got.rows(slice(None), []).index
+    def barcodes(s): return s._reading(lambda: s._got.rows(slice(None), []).index)
     looked, size = defaultdict(list), {}
     for i, s in enumerate(inputs):
         rows = np.unique(np.linspace(0, s.n_obs - 1, min(most, s.n_obs)).astype(int))
@@ -544,21 +559,16 @@ def _shared_cells(inputs, most=100):
 
 def _refuse_same_cells(inputs, most=2000):
     "Raise `CountsError` where two inputs hold the same cells; `most` pairs of inputs are compared"
-    try:
-        for (i, j), rows in sorted(_shared_cells(inputs).items())[:most]:
-            a, b = inputs[i], inputs[j]
-            some = [rows[k] for k in sorted({0, len(rows) // 2, len(rows) - 1})]
-            marks = [(_cell_mark(a, r), _cell_mark(b, q)) for r, q in some]
-            if any(x is None or x != y for x, y in marks): continue
-            name = [s.path.name if s.path else s.name for s in (a, b)]
-            if name[0] == name[1]: name = [a.name, b.name]
-            raise _SameCells(f"'{name[0]}' and '{name[1]}' hold the same cells (barcodes and counts "
-                             "are equal), which would count twice: pass one of the two.")
-    except CountsError as e:
-        if isinstance(e, _SameCells): raise
-        # counts that cannot be read are refused by those who read them
+    for (i, j), rows in sorted(_shared_cells(inputs).items())[:most]:
+        a, b = inputs[i], inputs[j]
+        some = [rows[k] for k in sorted({0, len(rows) // 2, len(rows) - 1})]
+        marks = [(_cell_mark(a, r), _cell_mark(b, q)) for r, q in some]
+        if any(x is None or x != y for x, y in marks): continue
+        name = [s.path.name if s.path else s.name for s in (a, b)]
+        if name[0] == name[1]: name = [a.name, b.name]
+        raise CountsError(f"'{name[0]}' and '{name[1]}' hold the same cells (equal barcodes, equal "
+                          "counts), which would count twice: pass one of the two.")
 
-class _SameCells(CountsError): pass
 
 # %% ../../nbs/01a_sources.ipynb #eec85821
 def shards(

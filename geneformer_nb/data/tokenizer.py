@@ -396,7 +396,8 @@ def tokenize(
     if not parts: raise CountsError("The iterator gave no AnnData: nothing to tokenize.")
     report_left_out(tallies, keep, keep_empty)
     for name, m in matches.items():
-        m.check(vocabulary, min_match, name if len(matches) > 1 else None, tallies[name], tables[name])
+        m.check(vocabulary, min_match, name if len(matches) > 1 else None, tallies[name],
+                tables[name])
     out = Cells.concat(parts)
     out.match = matches if len(matches) > 1 else m
     return out

@@ -176,8 +176,8 @@ def find_gene(name, index, aliases):
 def _two_genes(v, name):
     "A sentence where a symbol is that of several genes, else nothing"
     ids = [g for g in v.genes if v.symbols.get(g, '').upper() == str(name).strip().upper()]
-    return (f"{str(name)!r} names {len(ids)} genes, {', '.join(ids)}: name the one that is meant by "
-            "its id.") if len(ids) > 1 else ''
+    if len(ids) < 2: return ''
+    return f"{str(name)!r} names {len(ids)} genes, {', '.join(ids)}: name one by its id."
 
 @patch
 def find(self:Vocabulary,
@@ -439,8 +439,8 @@ def from_counts(cls:Vocabulary,
                name)
 
 # %% ../../nbs/02_vocabulary.ipynb #8a23356c
-_ways = ('id', 'symbol or retired id', _from_later, 'version stripped', 'prefix stripped', 'ortholog',
-         'not one-to-one', 'another species', 'unknown', 'no id')
+_ways = ('id', 'symbol or retired id', _from_later, 'version stripped', 'prefix stripped',
+         'ortholog', 'not one-to-one', 'another species', 'unknown', 'no id')
 
 @dataclass
 class GeneMatch:
@@ -494,8 +494,8 @@ def match_genes(
         found = [_by_ortholog(str(n), pairs, several, look) for n in names]
         if len(names): _check_orthologs(found, pairs, names)
     index = np.array([i for i, _ in found], dtype=np.int32)
-    how = np.array([h if i >= 0 or h in ('no id', 'not one-to-one', 'another species') else 'unknown'
-                    for i, h in found], dtype=object)
+    reasons = ('no id', 'not one-to-one', 'another species')
+    how = np.array([h if i >= 0 or h in reasons else 'unknown' for i, h in found], dtype=object)
     if orthologs is None: _by_letters(names, index, how)
     return GeneMatch(np.asarray(names, dtype=object), index, how)
 

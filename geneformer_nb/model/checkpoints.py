@@ -179,7 +179,15 @@ def _config(folder):
     if not name.startswith('Bert') or not hasattr(transformers, name):
         raise GeneformerError(f"'{folder.name}' holds a {name}, which is no BERT: Geneformer "
                               "checkpoints are BertForMaskedLM or a BERT classifier.")
+    # how a checkpoint was run elsewhere says nothing about how it runs here
+    conf = {k: v for k, v in conf.items() if not re.search('attn|quantization|auto_map|dtype', k)}
     return getattr(transformers, name), transformers.BertConfig.from_dict(conf)
+
+def _usual_name(key):
+    "The name of a tensor in transformers, from that of older versions, DDP or torch.compile"
+    key = re.sub(r'^(?:(?:module|_orig_mod)\.)+', '', key)
+    return re.sub(r'LayerNorm\.(gamma|beta)$',
+                  lambda m: f"LayerNorm.{dict(gamma='weight', beta='bias')[m[1]]}", key)
 
 def _check_size(folder, files):
     "Warn about a file of an official name and another size"
@@ -206,7 +214,7 @@ def read_checkpoint(
     folder = checkpoint_folder(name, revision)
     kind, conf = _config(folder)
     vocabulary, files = _vocabulary(folder, conf.vocab_size, vocabulary), weight_files(folder)
-    tensors = {k: v for f in files for k, v in read_tensors(f).items()}
+    tensors = {_usual_name(k): v for f in files for k, v in read_tensors(f).items()}
     _check_size(folder, files)
     how = dict(config=conf, state_dict=tensors, dtype=torch.float32, output_loading_info=True)
     try:
