@@ -186,11 +186,10 @@ def arrow_tables(folder):
     folder = as_folder(folder)
     if not (folder/'state.json').exists():
         parts = sorted(d.parent.name for d in folder.glob('*/state.json'))
-        if parts:
-            raise StorageError(f"'{folder.name}' holds several data sets ({', '.join(parts)}): "
-                               f"load one of them, such as {folder.name}/{parts[0]}.")
+        more = (f" It holds such folders: load one of {', '.join(parts)} by its own path."
+                if parts else '')
         raise StorageError(f"'{folder.name}' is no Arrow dataset folder (there is no state.json in "
-                           "it).")
+                           f"it).{more}")
     try:
         files = [folder/f['filename']
                  for f in json.loads((folder/'state.json').read_text())['_data_files']]

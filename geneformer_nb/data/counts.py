@@ -295,8 +295,9 @@ def _choice(o, counts_layer, logged):
     said = ', '.join(f'{v:,} {k}' for k, v in others.items())
     if not genes.any():
         raise CountsError(f"No row of var is gene expression ({said}): pass the counts of genes.")
-    few.append(f"{sum(others.values()):,} rows of var are no gene expression and are left out "
-               f"({said}).")
+    n = sum(others.values())
+    what = 'rows of var are' if n > 1 else 'row of var is'
+    few.append(f"{n:,} {what} no gene expression and left out ({said}).")
     return Choice(X, var[genes], where, genes, tuple(few))
 
 def _few_genes(o, where):
