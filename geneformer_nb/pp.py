@@ -73,8 +73,8 @@ def tokenize(
     logged:bool=False, # True: the values are log1p of normalized counts, and are turned back first
     fractional:bool=False, # True accepts estimated counts (SoupX, alevin), which are not whole
     # numbers
-    gene_ids:str=None, # column of var that names the genes, or "index"; None tries ensembl_id,
-    # gene_ids, the index
+    gene_ids:str=None, # column of var that names the genes, or "index"; None: the first of
+    # `id_columns`, else the index
     orthologs=None, # for another species: table of its genes and the human ones, as in
     # `match_genes`
     min_match:float=.2, # smallest share of counts on known genes; below it is an error

@@ -349,3 +349,13 @@ tokenize_to({str(tmp_path/'a.h5ad')!r}, Vocabulary.load({str(tmp_path)!r}), {str
     said = subprocess.run([sys.executable, str(tmp_path/'s.py')], capture_output=True, text=True)
     last = said.stderr.strip().splitlines()[-1]
     assert said.returncode and '__main__' in last and 'GeneformerError' in last, said.stderr
+
+def test_a_vocabulary_of_another_species_knows_its_own():
+    import warnings
+    a = made()
+    a.var_names = [f'mm10___ENSMUSG{i:011d}' for i in range(g)]
+    v = Vocabulary.from_counts(a[:, :g//2].copy())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        got = tokenize(a, v)
+    assert got.match.report()['matched'] == g//2 and got.match.report()['another species'] == 0

@@ -304,9 +304,10 @@ def _few_genes(o, where):
     "A sentence in a list, where raw.X has counts of many more genes than the matrix that is taken"
     if o.raw is None or where == 'raw.X' or len(o.raw.var) < 2 * o.n_vars or not _whole(o.raw.X):
         return []
-    return [f"{where} holds counts of {o.n_vars:,} genes and raw.X of {len(o.raw.var):,}: ranks of "
-            "some genes are other ranks. Pass counts_layer='raw.X' to take all genes, or "
-            f"counts_layer={where.removeprefix('layers[').strip(chr(39) + ']')!r} to keep these."]
+    layer = where.removeprefix("layers['").removesuffix("']")
+    return [f"{where} holds counts of {o.n_vars:,} genes, and raw.X of {len(o.raw.var):,}: most "
+            "genes of a cell are not ranked. Pass counts_layer='raw.X' to take all, or "
+            f"counts_layer={layer!r} to keep to these."]
 
 # %% ../../nbs/01_counts.ipynb #73ebd23f
 def _checked(X, obs, choice, logged, fractional, name=None):

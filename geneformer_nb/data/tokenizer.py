@@ -358,7 +358,7 @@ def tokenize(
     data, # AnnData of raw counts; file, folder, pattern; a list or an iterator of these
     vocabulary:Vocabulary, # of the model, such as model.vocabulary
     *,
-    gene_ids:str=None, # column of var with gene ids; None: ensembl_id, gene_ids or the index
+    gene_ids:str=None, # column of var with gene ids; None: one of `id_columns`, or the index
     orthologs=None, # for another species: table of orthologs, as in `match_genes`
     counts_layer:str=None, # layer of counts; None: layers["counts"], X or raw.X
     logged:bool=False, # True: values are log1p of normalized counts, turned back by expm1

@@ -167,7 +167,7 @@ def find_gene(name, index, aliases):
         found, how = find_gene(bare, index, aliases)
         return (found, 'prefix stripped') if how != 'unknown' else (-1, 'unknown')
     # an id without what stands around it; any name without a version
-    for cut in () if species else (plain_id(n), re.sub(r'\.\d+$', '', n)):
+    for cut in (plain_id(n), n if species else re.sub(r'\.\d+$', '', n)):
         if cut in index: return index[cut], 'version stripped'
         if cut in aliases and cut.startswith('ENS'):
             return index.get(aliases[cut].upper(), -1), 'version stripped'
@@ -487,8 +487,9 @@ def match_genes(
     def look(n): return (index[n], 'id') if n in index else vocabulary.find(n)
     if orthologs is None:
         found = [look(n) for n in names]
-        found = [(-1, 'another species') if i < 0 and _is_foreign(n) else (i, h)
-                 for n, (i, h) in zip(names, found)]
+        if vocabulary._is_human:
+            found = [(-1, 'another species') if i < 0 and _is_foreign(n) else (i, h)
+                     for n, (i, h) in zip(names, found)]
     else:
         pairs, several = _one_to_one(orthologs)
         found = [_by_ortholog(str(n), pairs, several, look) for n in names]
@@ -505,6 +506,10 @@ def _is_foreign(name):
     "True for an id of Ensembl that is not human, and for a name after another genome"
     bare, species = species_prefix(str(name).strip())
     return species == 'other' or bool(re.match(r'ENS(?!G\d|T\d|P\d|E\d)[A-Z]+G\d{6,}', bare, re.I))
+
+@patch(as_prop=True)
+def _is_human(self:Vocabulary)->bool: # as far as a few hundred ids tell
+    return not any(map(_is_foreign, self.genes[::100]))
 
 def _by_letters(names, index, how):
     "Take genes in mouse case out of a match if the human ones are there, too; warn if they are not"
@@ -572,8 +577,7 @@ def _advice(self:GeneMatch, vocabulary, var):
     column, rate = better_column(var, vocabulary) if var is not None else (None, 0)
     if rate > max(.2, 2 * (self.index >= 0).mean()):
         what = 'The index of var' if column == 'index' else f'var[{column!r}]'
-        return f" {what} would match {rate:.0%} of the genes: pass gene_ids={column!r}.".replace(
-            '%', ' %')
+        return f" {what} would match {100 * rate:.0f} % of the genes: pass gene_ids={column!r}."
     return " Another species (orthologs=…) or another column (gene_ids=…) is the usual reason."
 
 def better_column(
