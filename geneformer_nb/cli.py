@@ -474,7 +474,9 @@ def as_options(
     names, # of the options of a command
 )->str:
     "A sentence with options where it names arguments"
-    for n in names: text = re.sub(rf'\b{n}=', f"--{n.replace('_', '-')} ", text)
+    for n in names:
+        option = '--' + n.replace('_', '-')
+        text = re.sub(rf'\b{n}=', f'{option} ', re.sub(rf'\b{n}=True', option, text))
     return text
 
 # %% ../nbs/55_cli.ipynb #0a701e75

@@ -421,11 +421,11 @@ def test_columns_that_bear_our_names(corpus, tmp_path):
 @pytest.mark.parametrize('words,said', [('nope.h5ad', 'nope.h5ad'), ('{c} --shard 3/3', '--shard'),
                                         ('{c} --shard x', '--shard'), ('{c} --executor x', 'executor'),
                                         ('{c} --rows 0', '0'),
-                                        ('{c} --max-len 999', 'max_len'), ('{c} --obs nope', 'nope'),
+                                        ('{c} --max-len 999', '--max-len'), ('{c} --obs nope', 'nope'),
                                         ('{c} --keep nope', 'nope'), ('{c} --orthologs nope.csv', 'nope.csv'),
                                         ('{c} --counts-layer x', 'layer'),
                                         ('{c} --gene-ids x', 'var'), ('{c} --workers -1', 'workers'),
-                                        ('{c} --min-match 5', 'min_match'), ('{c} --vocabulary nope', 'nope'),
+                                        ('{c} --min-match 5', '--min-match'), ('{c} --vocabulary nope', 'nope'),
                                         ('{c} --vocabulary V3:.', 'vocabulary'), ('{c} --vocabulary V2:.',
                                             'token_dictionary'), ('{c} --logged', 'logged')])
 def test_the_command_says_one_sentence(corpus, words, said, tmp_path, capsys):
