@@ -359,3 +359,12 @@ def test_a_vocabulary_of_another_species_knows_its_own():
         warnings.simplefilter('error', UserWarning)
         got = tokenize(a, v)
     assert got.match.report()['matched'] == g//2 and got.match.report()['another species'] == 0
+
+def test_a_table_of_genes_beside_files_of_counts(want, tmp_path):
+    made().write_h5ad(tmp_path/'a.h5ad')
+    (tmp_path/'genes.tsv').write_text('x\n')
+    assert ranks(tmp_path, human) == want
+
+def test_a_zarr_of_any_name(want, tmp_path):
+    made().write_zarr(tmp_path/'store')
+    assert ranks(tmp_path/'store', human) == want and read_any(tmp_path/'store').shape == (n, g)

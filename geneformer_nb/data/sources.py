@@ -8,7 +8,7 @@ __all__ = ['read_any', 'Source', 'sources', 'shards', 'pieces', 'blocks']
 # %% ../../nbs/01a_sources.ipynb #a9b79dac
 import re, warnings, zlib
 from glob import glob
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,13 +307,17 @@ _hdf5_names = ('.h5ad', '.h5', '.hdf5', '.h5mu', '.loom')
 def _reader(path):
     "The reader for a path, or None"
     if path.is_dir():
-        if any((path/f).exists() for f in ('.zgroup', 'zarr.json')): return _zarr
-        if _samples(path): return _mtx
-        return _zarr if path.suffix == '.zarr' else None
+        if path.suffix == '.zarr' or any((path/f).exists() for f in ('.zgroup', 'zarr.json')):
+            return _zarr
+        samples = _samples(path)
+        others = any(f.suffix in (*_hdf5_names, '.zarr') for f in path.iterdir())
+        whole = any('matrix' in x for x in samples.values())
+        return _mtx if whole or samples and not others else None
     if path.suffix in _hdf5_names: return _hdf5
     if path.suffix == '.zarr': return _zarr
     return _mtx if re.search(r'matrix\.mtx(\.gz)?$|cells_x_genes\.mtx(\.gz)?$', path.name) else None
 
+# %% ../../nbs/01a_sources.ipynb #bbf8af1b
 _filters = {32001: 'Blosc', 32004: 'LZ4', 32008: 'Bitshuffle', 32015: 'Zstandard', 32026: 'Blosc2'}
 
 def _missing_filter(path):
