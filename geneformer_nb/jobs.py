@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 import numpy as np
 from .core import (GeneformerError, Manifest, as_folder, atomic, check_folder,
-                                in_words, need_package, progress)
+                                in_words, need_package, only_run, progress)
 
 # %% ../nbs/00a_jobs.ipynb #79f8527a
 def _serial(fn, items, workers):
@@ -30,10 +30,16 @@ def _init_worker(fn):
 
 def _run_in_worker(i): return _worker_fn(i)
 
+_guard = ("needs the guard if __name__ == '__main__': around the call, since every worker "
+          "imports the script.")
+
 def _processes(fn, items, workers):
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
+    from multiprocessing import current_process, get_context
+    # set while a new process imports the script that called it
+    if getattr(current_process(), '_inheriting', False):
+        raise GeneformerError(f"executor='processes' {_guard}")
     with ProcessPoolExecutor(workers or cores(), mp_context=get_context('spawn'),
                              initializer=_init_worker, initargs=(fn,)) as pool:
         try:
@@ -41,8 +47,8 @@ def _processes(fn, items, workers):
         except BrokenProcessPool as e:
             raise GeneformerError("A worker process died, perhaps for want of memory: what was "
                                   "finished is kept. Run the same command again to go on, with "
-                                  "fewer workers if it was memory. (A script needs the guard if "
-                                  "__name__ == '__main__': around the call.)") from e
+                                  "fewer workers if it was memory. In a script, "
+                                  f"executor='processes' {_guard}") from e
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise  # one shard failed: the others need not begin
@@ -119,16 +125,20 @@ def run_shards(
     job = _Job(fn, as_folder(folder), ext)
     missing = [i for i in range(n) if not job.path(i).exists()]
     folder = check_folder(folder, need * len(missing) // max(1, n))
-    Manifest(folder, facts | dict(shards=n)).open()
-    todo = [i for i in missing if part is None or i % part[1] == part[0]]
-    if executor == 'serial' and hasattr(fn, 'expect'): fn.expect(todo)
-    start = time.time()
-    for k, _ in enumerate(progress(executors[executor](job, todo, workers), desc, len(todo),
-                                   'shards')):
-        if k == 0 and len(todo) > 1:
-            est = (time.time() - start) * (len(todo) - 1)
-            if est > 60: print(f'{desc}: about {in_words(est)} to go for {len(todo) - 1} shards')
+    with only_run(folder, part):
+        Manifest(folder, facts | dict(shards=n)).open()
+        todo = [i for i in missing if part is None or i % part[1] == part[0]]
+        if executor == 'serial' and hasattr(fn, 'expect'): fn.expect(todo)
+        _write_shards(executors[executor](job, todo, workers), len(todo), desc)
     return [job.path(i) for i in range(n) if job.path(i).exists()]
+
+def _write_shards(done, n, desc):
+    "Go through shards as they are written, and say after the first how long the others take"
+    start = time.time()
+    for k, _ in enumerate(progress(done, desc, n, 'shards')):
+        if k == 0 and n > 1:
+            est = (time.time() - start) * (n - 1)
+            if est > 60: print(f'{desc}: about {in_words(est)} to go for {n - 1} shards')
 
 # %% ../nbs/00a_jobs.ipynb #d24f6a57
 def prefetch(

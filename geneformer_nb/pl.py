@@ -6,6 +6,7 @@
 __all__ = ['volcano', 'targets', 'shifts', 'recall', 'embedding', 'ranks', 'confusion', 'loss']
 
 # %% ../nbs/52_pl.ipynb #47677cee
+import warnings
 from functools import wraps
 import numpy as np, pandas as pd
 from anndata import AnnData
@@ -69,7 +70,11 @@ def ranks(
     names = as_list(cell)
     if lost := [c for c in names if c not in need_adata(adata).obs_names]:
         raise GeneformerError(f"There is no cell {lost[0]!r} in the AnnData.")
-    record, some = find_record(adata, vocabulary), adata[names]
+    rows = [np.flatnonzero(adata.obs_names == c) for c in names]
+    if several := [c for c, r in zip(names, rows) if len(r) > 1]:
+        warnings.warn(f"Several cells are called {several[0]!r}: the first of them is drawn.",
+                      stacklevel=3)
+    record, some = find_record(adata, vocabulary), adata[[int(r[0]) for r in rows]]
     counts = recorded_counts(some, record)
     at = recorded_match(some, counts, vocabulary, record).index
     x, X = np.zeros((len(names), len(vocabulary))), counts.X.toarray().astype(float)

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from anndata import AnnData
 from .core import GeneformerError, StorageError, VocabularyError, verb, versions
-from .data.counts import counts_of, gene_names
-from .data.ranks import Record, need_adata, records, to_ranks, vocabulary_of
+from .data.counts import gene_names, id_column
+from .data.ranks import (
+    Record, need_adata, records, result_of, to_ranks, vocabulary_of)
+from .data.sources import Source
 from .data.tokenizer import tokenize as rank_counts
 from .data.vocabulary import Vocabulary
 from .model.bert import Reader
@@ -73,10 +75,9 @@ def tokenize(
     logged:bool=False, # True: the values are log1p of normalized counts, and are turned back first
     fractional:bool=False, # True accepts estimated counts (SoupX, alevin), which are not whole
     # numbers
-    gene_ids:str=None, # column of var that names the genes, or "index"; None tries ensembl_id,
-    # gene_ids, the index
-    orthologs=None, # for another species: table of its genes and
-    # the human ones, as in
+    gene_ids:str=None, # column of var that names the genes, or "index"; None: the first of
+    # `id_columns`, else the index
+    orthologs=None, # for another species: table of its genes and the human ones, as in
     # `match_genes`
     min_match:float=.2, # smallest share of counts on known genes; below it is an error
     top_genes:int=None, # without a model: only so many genes, the most variable ones; None takes
@@ -96,7 +97,7 @@ def tokenize(
     """Rank the genes of every cell; a cell without a known gene is an empty row. Raises
     `CountsError`, `GeneMatchError`, `VocabularyError`"""
     counts = dict(counts_layer=counts_layer, logged=logged, fractional=fractional)
-    need_adata(adata, where or ())
+    out = result_of(need_adata(adata, where or ()), copy)
     own = dict(
         top_genes=top_genes, keep=tuple(keep), min_cells=min_cells, max_len=max_len,
         gene_ids=gene_ids)
@@ -106,7 +107,6 @@ def tokenize(
         adata, vocabulary, gene_ids=gene_ids, orthologs=orthologs,
         min_match=0 if model is None else min_match, obs=[], keep=None, keep_empty=True,
         block=block, **counts)
-    out = adata.copy() if copy else adata
     record = _record(
         adata, cells, vocabulary, _key(adata, vocabulary, key_added), counts, gene_ids,
         model is None)
@@ -121,13 +121,13 @@ def tokenize(
 # %% ../nbs/50_pp.ipynb #8afc381e
 def _record(adata, cells, vocabulary, key, counts, gene_ids, own):
     "What was done, with every choice that was left open written out"
-    some = counts_of(adata[:1], **counts)
-    source = some.source.removesuffix(' (expm1)')
+    taken = Source(adata, **counts)
+    source, var = taken.where, taken.var
     layer = (
         source if source in ('X', 'raw.X') else source.removeprefix("layers['").removesuffix("']")
     )
-    column = gene_ids or next((c for c in ('ensembl_id', 'gene_ids') if c in some.var), 'index')
-    gene_names(some.var, column)
+    column = gene_ids or id_column(var)
+    gene_names(var, column)
     return Record(
         key, source, layer, counts['logged'], counts['fractional'], column, vocabulary.name,
         vocabulary.hash, vocabulary.max_len, cells.match.report(),

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from anndata import AnnData
 from .core import GeneformerError, as_list, verb
-from .data.ranks import find_record, need_adata, ranked_cells, recorded_counts
+from .data.ranks import (
+    find_record, need_adata, ranked_cells, recorded_counts, result_of)
 from .evaluate.baselines import cell_baselines
 from .model.bert import Geneformer, Reader
 from .model.embed import state_embeddings, store_embedding
@@ -68,7 +69,7 @@ def embed(
     of the model"""
     model = _model(model).encoder
     cells = ranked_cells(adata, model.vocabulary, obs=[])
-    out = adata.copy() if copy else adata
+    out = result_of(adata, copy)
     store_embedding(
         out, cells, model, layer, pool, key_added,
         dict(ranks=find_record(adata, model.vocabulary).key),
@@ -137,8 +138,9 @@ def predict(
         raise GeneformerError(
             "classifier is what finetune returned or the folder of a classifier of cells, not "
             f"{type(clf).__name__}.")
+    out = result_of(need_adata(adata), copy)
     got = clf.predict(ranked_cells(adata, clf.encoder.vocabulary, obs=[]))
-    out, several = adata.copy() if copy else adata, len(clf.tasks) > 1
+    several = len(clf.tasks) > 1
     for label, task in clf.tasks.items():
         key = f'{key_added}_{label}' if several else key_added
         _put_answers(out, key, task, got[label] if isinstance(got, dict) else got)

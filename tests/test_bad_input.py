@@ -43,7 +43,7 @@ def equal(a, b): return np.array_equal(a.tokens, b.tokens) and np.array_equal(a.
 # --- genes
 
 def test_unknown_ids_all(cohort, vocab):
-    with says(GeneMatchError, '0.0%', 'X1', vocab.genes[0], vocab.symbols[vocab.genes[0]], 'gene_ids=…'):
+    with says(GeneMatchError, '0.0%', 'X1', vocab.genes[0], vocab.symbols[vocab.genes[0]], "gene_ids='symbol'"):
         tokenize(with_names(cohort, [f'X{i}' for i in range(80)]), vocab)
 
 def test_unknown_ids_some_are_counted(cohort, vocab, cells):

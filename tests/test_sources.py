@@ -253,7 +253,10 @@ def test_one_of_two_anndatas_is_of_another_species(cohort):
 
 def test_more_files_than_may_be_open(cohort, tmp_path):
     "Files are let go of: a corpus has more of them than a process may hold open"
-    for i in range(30): cohort[[i % n]].copy().write_h5ad(tmp_path/f'{i}.h5ad')
+    for i in range(30):
+        one = cohort[[i % n]].copy()
+        one.obs_names = [f'of file {i}']
+        one.write_h5ad(tmp_path/f'{i}.h5ad')
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path('/proc/self/fd').iterdir())) + 24, hard))
     try: got = tokenize(tmp_path, voc, workers=1), tokenize_to(tmp_path, voc, tmp_path/'out', workers=1)
@@ -348,7 +351,7 @@ def test_one_bad_file_among_several_is_named(cohort, what, tmp_path):
     bad = dict(empty=lambda: cohort[:0].copy(), NaN=lambda: with_X(cohort, cohort.X*np.nan))
     strange = pd.DataFrame(index=[f'X{i}' for i in range(g)])
     bad |= {'no X': lambda: no_X(cohort), 'other genes': lambda: ad.AnnData(cohort.X, cohort.obs, strange)}
-    for name, a in {'1': cohort, '2bad': bad[what](), '3': cohort}.items(): a.write_h5ad(tmp_path/f'{name}.h5ad')
+    for name, a in {'1': cohort, '2bad': bad[what](), '3': made(1)}.items(): a.write_h5ad(tmp_path/f'{name}.h5ad')
     for call in (lambda: tokenize(tmp_path, voc), lambda: tokenize_to(tmp_path, voc, tmp_path/'o')):
         with quiet(), says(GeneformerError, '2bad'): call()
     assert not (tmp_path/'o/state.json').exists()

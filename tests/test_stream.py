@@ -66,6 +66,7 @@ def test_pandas_is_loaded_by_who_needs_it(tmp_path):
     for name in 'ab':
         a = made()
         a.obs = kinds_of_obs().drop(columns=['gaps', 'maybe', 'parts'])
+        a.obs_names = [f'{name}{i}' for i in range(a.n_obs)]
         a.write_h5ad(tmp_path/f'{name}.h5ad')
     code = f"""import sys
 from geneformer_nb.data.vocabulary import Vocabulary
@@ -420,11 +421,11 @@ def test_columns_that_bear_our_names(corpus, tmp_path):
 @pytest.mark.parametrize('words,said', [('nope.h5ad', 'nope.h5ad'), ('{c} --shard 3/3', '--shard'),
                                         ('{c} --shard x', '--shard'), ('{c} --executor x', 'executor'),
                                         ('{c} --rows 0', '0'),
-                                        ('{c} --max-len 999', 'max_len'), ('{c} --obs nope', 'nope'),
+                                        ('{c} --max-len 999', '--max-len'), ('{c} --obs nope', 'nope'),
                                         ('{c} --keep nope', 'nope'), ('{c} --orthologs nope.csv', 'nope.csv'),
                                         ('{c} --counts-layer x', 'layer'),
                                         ('{c} --gene-ids x', 'var'), ('{c} --workers -1', 'workers'),
-                                        ('{c} --min-match 5', 'min_match'), ('{c} --vocabulary nope', 'nope'),
+                                        ('{c} --min-match 5', '--min-match'), ('{c} --vocabulary nope', 'nope'),
                                         ('{c} --vocabulary V3:.', 'vocabulary'), ('{c} --vocabulary V2:.',
                                             'token_dictionary'), ('{c} --logged', 'logged')])
 def test_the_command_says_one_sentence(corpus, words, said, tmp_path, capsys):

@@ -221,14 +221,13 @@ def known_edges(
     min_targets:int=5, # sources with fewer targets are left out
 )->pd.DataFrame: # sources × targets by gene id: 1 for a listed pair, else 0
     "Listed edges among the genes of these cells; raises `GeneformerError` where none is left"
-    from geneformer_nb.data.vocabulary import find_gene
     if lacks := [c for c in ('source', 'target') if c not in table]:
         raise GeneformerError(
             f"A table of edges has columns source and target; {lacks[0]} is not there.")
     v = need_cells(cells).vocabulary
     share, k = gene_matrix(cells).getnnz(1) / max(len(cells), 1), len(v.specials)
     def found(names):
-        at = {n: find_gene(str(n), v._index, v.aliases)[0] for n in pd.unique(names)}
+        at = {n: v.find(str(n))[0] for n in pd.unique(names)}
         return names.map({n: v.genes[i] for n, i in at.items() if i >= 0
             and share[i + k] >= detected})
     e = pd.DataFrame(dict(source=found(table.source),

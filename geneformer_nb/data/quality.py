@@ -76,14 +76,14 @@ class _Plan:
             raise GeneMatchError(f"None of the {len(names):,} genes of '{source.name}' is in "
                                  f"coding: it wants ids like {', '.join(sorted(coding)[:2])}, and "
                                  f"the data has {', '.join(names[:2])}.")
-        self.how = dict(depth='total counts', mito='no mitochondrial gene found',
-                        few_genes='all genes')
-        if self.mito.any():
-            self.how['mito'] = f"counts of {(m := int(self.mito.sum()))} gene{'s'*(m > 1)}"
-        if coding is not None: self.how['few_genes'] = f'{int(self.genes.sum()):,} genes of coding'
-        for k in _marks: self.how[k] = 'left out' if asked[k] is False else 'no column found'
-        self.how |= {k: f'obs[{c!r}]' for k, c in self.columns.items() if k in _marks
-                     and c is not None}
+        m, few = int(self.mito.sum()), f'{int(self.genes.sum()):,} genes of coding'
+        self.how = dict(
+            depth='total counts', few_genes='all genes' if coding is None else few,
+            mito=f"counts of {m} gene{'s'*(m > 1)}" if m else 'no mitochondrial gene found')
+        for k in _marks:
+            found = self.columns[k] is not None
+            missing = 'left out' if asked[k] is False else 'no column found'
+            self.how[k] = f'obs[{self.columns[k]!r}]' if found else missing
 
     def tested(self, rule):
         "True if this rule can be tested in this source"

@@ -22,7 +22,7 @@ from .bert import Geneformer, weights_digest
 from ..jobs import cores, run_shards, check_positive
 from ..data.sources import Source, sources
 from ..data.corpus import Corpus, corpus_kinds
-from ..data.tokenizer import Encoder, obs_to_keep, check_match
+from ..data.tokenizer import Encoder, obs_to_keep
 
 # %% ../../nbs/09b_atlas.ipynb #42de92ed
 class _Ranked:
@@ -79,14 +79,12 @@ class _Counted:
                                      and all(c in s.columns for s in self.inputs)}
         self.sizes = [s.n_obs for s in self.inputs]
         self.in_memory = any(s.path is None for s in self.inputs)
-        for s in self.inputs:
-            if not (self.encoder.match(s._var).index >= 0).any():
-                check_match(self.encoder.match(s._var), model.vocabulary, 1, s.name)
+        for s in self.inputs: self.encoder.match(s._var).check(model.vocabulary, 0, s.name)
     def block(self, k, a, b):
         s = self.inputs[k]
-        cells, tallies = self.encoder(s.block(a, b, self.encoder.columns))
-        check_match(self.encoder.match(s._var), self.encoder.vocabulary, self.min_match,
-                  f'{s.name}, cells {a:,} to {b:,}', tallies)
+        cells, tally = self.encoder(s.block(a, b, self.encoder.columns))
+        self.encoder.match(s._var).check(self.encoder.vocabulary, self.min_match,
+                                         f'{s.name}, cells {a:,} to {b:,}', tally)
         return cells
     def place(self, k, a): return self.inputs[k].name, a
     def facts(self):

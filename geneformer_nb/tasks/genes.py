@@ -15,7 +15,6 @@ from ..evaluate.splits import audit_split, split_donors
 from .finetuning import FineTuned, Schedule, _check, _learner
 from ..evaluate.metrics import auc_draws, gene_auc
 from ..evaluate.baselines import gene_baselines
-from ..data.vocabulary import find_gene
 from ..model.bert import Geneformer
 
 # %% ../../nbs/11b_genes.ipynb #8242caa2
@@ -31,7 +30,7 @@ def gene_labels(
     of, lost, both = {}, [], []
     for c, names in classes.items():
         for n in as_list(names):
-            i = find_gene(str(n), vocabulary._index, vocabulary.aliases)[0]
+            i = vocabulary.find(str(n))[0]
             if i < 0: lost.append(str(n))
             elif of.setdefault(g := vocabulary.genes[i], str(c)) != str(c):
                 both.append(g)
@@ -75,7 +74,7 @@ def audit_genes(
     "Check a split of genes; raises `LeakError`"
     side = {}
     for n, s in dict(split).items():
-        i = find_gene(str(n), vocabulary._index, vocabulary.aliases)[0]
+        i = vocabulary.find(str(n))[0]
         if i >= 0 and side.setdefault(g := vocabulary.genes[i], s) != s:
             raise LeakError(
             f"Gene {g} ({n}) stands in train and in test: a gene belongs on one side, "

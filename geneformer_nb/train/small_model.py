@@ -229,7 +229,7 @@ def small_model_folder(
     "The folder of the small model of a recipe, in the cache"
     files = {n: datasets.registry[n].files for n in [*sets, 'genecorpus500', 'official']}
     fingerprint = digest(asdict(recipe), seed, files)
-    return datasets._cache_folder()/'models'/f'house-{fingerprint}'
+    return datasets.cache_folder()/'models'/f'house-{fingerprint}'
 
 def _cells(cells, seed):
     "(training cells, held-out cells) of those given or of all; raises `MissingDataError`"
