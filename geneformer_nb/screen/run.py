@@ -27,7 +27,8 @@ from .controls import over_seeds, pair_effects, permuted_p, stability_of
 from .question import Plan, Question, Settings
 from .question import cohort_table, limits_of, make_plan
 from .report import save_figure, write_report
-from .score import agreement, count_controls, flag_genes, orient, score_targets
+from .score import agreement, count_controls, flag_genes, orient
+from .score import score_targets
 from .shortlists import choose
 from ..tasks.compare import untrained
 from ..tasks.finetuning import CellClassifier, finetune
@@ -171,6 +172,7 @@ def _perturb_fold(plan, k, out, clf, states):
     if 'first_order' in plan.settings.controls and 'KO' in plan.settings.directions:
         out.fast = _first_order(plan, k, out.rows, clf, states)
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #68e14449
 def _with_shortlist(plan, say=print):
     "The plan with the actions of its shortlist; the same plan where every gene is perturbed"
     if plan.exact == 'all': return plan
@@ -180,7 +182,8 @@ def _with_shortlist(plan, say=print):
         if not len(rows): continue
         clf, states = _fold_classifier(plan, k)
         fast.append(_first_order(plan, k, rows, clf, states))
-    short = choose(plan, pd.concat(fast, ignore_index=True), min_cells=_min_cells(plan, plan.screened))
+    fast, least = pd.concat(fast, ignore_index=True), _min_cells(plan, plan.screened)
+    short = choose(plan, fast, min_cells=least)
     genes = ', '.join(f'{len(g)} {d}' for d, g in short.genes.items())
     say(f"shortlist: {genes}, and {len(short.controls)} matched genes; "
         f"{in_words(time.time() - start)} with {plan.n_folds} classifiers")
@@ -191,6 +194,7 @@ def _min_cells(plan, cells):
     donor = plan.cells.obs.iloc[cells][plan.question.donor].astype(str)
     return int(min(3, donor.value_counts().min()))
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #59a3654b
 def _run_folds(
     plan:Plan, # of the screen
     say=print, # function that is told what happens
@@ -240,6 +244,7 @@ class Result:
     stability: pd.DataFrame   # how far folds, and runs with other seeds, agree
     pairs: pd.DataFrame       # the best actions two by two
     matched: pd.DataFrame     # the controls of a shortlist; empty where every gene is perturbed
+    considered: dict          # {direction: genes that could have been perturbed}
     map: pd.DataFrame # start and goal cells, and start cells after the best action, as points
     question: Question
     settings: Settings
@@ -385,6 +390,13 @@ class Beside:
     p_permuted: pd.Series = None # p of each action against permuted labels
     notes: list = field(default_factory=list) # sentences
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #136b8153
+def _same_actions(adata, model, plan, settings, folder):
+    "The plan of a run beside a screen, which does the same to the same genes"
+    other = make_plan(adata, model, plan.question, settings, folder, say=lambda *_: None)
+    if plan.shortlist is None: return other
+    return replace(other, actions=plan.actions, shortlist=plan.shortlist)
+
 def _run_beside(
     adata, # AnnData of the screen
     model, # that was given to the screen
@@ -392,35 +404,21 @@ def _run_beside(
     say=print, # function that is told what happens
 )->Beside:
     "The controls that need runs of their own"
-    s, out = plan.settings, Beside()
+    s, out, silent = plan.settings, Beside(), lambda *_: None
     again = replace(s, controls=(), pairs=0, seeds=1, known=(), exact='all')
     if 'untrained' in s.controls:
         say('again: an encoder that was never pretrained')
-        other = make_plan(
-            adata,
-            untrained(plan.model, s.seed),
-            plan.question,
-            again,
-            plan.out / 'untrained',
-            say=lambda *_: None,
-        )
-        other = replace(other, actions=plan.actions, shortlist=plan.shortlist)
-        folds = _run_folds(other, lambda *_: None)
+        blank = untrained(plan.model, s.seed)
+        other = _same_actions(adata, blank, plan, again, plan.out/'untrained')
+        folds = _run_folds(other, silent)
         predictions = joined(folds, 'predictions')
         out.untrained = _with_counts(other, score(other, folds)[0])
         out.untrained_quality = scores(predictions.truth, predictions.predicted, predictions.donor)
     for i in range(1, s.seeds):
         say(f'again: seed {s.seed + i}')
-        other = make_plan(
-            adata,
-            model,
-            plan.question,
-            replace(again, seed=s.seed + i),
-            plan.out / f'seed-{s.seed + i}',
-            say=lambda *_: None,
-        )
-        other = replace(other, actions=plan.actions, shortlist=plan.shortlist)
-        out.more.append(_with_counts(other, score(other, _run_folds(other, lambda *_: None))[0]))
+        seeded = replace(again, seed=s.seed + i)
+        other = _same_actions(adata, model, plan, seeded, plan.out/f'seed-{seeded.seed}')
+        out.more.append(_with_counts(other, score(other, _run_folds(other, silent))[0]))
     if 'permuted' in s.controls: _permuted(plan, out)
     return out
 
@@ -534,6 +532,7 @@ def _rank_known(plan, table):
     by_gene.index = plan.vocabulary.symbol(plan.known)
     return rankings, known, by_gene
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #e8981efb
 def _classifier_scores(predictions, folds, beside):
     """Scores of the classifier, of the one never pretrained, and of the baselines, on held-out
     donors"""
@@ -582,7 +581,7 @@ def finish(
                   quality=pd.DataFrame(quality).T, cohort=cohort_table(obs, q),
                   audit=joined(folds, 'audit'), known=known, known_by_gene=by_gene, agreement=agree,
                   stability=stability, pairs=_try_pairs(plan, folds, table, shifts),
-                  matched=matched,
+                  matched=matched, considered={d: len(c) for d, c in plan.candidates.items()},
                   map=_draw_map(plan, folds, table) if report else pd.DataFrame())
     limits = (limits_of(obs, q) + _against_baselines(quality) + _of_shortlist(plan)
               + _without_score(table, q.unit) + beside.notes)
@@ -609,7 +608,8 @@ def write(
     write_json(out/'summary.json', dict(
         question=asdict(q), settings=asdict(result.settings),
         plan=dict(n_screened=result.n_screened, n_donors=result.n_donors,
-                  n_perturbed=len(result.shifts), unit=result.unit),
+                  n_perturbed=len(result.shifts), unit=result.unit,
+                  considered=result.considered, n_matched=result.matched.gene_id.nunique()),
         **{name: getattr(result, name).to_dict() for name in tables}, methods=result.methods))
     if not report: return
     if result.table.score.notna().any():

@@ -23,7 +23,7 @@ class Shortlist:
     controls: list # matched genes outside of all of them
 
     @property
-    def actions(self)->list: # of `each(…)`: the genes of each direction, and the controls
+    def actions(self)->list: # of `each(…)`: its genes and the controls, by direction
         out = []
         for d, genes in self.genes.items():
             out += [each(genes, actions[d][1]),
@@ -31,12 +31,12 @@ class Shortlist:
         return out
 
 def by_gradients(
-    fast:pd.DataFrame, # approximate shifts of all deletions in the screened cells (`first_order`)
+    fast:pd.DataFrame, # of `first_order`, for the screened cells
     obs:pd.DataFrame, # of the cells that `cell` counts
     goal:str, # state to reach
     donor:str, # obs column of donors
     **kwargs, # min_cells as in `summarize`
-)->list: # gene ids, furthest from their matched genes first; those without a p come last
+)->list: # gene ids, furthest from their matched genes first; those without a p last
     "The order of the genes by gradients"
     t = summarize(fast, obs, [goal], donor=donor, **kwargs)
     t = t.assign(far=(t['shift'] - t.null_shift.fillna(0)).abs(), tested=t.p.notna())
@@ -73,7 +73,8 @@ def matched_outside(
 )->np.ndarray: # tokens of the controls, in the order of their choice
     "Genes outside a shortlist that have the mean rank and the detection of its genes"
     front, size = int(cells.special), int(max(cells.tokens.max(), max(candidates))) + 1
-    place = np.arange(len(cells.tokens)) - np.repeat(cells.offsets[:-1], cells.lengths) - front
+    start = np.repeat(cells.offsets[:-1], cells.lengths)
+    place = np.arange(len(cells.tokens)) - start - front
     seen = np.bincount(cells.tokens, minlength=size)
     rank = np.bincount(cells.tokens, place, size)/np.maximum(seen, 1)
     rank[seen == 0] = place.max() + 1
