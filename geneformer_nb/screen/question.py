@@ -176,7 +176,7 @@ class Settings:
     genes: object = 'detected' # genes to perturb: names, or "detected": deleted where a cell has
     # them, activated if start or goal has them
     exact: object = 'shortlist' # detected genes that are perturbed, of each direction: "shortlist"
-    # chooses as many as fit into an hour, 50 to 500; a number; or "all". Named genes all are
+    # chooses as many as fit into an hour, 100 to 500; a number; or "all". Named genes all are
     max_cells: int = 50        # start cells of each donor that are perturbed, drawn with the seed
     folds: object = 3          # folds of donors; "loo" leaves out one at a time
     known: tuple = ()          # genes named beforehand, to see how they rank
@@ -455,30 +455,38 @@ def _open_manifests(plan):
     Manifest(plan.out, cohort | dict(question=asked)).open()
 
 # %% ../../nbs/35g_question.ipynb #c8c04b2a
-fewest, most, hour = 50, 500, 3600 # genes of a shortlist of each direction; seconds
+fewest, most, hour = 100, 500, 3600 # genes of a shortlist of each direction; seconds
 
 def n_controls(
     n:int, # genes of the shortlist
 )->int: # genes outside it that are perturbed too
     "Size of the controls of a shortlist"
-    return max(n, fewest)
+    return max(50, n//2)
 
-def _runs(s):
-    "How often the genes are perturbed: the screen, and the controls that cost as much"
-    return 1 + ('untrained' in s.controls) + ('permuted' in s.controls)
+def _runs(plan):
+    "Time for the screen and the controls that perturb cells, in units of the screen"
+    q, s, obs = plan.question, plan.settings, plan.cells.obs
+    two = obs[obs[q.label].astype(str).isin([q.start, q.goal]).to_numpy()]
+    cells = two.groupby([q.label, q.donor], observed=True).size().clip(upper=5).sum()
+    permuted = 'permuted' in s.controls
+    return 1 + ('untrained' in s.controls) + permuted*cells/len(plan.screened)
 
 def _passes(plan, n):
     "Perturbed cells of a shortlist of n genes and its controls, at most"
     return (n + n_controls(n))*len(plan.screened)*len(plan.settings.directions)
 
+def _before(plan, f):
+    "Seconds until the first exact pass, over all runs of one seed"
+    runs = 1 + ('untrained' in plan.settings.controls)
+    return f.pretrain + f.finetune*runs + f.first_order
+
 def _fitting(plan, f):
     "Genes of each direction that fit into an hour"
-    s = plan.settings
-    runs = 1 + ('untrained' in s.controls)
-    left = hour/s.seeds - f.pretrain - f.finetune*runs - f.first_order
-    of_one = f.each*2*len(plan.screened)*len(s.directions)*_runs(s)
+    of_one = f.each*_runs(plan)*_passes(plan, most)/most
+    left = hour/plan.settings.seeds - _before(plan, f)
     return int(np.clip(left/max(of_one, 1e-9), fewest, most))
 
+# %% ../../nbs/35g_question.ipynb #3e646fd8
 def _kept_size(folder):
     "What the run that is to be resumed has chosen; None where there is none"
     try: return json.loads((folder/'manifest.json').read_text())['facts']['question']['exact']
@@ -528,7 +536,7 @@ def _forecast_text(plan, f, small):
     seen = len(np.unique(cells.tokens)) - 2*cells.special
     whole = plan.exact == 'all'
     times = f.variants if whole else min(f.variants, _passes(plan, plan.exact))
-    screen = f.screen if whole else times*f.each
+    screen = _runs(plan)*(f.screen if whole else times*f.each)
     text = (
         f"{len(cells):,} cells in question, {seen:,} genes seen in them; {len(plan.screened)} "
         f"{q.start} cells of {plan.n_donors} {q.unit}s "
@@ -536,18 +544,20 @@ def _forecast_text(plan, f, small):
         f"{in_words(f.pretrain) if small else 'none'}, "
         f"fine-tuning {in_words(f.finetune * (1 + ('untrained' in s.controls)))}, "
         f"{'' if whole else f'gradients {in_words(f.first_order)}, '}"
-        f"screening {in_words(screen*_runs(s))}"
+        f"screening {in_words(screen)}"
     )
     text += f", all of it {s.seeds} times." if s.seeds > 1 else '.'
-    return text if whole else text + ' ' + _left_out_text(plan, f)
+    return text if whole else f'{text} {_left_out_text(plan, f, screen)}'
 
-def _left_out_text(plan, f):
+def _left_out_text(plan, f, screen):
     "What a shortlist leaves out, what everything would cost, and what is shorter"
     s, n = plan.settings, plan.exact
     left = ', '.join(f'{len(c) - n:,} of {len(c):,} ({d})' for d, c in plan.candidates.items())
+    long = s.exact == 'shortlist' and (_before(plan, f) + screen)*s.seeds > hour
     return (
         f"Of each direction {n} genes are perturbed, and {n_controls(n)} matched genes beside "
         f"them. Left out are {left}; they count in the FDR with p = 1. exact='all' would perturb "
-        f"about {f.variants:,} times and screen for {in_words(f.screen*_runs(s)*s.seeds)}. Fewer "
+        f"about {f.variants:,} times and screen for {in_words(f.screen*_runs(plan)*s.seeds)}. "
+        f"{f'This is more than an hour, with the smallest list of {n}. ' if long else ''}Fewer "
         f"max_cells ({s.max_cells}), directions ({len(s.directions)}) or controls "
-        f"({len(s.controls)}) are shorter, and so is exact={fewest}.")
+        f"({len(s.controls)}) are shorter, and so is exact=50.")
