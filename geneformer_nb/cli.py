@@ -475,6 +475,8 @@ def screen(
     directions:list='KO,OE,up', # of KO, OE, up, down
     controls:list='first_order,untrained,permuted', # scores that need a model; "" for none
     genes:list=None, # genes to perturb: a,b,c or a file; default: those detected
+    exact:str='shortlist', # detected genes perturbed of each direction: shortlist (as many as fit
+    # into an hour), all, or a number
     known:list=None, # genes named beforehand, to see how they rank
     max_cells:int=50, # cells of each donor that are perturbed
     folds:str='3', # folds of donors, or loo
@@ -499,7 +501,7 @@ def screen(
         adata, reader, label=label, donor=donor, start=start, goal=goal, out=out, where=some,
         groups={k: v[0].split(',') for k, v in values_of(group).items()} or None,
         directions=_listed(directions), controls=_listed(controls), genes=genes or 'detected',
-        known=known, max_cells=max_cells, folds=int(folds) if folds.isdigit() else folds,
+        exact=_whole(exact), known=known, max_cells=max_cells, folds=_whole(folds),
         pairs=pairs, seeds=seeds, seed=seed, device=device, pretraining=dict(steps=steps),
         finetuning=dict(epochs=epochs))
     columns = ['perturbation', 'score', 'shift', 'null_shift', 'p', 'fdr', 'consistency', 'flag']
@@ -508,6 +510,8 @@ def screen(
 
 # %% ../nbs/55_cli.ipynb #2c6ee094
 def _listed(x): return names_list(x) if isinstance(x, str) else x
+
+def _whole(x): return int(x) if x.isdigit() else x
 
 # %% ../nbs/55_cli.ipynb #cf2b1fd3
 @command

@@ -226,3 +226,14 @@ def test_a_lock_of_a_dead_process_holds_nobody(tmp_path):
     run.kill()
     run.wait()
     with only_run(tmp_path): pass
+
+def test_gradients_of_an_official_classifier_follow_its_own_vector(place, tmp_path):
+    words = gf.Vocabulary.load(place/'words')
+    official(tmp_path/'heart', BertForSequenceClassification, words)
+    clf = load_model(tmp_path/'heart', 'cpu')
+    cells = load_cells(place/'a.dataset', words)[:6]
+    from geneformer_nb.perturb.gradients import first_order
+    fast = first_order(clf, cells, steps=8)
+    exact = clf.perturb(cells, gf.each(), show=False)
+    both = fast.merge(exact, on=['cell', 'gene_id'], suffixes=('_fast', ''))
+    assert len(both) > 100 and np.corrcoef(both['shift_p(LABEL_0)_fast'], both['shift_p(LABEL_0)'])[0, 1] > .5

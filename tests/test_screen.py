@@ -50,7 +50,8 @@ def test_table_folder_and_report(finished):
     s = finished
     assert {'score', 'untrained', 'p_permuted', 'expression', 'first_order', 'rank_best', 'flag'} <= set(s.table) and len(s.stability) == 2 and len(s.map)
     assert (s.table.flag[s.table.symbol == 'TF01'] == 'mine').all()
-    assert np.isfinite(s.table.score).all() and s.table.p_permuted.dropna().between(0, 1).all()
+    scored = s.table.score.notna()
+    assert scored.any() and scored.is_monotonic_decreasing and (scored | s.table.p.isna()).all() and s.table.p_permuted.dropna().between(0, 1).all()
     pd.testing.assert_frame_equal(pd.read_parquet(s.folder/'targets.parquet')[['perturbation', 'score']].astype({'perturbation': str}),
                                   s.table[['perturbation', 'score']].astype({'perturbation': str}))
     assert {'targets.csv', 'targets_by_donor.csv', 'pairs.csv', 'summary.json', 'targets.png'} <= {f.name for f in s.folder.iterdir()}

@@ -146,6 +146,7 @@ class Each:
     "The same perturbation for each gene in turn"
     genes: object # tuple of names, "detected" or "vocabulary"
     form: Perturbation # what is done, "*" in place of the gene
+    control: bool = False # as in `Perturbation`
     def __add__(self, other):
         if isinstance(other, Each):
             raise GeneformerError(

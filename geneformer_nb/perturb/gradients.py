@@ -29,6 +29,7 @@ def _rank_vectors(model):
 def _gated(engine, h, gate): # (a, n, d), (a, n)
     "Cell vectors (a, d) from token vectors, each token weighed by its presence"
     special, m = engine.cells.special, engine.model
+    if engine.pool == 'first': return m.encoder.hf.bert.pooler(h[:, :1])
     if engine.pool == 'cls': return h[:, 0]
     if engine.pool == 'attention': gate = gate*m.attend.score(h)[..., 0].softmax(-1)
     elif special: gate = F.pad(gate[:, 1:-1], (1, 1))

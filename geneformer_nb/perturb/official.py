@@ -63,12 +63,15 @@ def rank_sums(
 # %% ../../nbs/31b_official.ipynb #ac27cc08
 def bh(
     p:np.ndarray, # p-values; NaN where nothing was tested
+    considered:int=0, # tests that could have been made; those not among `p` count with p = 1
 )->np.ndarray: # false discovery rates, NaN where p is NaN
     "False discovery rates of Benjamini and Hochberg, over the tests that were made"
     from scipy.stats import false_discovery_control
     p = np.asarray(p, float)
     out, there = np.full(len(p), np.nan), np.isfinite(p)
-    if there.any(): out[there] = false_discovery_control(p[there])
+    unmade = np.ones(max(0, considered - there.sum()))
+    if there.any():
+        out[there] = false_discovery_control(np.r_[p[there], unmade])[:there.sum()]
     return out
 
 # %% ../../nbs/31b_official.ipynb #48eef2a4

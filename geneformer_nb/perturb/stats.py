@@ -207,14 +207,15 @@ def _over_donors(code, who, x, match, among, t):
 def _over_cells(code, who, x, match, among, min_cells):
     """The same with cells as the unit of replication
 
-    A rank-sum test against the other genes, and an interval from cells."""
+    A rank-sum test against the other genes, or the controls, and an interval from cells."""
     from scipy.stats import t
     n = np.bincount(code)
     mean = np.bincount(code, x)/n
     with np.errstate(invalid='ignore', divide='ignore'):
         sd = np.sqrt(np.bincount(code, (x - mean[code])**2)/(n - 1.))
         half = np.where(n >= max(2, min_cells), t.ppf(.975, n - 1.)*sd/np.sqrt(n), np.nan)
-    p = np.where(n >= min_cells, rank_sums(x, code).sort_index().p, np.nan)
+    pool = None if among is None else x[among[code]]
+    p = np.where(n >= min_cells, rank_sums(x, code, pool).sort_index().p, np.nan)
     seen = np.bincount(np.unique(code*(who.max() + 1) + who)//(who.max() + 1), minlength=len(n))
     return dict(shift=mean, ci_low=mean - half, ci_high=mean + half, p=p,
                 null_shift=matched_null(mean[:, None], match, among=among)[:, 0], n_donors=seen)

@@ -13,7 +13,7 @@ from .style import axes_of, gray, need_columns, palette, styled
 # %% ../../nbs/12c_screen_plots.ipynb #7b2b1503
 def _one_state(table, state, what):
     "The rows of one state, over all donors; raises `GeneformerError` when it must be chosen"
-    table = need_columns(table, ['state', 'shift', 'symbol', 'kind'], what)
+    table = need_columns(table, ['state', 'shift', 'symbol', 'perturbation'], what)
     there = list(pd.unique(table.state))
     if state is None and len(there) == 1: state = there[0]
     if state not in there:
@@ -22,8 +22,10 @@ def _one_state(table, state, what):
     table = table[table.state == state]
     return table[table.donor == 'all'] if 'donor' in table else table
 
-def _perturbation_names(table):
-    return [s if k == 'KO' else f'{s} ({k})' for s, k in zip(table.symbol, table.kind)]
+def _marked(table, mark):
+    "Is each row named in `mark`, by symbol or as a perturbation?"
+    mark = set(mark)
+    return table.symbol.isin(mark) | table.perturbation.astype(str).isin(mark)
 
 # %% ../../nbs/12c_screen_plots.ipynb #1b2ee398
 def _place_labels(ax, x, y, names):
@@ -69,7 +71,7 @@ def volcano(
         if pick.any():
             ax.scatter(t['shift'][pick], y[pick], s=22, c=color, marker=marker, lw=0, alpha=.85,
                                   label=f'{label} ({pick.sum()})')
-    ring = t.symbol.isin(list(mark)) | t.perturbation.isin(list(mark))
+    ring = _marked(t, mark)
     ax.scatter(t['shift'][ring], y[ring], s=110, facecolors='none', edgecolors='black', lw=1.2,
                label='marked' if ring.any() else None)
     ax.axvline(0, color=gray, lw=.8)
@@ -80,7 +82,7 @@ def volcano(
                                    | (sig.sum() == 0)).sort_values(ascending=False).dropna().index[
         :n]
     _place_labels(ax, t['shift'][order].to_numpy(), y[order].to_numpy(),
-                  _perturbation_names(t.loc[order]))
+                  t.perturbation.astype(str)[order].tolist())
     return ax
 
 # %% ../../nbs/12c_screen_plots.ipynb #ab4d3d24
@@ -91,14 +93,18 @@ def top_targets(
     state:str=None, # state to show; needed when the table has several
     *,
     by:str='shift', # column to rank by, largest first
-    mark:tuple=(), # symbols to set in bold, such as known drivers
+    mark:tuple=(), # symbols or perturbations to set in bold, such as known drivers
     alpha:float=.05, # false discovery rate below which a bar is dark
     ax=None, # Axes to draw into; None makes a figure
 ): # Axes
     "Perturbations with the largest shift, with 95 % intervals and matched genes"
     t = need_columns(_one_state(table, state, 'A plot of targets'), ['ci_low', 'ci_high', by],
                      'A plot of targets')
-    t = t.sort_values(by, ascending=False, kind='stable').head(n).reset_index(drop=True)
+    t = t.dropna(subset=[by]).sort_values(by, ascending=False, kind='stable')
+    t = t.head(n).reset_index(drop=True)
+    if not len(t):
+        raise GeneformerError(f"No perturbation has a {by}: too few donors, cells or matched "
+                              "genes. Rank by another column, such as by='shift'.")
     ax, y = axes_of(ax, (5.2, .8 + .27*len(t))), np.arange(len(t))
     dark = (t.fdr < alpha).fillna(False) if 'fdr' in t else np.ones(len(t), bool)
     ax.barh(y, t['shift'], color=np.where(dark, palette[0], '#B5D3E7'), height=.7)
@@ -108,10 +114,10 @@ def top_targets(
                 capsize=2)
     if 'null_shift' in t:
         ax.plot(t.null_shift, y, '|', color=palette[1], ms=11, mew=2, label='matched genes')
-    ax.set(yticks=y, yticklabels=_perturbation_names(t), xlabel=f'shift towards {t.state[0]} '
+    ax.set(yticks=y, yticklabels=t.perturbation.astype(str), xlabel=f'shift towards {t.state[0]} '
            '(cosine), 95 % interval')
-    for tick, s in zip(ax.get_yticklabels(), t.symbol):
-        tick.set_fontweight('bold' if s in set(mark) else 'normal')
+    for tick, bold in zip(ax.get_yticklabels(), _marked(t, mark)):
+        tick.set_fontweight('bold' if bold else 'normal')
     for color, label in ((palette[0], f'FDR < {alpha}'), ('#B5D3E7', 'not significant')):
         ax.barh([0], [0], color=color, label=label)
     ax.invert_yaxis()
@@ -151,7 +157,7 @@ def shift_plot(
         e, jitter = each[each.donor == d], (i/(max(len(donors) - 1, 1)) - .5)*.5
         ax.scatter(e['shift'], e.perturbation.map(place) + jitter, s=20, color=palette[i % 7], lw=0,
                    marker='osv^<>P'[i//7 % 7], label=d if len(donors) <= 12 else None)
-    ax.set(yticks=y, yticklabels=_perturbation_names(every),
+    ax.set(yticks=y, yticklabels=every.perturbation.astype(str),
            xlabel=f'shift towards {every.state[0]} (cosine)')
     ax.invert_yaxis()
     ax.axvline(0, color=gray, lw=.8)

@@ -191,7 +191,7 @@ def _shared(screens, healthy, diseases, alpha):
 def _best(s):
     "The first eight targets of a screen, with headings for readers"
     t = s.table.head(8).reset_index(drop=True)
-    return pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_action_text).astype(str),
+    return pd.DataFrame({'action': t.perturbation.astype(str), 'do': t.kind.map(_action_text),
                          'score': t.score, 'shift': t['shift'], 'FDR': t.fdr, 'flag': t['flag']})
 
 def _index(s, alpha):

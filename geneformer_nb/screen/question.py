@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['small_pretraining', 'small_finetuning', 'Question', 'select', 'cohort_table', 'limits_of', 'Settings', 'Forecast',
-           'forecast', 'Plan', 'make_plan', 'vocabulary_for']
+           'forecast', 'Plan', 'make_plan', 'vocabulary_for', 'n_controls']
 
 # %% ../../nbs/35g_question.ipynb #a3fcdf66
-import re, time
+import json, re, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import anndata as ad, numpy as np, pandas as pd
@@ -175,6 +175,8 @@ class Settings:
     # in rank
     genes: object = 'detected' # genes to perturb: names, or "detected": deleted where a cell has
     # them, activated if start or goal has them
+    exact: object = 'shortlist' # detected genes that are perturbed, of each direction: "shortlist"
+    # chooses as many as fit into an hour, 100 to 500; a number; or "all". Named genes all are
     max_cells: int = 50        # start cells of each donor that are perturbed, drawn with the seed
     folds: object = 3          # folds of donors; "loo" leaves out one at a time
     known: tuple = ()          # genes named beforehand, to see how they rank
@@ -212,6 +214,10 @@ class Settings:
                 raise GeneformerError(f"{name} takes {', '.join(map(repr, may))}, not {bad[0]!r}.")
         if not self.directions:
             raise GeneformerError("directions is empty: name an action, such as 'KO'.")
+        n = self.exact
+        whole = isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0
+        if n not in ('shortlist', 'all') and not whole: raise GeneformerError(
+            f"exact={n!r}: exact is 'shortlist', 'all' or a number of genes, such as 100.")
 
 
 
@@ -248,14 +254,43 @@ def _screen_actions(
     ]
     return [each(seen if d == 'OE' else 'detected', actions[d][1]) for d in settings.directions]
 
+def _candidates(screened, settings, what, vocabulary):
+    "{direction: ids of the genes that the action could be done to in the screened cells}"
+    here = np.unique(screened.tokens)
+    here = here[here >= len(vocabulary.specials)]
+    def of(genes): return here if isinstance(genes, str) else genes
+    parts = ActionPlan(what, vocabulary).parts
+    return {d: vocabulary.gene(of(genes)) for d, (_, genes) in zip(settings.directions, parts)}
+
+# %% ../../nbs/35g_question.ipynb #e85a361f
+# three forward and backward passes for some states, in units of one step of training
+_slopes_cost = 7
+
+def _timed(model, cells, action):
+    "`estimate` of one action: from a few forms where they are slow, else from more"
+    start = time.perf_counter()
+    got = estimate(model, cells, action, sample=2, states=None, layer='last')
+    if time.perf_counter() - start > 1: return got
+    return estimate(model, cells, action, states=None, layer='last')
+
+def _spread_out(cells, vocabulary, n=100):
+    "Names of genes from often seen to rarely seen, as many as of a shortlist"
+    seen = np.bincount(cells.tokens, minlength=vocabulary.n_tokens)
+    seen[:len(vocabulary.specials)] = 0
+    order = np.argsort(-seen, kind='stable')[:np.count_nonzero(seen)]
+    at = np.linspace(0, len(order) - 1, min(n, len(order))).astype(int)
+    return tuple(vocabulary.gene(int(t)) for t in order[at])
+
 # %% ../../nbs/35g_question.ipynb #3c296dab
 @dataclass(frozen=True)
 class Forecast:
     "Seconds of the steps to come, and the number of perturbed cells"
     pretrain: float
-    finetune: float # all folds
-    screen: float
-    variants: int
+    finetune: float    # all folds
+    first_order: float # gradients of all cells that are perturbed
+    screen: float      # of every gene
+    variants: int      # perturbed cells with every gene
+    each: float        # of one gene of a shortlist in one cell, mean over directions
 
 def forecast(
     model, # the encoder
@@ -274,14 +309,15 @@ def forecast(
     step()
     per_cell = min(step() for _ in range(3)) / min(16, len(cells))
     some = cells[np.linspace(0, len(cells) - 1, min(len(cells), 12)).astype(int)]
-    one = estimate(model, some, what, states=None, layer='last')
-    each_cell = n_screened / len(some)
+    every = [_timed(model, some, a) for a in what]
+    few = [_timed(model, some, replace(a, genes=_spread_out(cells, model.vocabulary)))
+           for a in what]
+    n = n_screened/len(some)
     return Forecast(
-        per_cell * shown['pretrain'],
-        per_cell * shown['finetune'],
-        one['seconds'] * each_cell,
-        int(one['variants'] * each_cell),
-    )
+        per_cell*shown['pretrain'], per_cell*shown['finetune'],
+        _slopes_cost*per_cell*n_screened, sum(e['seconds'] for e in every)*n,
+        int(sum(e['variants'] for e in every)*n),
+        float(np.mean([f['seconds']/max(f['variants'], 1) for f in few])))
 
 # %% ../../nbs/35g_question.ipynb #0b1716f6
 @dataclass(frozen=True)
@@ -296,12 +332,15 @@ class Plan:
     fold: np.ndarray     # number of the fold in which each cell is held out
     screened: np.ndarray # numbers of the cells that are perturbed
     actions: list        # what is done
+    candidates: dict     # {direction: ids of the genes it could be done to}
     known: list          # ids of the genes named beforehand
     flags: dict          # {flag: gene ids}
     model: Geneformer    # encoder, not fine-tuned
     origin: str          # where the model is from, as a sentence
     out: Path            # folder of results
     shared: Path         # folder of model and classifiers
+    exact: object = 'all'    # "all", or genes of the shortlist of each direction
+    shortlist: object = None # `Shortlist`, once it was chosen
 
     @property
     def states(self)->list: # of all cells, sorted
@@ -349,9 +388,9 @@ def make_plan(
     out = check_folder(out, need=200_000_000)
     shared = check_folder(shared) if shared else out
     plan = Plan(question, settings, cells, plain_counts(counts), match, record, fold, screened,
-                what, known, flags, model, 'It was given.', out, shared)
+                what, _candidates(cells[screened], settings, what, vocabulary), known, flags, model,
+                'It was given.', out, shared)
     cells.save(out/'cells.dataset')
-    _open_manifests(plan)
     return _with_model(plan, vocabulary, say)
 
 # %% ../../nbs/35g_question.ipynb #6cfbdb79
@@ -410,9 +449,56 @@ def _open_manifests(plan):
         genes=s.genes,
         max_cells=s.max_cells,
         screened=digest(plan.screened),
+        exact=plan.exact,
     )
     if plan.shared != plan.out: Manifest(plan.shared, cohort).open()
     Manifest(plan.out, cohort | dict(question=asked)).open()
+
+# %% ../../nbs/35g_question.ipynb #c8c04b2a
+_fewest, _most, _hour = 100, 500, 3600 # genes of a shortlist of each direction; seconds
+
+def n_controls(
+    n:int, # genes of the shortlist
+)->int: # genes outside it that are perturbed too
+    "Size of the controls of a shortlist"
+    return max(50, n//2)
+
+def _runs(plan):
+    "Time for the screen and the controls that perturb cells, in units of the screen"
+    q, s, obs = plan.question, plan.settings, plan.cells.obs
+    two = obs[obs[q.label].astype(str).isin([q.start, q.goal]).to_numpy()]
+    cells = two.groupby([q.label, q.donor], observed=True).size().clip(upper=5).sum()
+    permuted = 'permuted' in s.controls
+    return 1 + ('untrained' in s.controls) + permuted*cells/len(plan.screened)
+
+def _passes(plan, n):
+    "Perturbed cells of a shortlist of n genes and its controls, at most"
+    return (n + n_controls(n))*len(plan.screened)*len(plan.settings.directions)
+
+def _before(plan, f):
+    "Seconds until the first exact pass, over all runs of one seed"
+    runs = 1 + ('untrained' in plan.settings.controls)
+    return f.pretrain + f.finetune*runs + f.first_order
+
+def _fitting(plan, f):
+    "Genes of each direction that fit into an hour"
+    of_one = f.each*_runs(plan)*_passes(plan, _most)/_most
+    left = _hour/plan.settings.seeds - _before(plan, f)
+    return int(np.clip(left/max(of_one, 1e-9), _fewest, _most))
+
+# %% ../../nbs/35g_question.ipynb #3e646fd8
+def _kept_size(folder):
+    "What the run that is to be resumed has chosen; None where there is none"
+    try: return json.loads((folder/'manifest.json').read_text())['facts']['question']['exact']
+    except (OSError, ValueError, KeyError, TypeError): return None
+
+def _how_many(plan, f):
+    "Genes of the shortlist of each direction, or \"all\""
+    s, n = plan.settings, plan.settings.exact
+    if n == 'all' or s.genes != 'detected': return 'all'
+    if n == 'shortlist': n = _kept_size(plan.out) or _fitting(plan, f)
+    if n == 'all': return n
+    return n if n + n_controls(n) < max(map(len, plan.candidates.values())) else 'all'
 
 # %% ../../nbs/35g_question.ipynb #331ac980
 def _shown(plan, small):
@@ -429,6 +515,8 @@ def _with_model(plan, vocabulary, say):
     shape = {k: x for k, x in s.pretraining.items() if k in _shape}
     model = Geneformer.new('nano', vocabulary, s.seed, **shape) if small else plan.model
     f = forecast(model, plan.cells, len(plan.screened), plan.actions, _shown(plan, small))
+    plan = replace(plan, exact=_how_many(plan, f))
+    _open_manifests(plan)
     say(_forecast_text(plan, f, small))
     if not small: return replace(plan, model=model.to(s.device))
     model = pretrain(
@@ -445,14 +533,32 @@ def _with_model(plan, vocabulary, say):
 def _forecast_text(plan, f, small):
     "The forecast as sentences"
     q, s, cells = plan.question, plan.settings, plan.cells
-    runs = 1 + ('untrained' in s.controls)
     seen = len(np.unique(cells.tokens)) - 2*cells.special
+    whole = plan.exact == 'all'
+    times = f.variants if whole else min(f.variants, _passes(plan, plan.exact))
+    screen = _runs(plan)*(f.screen if whole else times*f.each)
     text = (
         f"{len(cells):,} cells in question, {seen:,} genes seen in them; {len(plan.screened)} "
         f"{q.start} cells of {plan.n_donors} {q.unit}s "
-        f"to perturb, about {f.variants:,} times. Expected: pretraining "
+        f"to perturb, {'about' if whole else 'at most'} {times:,} times. Expected: pretraining "
         f"{in_words(f.pretrain) if small else 'none'}, "
-        f"fine-tuning {in_words(f.finetune * runs)}, screening "
-        f"{in_words(f.screen * (runs + ('permuted' in s.controls)))}"
+        f"fine-tuning {in_words(f.finetune * (1 + ('untrained' in s.controls)))}, "
+        f"{'' if whole else f'gradients {in_words(f.first_order)}, '}"
+        f"screening {in_words(screen)}"
     )
-    return text + (f", all of it {s.seeds} times." if s.seeds > 1 else '.')
+    text += f", all of it {s.seeds} times." if s.seeds > 1 else '.'
+    return text if whole else f'{text} {_left_out_text(plan, f, screen)}'
+
+def _left_out_text(plan, f, screen):
+    "What a shortlist leaves out, what everything would cost, and what is shorter"
+    s, n = plan.settings, plan.exact
+    left = ', '.join(
+        f'{max(0, len(c) - n):,} of {len(c):,} ({d})' for d, c in plan.candidates.items())
+    long = s.exact == 'shortlist' and (_before(plan, f) + screen)*s.seeds > _hour
+    return (
+        f"Of each direction {n} genes are perturbed, and {n_controls(n)} matched genes beside "
+        f"them. Left out are {left}; they count in the FDR with p = 1. exact='all' would perturb "
+        f"about {f.variants:,} times and screen for {in_words(f.screen*_runs(plan)*s.seeds)}. "
+        f"{f'The smallest list, {n} genes, takes more than an hour here. ' if long else ''}Fewer "
+        f"max_cells ({s.max_cells}), directions ({len(s.directions)}) or controls "
+        f"({len(s.controls)}) are shorter, and so is exact=50.")

@@ -87,10 +87,11 @@ def _numbered(table):
 
 def _targets(s, n):
     "The best `n` rows of a `Result`, with headings for readers"
-    t, unit = s.table.head(n), s.question.unit
+    tested = s.table.dropna(subset=['score'])
+    t, unit = (tested if len(tested) else s.table).head(n), s.question.unit
     interval = [f'{a:.3g} … {b:.3g}' for a, b in zip(t.ci_low, t.ci_high)]
     out = pd.DataFrame({
-        'target': t.symbol, 'do': t.kind.map(_action_text).astype(str), 'score': t.score,
+        'action': t.perturbation.astype(str), 'do': t.kind.map(_action_text), 'score': t.score,
         'shift': t['shift'], '95 % interval of the shift': interval,
         'shift of matched genes': t.null_shift, 'p against them': t.p, 'FDR': t.fdr,
         f'{unit}s agree': t.consistency.map('{:.0%}'.format),
@@ -114,7 +115,7 @@ _agreement_names = dict(spearman='rank correlation', in_common='first 20 in comm
 def _other_scores(s, n=12):
     "Ranks of the best `n` actions by every other score"
     t = s.table.head(n)
-    show = pd.DataFrame({'target': t.symbol, 'do': t.kind.map(_action_text).astype(str)})
+    show = pd.DataFrame({'action': t.perturbation.astype(str)})
     for c in [c for c in _score_names if c in s.table]:
         rank = s.table[c].rank(ascending=False, method='min')[t.index]
         shown = rank.map(lambda x: '' if np.isnan(x) else f'{x:.0f}')

@@ -20,14 +20,16 @@ from ..model.embed import state_embeddings
 from ..perturb.gradients import first_order
 from ..perturb.shards import perturb_to
 from ..perturb.stats import summarize
-from .controls import action_of, before_after, best_pairs
+from .controls import action_of, actions, before_after, best_pairs
 from .controls import over_seeds, pair_effects, permuted_p, stability_of
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #3c0ac482
 from .question import Plan, Question, Settings
 from .question import cohort_table, limits_of, make_plan
 from .report import save_figure, write_report
-from .score import agreement, count_controls, flag_genes, orient, score_targets
+from .score import agreement, count_controls, flag_genes, orient
+from .score import score_targets
+from .shortlists import choose
 from ..tasks.compare import untrained
 from ..tasks.finetuning import CellClassifier, finetune
 
@@ -61,6 +63,29 @@ def _against_baselines(quality):
         f"held-out donors) does not beat {best[0]} "
         f"({best[1]['donor_accuracy']:.2f}): it misses a part of what distinguishes the states."
     ]
+
+# %% ../../nbs/35_cardiomyopathy.ipynb #08496a78
+def _of_shortlist(plan):
+    "What a reader must know of the shortlist, as sentences"
+    if plan.shortlist is None: return []
+    could = max(map(len, plan.candidates.values()))
+    return [
+        f"Gradients and counts chose {plan.exact:,} of {could:,} genes of each direction; only "
+        "these were perturbed. They were chosen in the cells that are tested. So the FDR counts "
+        "all genes, those left out with p = 1, and p alone is too small.",
+        f"They are compared with {len(plan.shortlist.controls)} genes from outside the list, of "
+        "similar mean rank and detection."]
+
+def _without_score(table, unit):
+    "How many actions have no score, and why, as sentences"
+    lacks = table[table.score.isna()]
+    if not len(lacks): return []
+    alone = int(lacks.null_shift.isna().sum())
+    why = {f'too few {unit}s or cells': len(lacks) - alone, 'too few matched genes': alone}
+    return [
+        f"{len(lacks):,} of {len(table):,} actions could not be tested "
+        f"({', '.join(f'{k} {n:,}' for k, n in why.items() if n)}). They have no score and stand "
+        "at the end of the table."]
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #8a5af0a3
 @dataclass
@@ -132,20 +157,44 @@ def _run_fold(
     return out
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #267b0b00
+def _first_order(plan, k, rows, clf, states):
+    "Shifts of all deletions of some cells of fold number k, by gradients; made once"
+    fast = _stored(plan.out/f'fold-{k}'/'first_order.parquet', lambda: first_order(
+        clf.encoder, plan.cells[rows], states=states, layer='last', pool=clf.pool))
+    return fast.assign(cell=rows[fast['cell']])
+
 def _perturb_fold(plan, k, out, clf, states):
     "Perturb the screened cells of a fold and store their shifts in `out`"
-    how = dict(states=states, layer='last', pool=clf.pool)
-    folder = plan.out/f'fold-{k}'
     out.shifts = perturb_to(
-        folder / 'perturb', clf.encoder, plan.cells, plan.actions, rows=out.rows, **how
+        plan.out/f'fold-{k}'/'perturb', clf.encoder, plan.cells, plan.actions, rows=out.rows,
+        states=states, layer='last', pool=clf.pool
     ).assign(fold=k)
     if 'first_order' in plan.settings.controls and 'KO' in plan.settings.directions:
-        fast = _stored(
-            folder / 'first_order.parquet',
-            lambda: first_order(clf.encoder, plan.cells[out.rows], **how),
-        )
-        out.fast = fast.assign(cell=out.rows[fast['cell']])
+        out.fast = _first_order(plan, k, out.rows, clf, states)
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #68e14449
+def _with_shortlist(plan, say=print):
+    "The plan with the actions of its shortlist; the same plan where every gene is perturbed"
+    if plan.exact == 'all': return plan
+    fast, start = [], time.time()
+    for k in range(plan.n_folds):
+        rows = plan.screened[plan.fold[plan.screened] == k]
+        if not len(rows): continue
+        clf, states = _fold_classifier(plan, k)
+        fast.append(_first_order(plan, k, rows, clf, states))
+    fast, least = pd.concat(fast, ignore_index=True), _min_cells(plan, plan.screened)
+    short = choose(plan, fast, min_cells=least)
+    genes = ', '.join(f'{len(g)} {d}' for d, g in short.genes.items())
+    say(f"shortlist: {genes}, and {len(short.controls)} matched genes; "
+        f"{in_words(time.time() - start)} with {plan.n_folds} classifiers")
+    return replace(plan, actions=short.actions, shortlist=short)
+
+def _min_cells(plan, cells):
+    "Cells with which a donor counts for a gene: three, or fewer where a donor has fewer cells"
+    donor = plan.cells.obs.iloc[cells][plan.question.donor].astype(str)
+    return int(min(3, donor.value_counts().min()))
+
+# %% ../../nbs/35_cardiomyopathy.ipynb #59a3654b
 def _run_folds(
     plan:Plan, # of the screen
     say=print, # function that is told what happens
@@ -194,6 +243,8 @@ class Result:
     agreement: pd.DataFrame   # how far every other score of an action agrees with the score
     stability: pd.DataFrame   # how far folds, and runs with other seeds, agree
     pairs: pd.DataFrame       # the best actions two by two
+    matched: pd.DataFrame     # the controls of a shortlist; empty where every gene is perturbed
+    considered: dict          # {direction: genes that could have been perturbed}
     map: pd.DataFrame # start and goal cells, and start cells after the best action, as points
     question: Question
     settings: Settings
@@ -232,7 +283,8 @@ score_columns = [
 def score(
     plan:Plan, # of the screen
     folds:list, # of `Fold`
-)->tuple: # table of all actions, best first; its rows by donor; the unit of replication
+)->tuple: # table of all actions, best first, those that were not tested last; its rows by donor;
+# the unit of replication; the table of the controls of a shortlist
     "Score the actions of a screen"
     q, obs, v, shifts, fast = (
         plan.question,
@@ -241,13 +293,13 @@ def score(
         joined(folds, 'shifts'),
         joined(folds, 'fast'),
     )
-    fewest = obs.iloc[np.unique(shifts['cell'])][q.donor].astype(str).value_counts().min()
-    how = dict(
-        donor=q.donor, min_cells=int(min(3, fewest)), symbols={g: v.symbol(g) for g in v.genes}
-    )
+    how = dict(donor=q.donor, min_cells=_min_cells(plan, np.unique(shifts['cell'])),
+               symbols={g: v.symbol(g) for g in v.genes})
+    considered = {actions[d][0]: len(c) for d, c in plan.candidates.items()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)
-        table, by_donor = score_targets(shifts, obs, q.goal, **how)
+        table, by_donor = score_targets(
+            shifts, obs, q.goal, considered=considered if plan.shortlist else None, **how)
         away = summarize(shifts, obs, [q.start], **how).set_index('perturbation')['shift']
         if fast is not None:
             quick = summarize(fast, obs, [q.goal], **how).set_index('perturbation')
@@ -255,7 +307,9 @@ def score(
                 quick['shift'] - quick.null_shift
             )
     table['away'] = -table.perturbation.astype(str).map(away)
-    return table, by_donor, next(iter(table.attrs['unit'].values()))
+    unit, controls = next(iter(table.attrs['unit'].values())), table.control
+    return (table[~controls].reset_index(drop=True), by_donor[~by_donor.control], unit,
+            table[controls].reset_index(drop=True))
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #2d5a977e
 def _methods_text(
@@ -275,14 +329,21 @@ def _methods_text(
         "made on the held-out ones. States are means of training cells at the last layer.",
         "Score = (shift - null, over its robust spread among actions of its kind) x (1 - p) x "
         "consistency over donors x specificity among matched genes.",
-        f"Perturbed: {', '.join(s.directions)} of {s.genes}, at most {s.max_cells} cells a "
-        f"{q.unit}. Shift = cosine to the goal "
+        f"Perturbed: {', '.join(s.directions)} of {_which_genes(plan)}, at most {s.max_cells} "
+        f"cells a {q.unit}. Shift = cosine to the goal "
         "state after less before; up and down move a gene half a cell in rank. Null: genes of "
         "similar mean rank and detection in the same cells. p: over "
         f"{q.unit}s where three or more could be screened; FDR by Benjamini and Hochberg within a "
-        "direction.",
+        f"direction{', over all genes considered' if plan.shortlist else ''}.",
         f"Seed {s.seed}. " + ', '.join(f'{k} {v}' for k, v in versions().items() if v) + '.',
     ]
+
+def _which_genes(plan):
+    "The genes that were perturbed, in words"
+    if plan.shortlist is None: return plan.settings.genes
+    return (f"a shortlist of {plan.exact} genes (KO: by the size of the first-order shift less "
+            "that of matched genes; others: these and the genes that differ most in expression, in "
+            f"turn) and {len(plan.shortlist.controls)} matched genes outside it")
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #96b870b6
 @verb(also=[Settings])
@@ -311,7 +372,7 @@ def screen(
     goes on when called again. Raises `GeneformerError` and its subclasses"""
     say, settings = say or (lambda *_: None), Settings(**settings)
     question = Question(label, donor, str(start), str(goal), where, groups)
-    plan = make_plan(adata, model, question, settings, out, shared, say)
+    plan = _with_shortlist(make_plan(adata, model, question, settings, out, shared, say), say)
     folds = _run_folds(plan, say)
     beside = _run_beside(adata, model, plan, say)
     result = finish(plan, folds, beside, report, title)
@@ -329,6 +390,13 @@ class Beside:
     p_permuted: pd.Series = None # p of each action against permuted labels
     notes: list = field(default_factory=list) # sentences
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #136b8153
+def _same_actions(adata, model, plan, settings, folder):
+    "The plan of a run beside a screen, which does the same to the same genes"
+    other = make_plan(adata, model, plan.question, settings, folder, say=lambda *_: None)
+    if plan.shortlist is None: return other
+    return replace(other, actions=plan.actions, shortlist=plan.shortlist)
+
 def _run_beside(
     adata, # AnnData of the screen
     model, # that was given to the screen
@@ -336,33 +404,21 @@ def _run_beside(
     say=print, # function that is told what happens
 )->Beside:
     "The controls that need runs of their own"
-    s, out = plan.settings, Beside()
-    again = replace(s, controls=(), pairs=0, seeds=1, known=())
+    s, out, silent = plan.settings, Beside(), lambda *_: None
+    again = replace(s, controls=(), pairs=0, seeds=1, known=(), exact='all')
     if 'untrained' in s.controls:
         say('again: an encoder that was never pretrained')
-        other = make_plan(
-            adata,
-            untrained(plan.model, s.seed),
-            plan.question,
-            again,
-            plan.out / 'untrained',
-            say=lambda *_: None,
-        )
-        folds = _run_folds(other, lambda *_: None)
+        blank = untrained(plan.model, s.seed)
+        other = _same_actions(adata, blank, plan, again, plan.out/'untrained')
+        folds = _run_folds(other, silent)
         predictions = joined(folds, 'predictions')
         out.untrained = _with_counts(other, score(other, folds)[0])
         out.untrained_quality = scores(predictions.truth, predictions.predicted, predictions.donor)
     for i in range(1, s.seeds):
         say(f'again: seed {s.seed + i}')
-        other = make_plan(
-            adata,
-            model,
-            plan.question,
-            replace(again, seed=s.seed + i),
-            plan.out / f'seed-{s.seed + i}',
-            say=lambda *_: None,
-        )
-        out.more.append(_with_counts(other, score(other, _run_folds(other, lambda *_: None))[0]))
+        seeded = replace(again, seed=s.seed + i)
+        other = _same_actions(adata, model, plan, seeded, plan.out/f'seed-{seeded.seed}')
+        out.more.append(_with_counts(other, score(other, _run_folds(other, silent))[0]))
     if 'permuted' in s.controls: _permuted(plan, out)
     return out
 
@@ -471,10 +527,12 @@ def _rank_known(plan, table):
     }
     rankings = {c: list(dict.fromkeys(ids[at])) for c, at in order.items()}
     if not plan.known: return rankings, pd.DataFrame(), pd.DataFrame()
-    known, by_gene = _known_table(rankings, plan.known, ids.nunique())
+    n_genes = max(map(len, plan.candidates.values())) if plan.shortlist else ids.nunique()
+    known, by_gene = _known_table(rankings, plan.known, n_genes)
     by_gene.index = plan.vocabulary.symbol(plan.known)
     return rankings, known, by_gene
 
+# %% ../../nbs/35_cardiomyopathy.ipynb #e8981efb
 def _classifier_scores(predictions, folds, beside):
     """Scores of the classifier, of the one never pretrained, and of the baselines, on held-out
     donors"""
@@ -512,7 +570,7 @@ def finish(
     "Tables and texts of a finished screen"
     q, v, obs = plan.question, plan.vocabulary, plan.cells.obs
     shifts, predictions = joined(folds, 'shifts'), joined(folds, 'predictions')
-    table, by_donor, unit = score(plan, folds)
+    table, by_donor, unit, matched = score(plan, folds)
     table = _with_controls(plan, table, beside)
     stability = _how_stable(plan, shifts, table, beside.more)
     if beside.more: table = over_seeds([table, *beside.more])
@@ -523,8 +581,10 @@ def finish(
                   quality=pd.DataFrame(quality).T, cohort=cohort_table(obs, q),
                   audit=joined(folds, 'audit'), known=known, known_by_gene=by_gene, agreement=agree,
                   stability=stability, pairs=_try_pairs(plan, folds, table, shifts),
+                  matched=matched, considered={d: len(c) for d, c in plan.candidates.items()},
                   map=_draw_map(plan, folds, table) if report else pd.DataFrame())
-    limits = limits_of(obs, q) + _against_baselines(quality) + beside.notes
+    limits = (limits_of(obs, q) + _against_baselines(quality) + _of_shortlist(plan)
+              + _without_score(table, q.unit) + beside.notes)
     return Result(
         **tables, question=q, settings=plan.settings, n_screened=len(plan.screened),
         rankings={k: v.symbol(r) for k, r in rankings.items()}, n_donors=plan.n_donors,
@@ -543,16 +603,17 @@ def write(
     result.table.to_parquet(out/'targets.parquet')
     result.by_donor.to_csv(out/'targets_by_donor.csv', index=False)
     if len(result.pairs): result.pairs.to_csv(out/'pairs.csv', index=False)
+    if len(result.matched): result.matched.to_csv(out/'matched_genes.csv', index=False)
     tables = ('quality', 'known', 'agreement', 'stability')
     write_json(out/'summary.json', dict(
         question=asdict(q), settings=asdict(result.settings),
         plan=dict(n_screened=result.n_screened, n_donors=result.n_donors,
-                  n_perturbed=len(result.shifts), unit=result.unit),
+                  n_perturbed=len(result.shifts), unit=result.unit,
+                  considered=result.considered, n_matched=result.matched.gene_id.nunique()),
         **{name: getattr(result, name).to_dict() for name in tables}, methods=result.methods))
     if not report: return
-    save_figure(
-        plots.top_targets(result.table, 12, by='score', mark=result.known_symbols),
-        out / 'targets.png',
-    )
+    if result.table.score.notna().any():
+        ax = plots.top_targets(result.table, 12, by='score', mark=result.known_symbols)
+        save_figure(ax, out/'targets.png')
     write_report(result, out/'report.html')
     say(f"Wrote report.html, targets.csv and targets.parquet to '{out.name}'.")

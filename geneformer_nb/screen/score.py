@@ -12,6 +12,7 @@ from ..evaluate.splits import need_obs
 from ..evaluate.baselines import de_ranking, log_cp10k
 from ..data.vocabulary import GeneMatch
 from geneformer_nb.perturb.stats import (
+    bh,
     perturbation_codes,
     matching_properties,
     nearest_genes,
@@ -30,7 +31,9 @@ def _beyond(raw, table, size=12):
         names = t.perturbation.astype(str)
         if len(names) < 2: continue
         x, s = shift.loc[names].to_numpy(), side.loc[names].to_numpy()
-        near = nearest_genes(matching_properties(part, code, t, None), size)
+        among = own.control.loc[names].to_numpy()
+        near = nearest_genes(matching_properties(part, code, t, None), size,
+                             among if among.any() else None)
         out |= dict(zip(names, ((x[:, None] - x[near])*s[:, None] > 0).mean(1)))
     return table.perturbation.astype(str).map(out)
 
@@ -39,6 +42,12 @@ def _spread(x):
     sd = 1.4826*(x - x.median()).abs().median()
     return sd if sd > 1e-12 else 1.
 
+def _effect(table):
+    "Excess in units of the spread of its kind of action: of the controls where there are some"
+    some = table.control if table.control.any() else ~table.control
+    spread = table[some].groupby('kind', observed=True).excess.agg(_spread)
+    return table.excess/table.kind.map(spread)
+
 # %% ../../nbs/35c_score.ipynb #b2e28883
 def score_targets(
     raw:pd.DataFrame, # raw table of a perturbation run with the state `goal`
@@ -46,9 +55,11 @@ def score_targets(
     goal:str, # state to reach
     donor:str, # obs column of donors
     size:int=12, # matched genes
+    considered:dict=None, # {kind: genes that could have been perturbed}, which the FDR counts;
+    # None: those of `raw`
     **kwargs, # min_cells, symbols … as in `summarize`
 )->tuple: # the result table, best first, with excess, effect, confidence, consistency, specificity
-# and score; its rows by donor
+# and score, which is missing without a p and for controls; its rows by donor
     "Tables of a screen; raises as `summarize`"
     t = summarize(raw, obs, [goal], donor=donor, by_donor=True, **kwargs)
     whole, by = (
@@ -62,12 +73,16 @@ def score_targets(
         .agg(lambda x: (x > 0).mean())
     )
     up = whole.perturbation.astype(str).map(own)
-    whole['effect'] = whole.excess/whole.groupby('kind', observed=True).excess.transform(_spread)
-    whole['confidence'] = 1 - whole.p.fillna(1)
+    whole['effect'] = _effect(whole)
+    whole['confidence'] = 1 - whole.p
     whole['consistency'] = np.where(whole.excess > 0, up, 1 - up)
     whole['specificity'] = _beyond(raw, whole, size)
     half = lambda x: (2*x - 1).clip(lower=0).fillna(1)
-    whole['score'] = whole.effect*whole.confidence*half(whole.consistency)*half(whole.specificity)
+    score = whole.effect*whole.confidence*half(whole.consistency)*half(whole.specificity)
+    whole['score'] = score.mask(whole.control)
+    for kind, m in (considered or {}).items():
+        of = (whole.kind == kind) & ~whole.control
+        whole.loc[of, 'fdr'] = bh(whole.p[of], m)
     whole = whole.sort_values(
         ['score', 'excess'], ascending=False, kind='stable', ignore_index=True
     )
