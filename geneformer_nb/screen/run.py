@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from .. import plots
-from ..core import GeneformerError, atomic, digest, in_words, verb, versions, write_json
+from ..core import only_run, GeneformerError, atomic, digest, in_words, verb, versions, write_json
 from ..evaluate.baselines import cell_baselines
 from ..evaluate.metrics import scores
 from ..evaluate.splits import audit_split
@@ -373,10 +373,11 @@ def screen(
     say, settings = say or (lambda *_: None), Settings(**settings)
     question = Question(label, donor, str(start), str(goal), where, groups)
     plan = _with_shortlist(make_plan(adata, model, question, settings, out, shared, say), say)
-    folds = _run_folds(plan, say)
-    beside = _run_beside(adata, model, plan, say)
-    result = finish(plan, folds, beside, report, title)
-    write(result, report, say)
+    with only_run(plan.out):
+        folds = _run_folds(plan, say)
+        beside = _run_beside(adata, model, plan, say)
+        result = finish(plan, folds, beside, report, title)
+        write(result, report, say)
     return result
 
 # %% ../../nbs/35_cardiomyopathy.ipynb #bc122046
