@@ -161,8 +161,8 @@ def gene_learners(
     even = dict(class_weight='balanced')
     out = {'detection rate and mean rank': ('two numbers',
                                             _scaled(linear_model.LogisticRegression(**even))),
-           'logistic regression, company': ('company', _scaled(linear_model.LogisticRegression(C=.1,
-        max_iter=1000, **even))), 'gradient boosting, company': ('company',
+           'logistic regression, co-expression': ('co-expression', _scaled(linear_model.LogisticRegression(C=.1,
+        max_iter=1000, **even))), 'gradient boosting, co-expression': ('co-expression',
         ensemble.HistGradientBoostingClassifier(min_samples_leaf=5, random_state=seed, **even))}
     for what in ('ranks', 'counts'):
         out |= {f'SVM, {what}': (what, svm.SVC(**even)), f'random forest, {what}': (what,
