@@ -200,9 +200,11 @@ def load(cls:Cells,
 )->Cells: # mapped from disk if the folder is one piece, else copied into memory
     "Read cells; raises `StorageError` for a bad folder, `VocabularyError` for a wrong vocabulary"
     from geneformer_nb.data.arrow import load_cells
-    if vocabulary is None and (as_folder(folder)/'vocabulary.json').exists():
-        vocabulary = Vocabulary.load(folder)
-    return load_cells(folder, vocabulary)
+    cells = load_cells(folder, vocabulary)
+    if vocabulary is not None or not (as_folder(folder)/'vocabulary.json').exists(): return cells
+    own = Vocabulary.load(folder)
+    fits = own.hash == cells.vocabulary_hash and own.cls == cells.special
+    return replace(cells, vocabulary=own) if fits else cells
 
 @patch(cls_method=True)
 def parts(cls:Cells,
